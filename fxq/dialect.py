@@ -1,0 +1,137 @@
+"""The fxq dialect: the few operators that passes add to an aten graph, registered with torch.library.
+
+Each has an eager implementation, so that every intermediate graph runs, and a shape rule, so that it verifies
+without a dispatch. `store` operators exist only in the lowered checkpoint program, which a writer interprets.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fxq import nvfp4
+
+FORMATS = ("nvfp4", "fp8")
+SCALES = ("max", "mse", "dynamic")
+
+_LIB = torch.library.Library("fxq", "DEF")
+_LIB.define("expert_linear(Tensor x, Tensor w, Tensor expert_ids) -> Tensor")
+_LIB.define("slice(Tensor(a) w, int e) -> Tensor(a)")
+_LIB.define("amax(Tensor t) -> Tensor")
+_LIB.define("sync(Tensor[] amaxes) -> Tensor")
+_LIB.define("quantize(Tensor t, Tensor amax, *, str format, str scale) -> Tensor")
+_LIB.define("stack(Tensor[] slices) -> Tensor")
+_LIB.define("value(str name) -> Tensor")
+_LIB.define("load(str key, *, int[] shape, ScalarType dtype) -> Tensor")
+_LIB.define("pack_nvfp4(Tensor w, Tensor amax, *, str scale) -> Tensor[]")
+_LIB.define("store_linear(str name, Tensor[] packed, Tensor? input_amax, *, int start, int end) -> ()")
+_LIB.define("store_scale(str name, Tensor amax, float divisor) -> ()")
+_LIB.define("store(str key, Tensor t) -> ()")
+
+
+def _expert_linear(x: Tensor, w: Tensor, expert_ids: Tensor) -> Tensor:
+    """y[t] = w[expert_ids[t]] @ x[t] for x [T, in], w [E, out, in], expert_ids int [T] >= 0: tokens sorted by expert,
+    one matmul an expert that has tokens; a weight is never gathered per token. An id >= E (no expert) gives zeros."""
+    out = x.new_zeros(x.shape[0], w.shape[1])
+    order = torch.argsort(expert_ids, stable=True)
+    counts = torch.bincount(expert_ids, minlength=w.shape[0])[: w.shape[0]].tolist()
+    sorted_x, start = x[order], 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = order[start : start + count]
+            out[rows] = torch.nn.functional.linear(sorted_x[start : start + count], w[expert])
+            start += count
+    return out
+
+
+def _quantize(t: Tensor, amax: Tensor, *, format: str, scale: str) -> Tensor:
+    """Fake-quantize: `t` rounded to what the format can hold given amax f32 [], same shape and dtype.
+
+    nvfp4 weights ([out, in]) choose block scales once ("max" or "mse"); "dynamic" is what a kernel does to
+    activations. fp8 has one scale a tensor: amax / 448.
+    """
+    if format == "fp8":
+        return nvfp4.fake_quantize_fp8(t, amax)
+    if scale == "dynamic":
+        return nvfp4.fake_quantize_activation(t, amax)
+    return nvfp4.dequantize(nvfp4.quantize_weight(t, amax, scale)).to(t.dtype)
+
+
+def _pack_nvfp4(w: Tensor, amax: Tensor, *, scale: str) -> list[Tensor]:
+    packed = nvfp4.quantize_weight(w, amax, scale)
+    return [packed.weight, packed.scale, packed.scale_2]
+
+
+def _value(name: str) -> Tensor:
+    raise RuntimeError(f"fxq.value({name!r}) is calibrated elsewhere: run the program with an interpreter that has values")
+
+
+def _load(key: str, *, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    raise RuntimeError(f"fxq.load({key!r}) has no tensor of its own: run the program with an interpreter that has a source")
+
+
+def _store(*args: object, **kwargs: object) -> None:
+    """Nothing to do outside a writer."""
+
+
+_EAGER: dict[str, Callable[..., object]] = {
+    "expert_linear": _expert_linear,
+    "slice": lambda w, e: w.select(0, e),
+    "amax": lambda t: t.abs().amax().to(torch.float32),
+    "sync": lambda amaxes: torch.stack(list(amaxes)).amax(0),
+    "quantize": _quantize,
+    "stack": lambda slices: torch.stack(list(slices)),
+    "value": _value,
+    "load": _load,
+    "pack_nvfp4": _pack_nvfp4,
+    "store_linear": _store,
+    "store_scale": _store,
+    "store": _store,
+}
+
+
+def _meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def _scalar() -> Tensor:
+    return _meta((), torch.float32)
+
+
+SHAPES: dict[str, Callable[..., object]] = {
+    "expert_linear": lambda x, w, expert_ids: _meta((x.shape[0], w.shape[1]), x.dtype),
+    "slice": lambda w, e: _meta(w.shape[1:], w.dtype),
+    "amax": lambda t: _scalar(),
+    "sync": lambda amaxes: _scalar(),
+    "quantize": lambda t, amax, *, format, scale: _meta(t.shape, t.dtype),
+    "stack": lambda slices: _meta((len(slices), *slices[0].shape), slices[0].dtype),
+    "value": lambda name: _scalar(),
+    "load": lambda key, *, shape, dtype: _meta(shape, dtype),
+    "pack_nvfp4": lambda w, amax, *, scale: [
+        _meta((*w.shape[:-1], w.shape[-1] // 2), torch.uint8),
+        _meta((*w.shape[:-1], w.shape[-1] // nvfp4.BLOCK), torch.float8_e4m3fn),
+        _meta(w.shape[:-2], torch.float32),
+    ],
+    "store_linear": lambda *args, **kwargs: None,
+    "store_scale": lambda *args, **kwargs: None,
+    "store": lambda *args, **kwargs: None,
+}
+
+for _name, _function in _EAGER.items():
+    _LIB.impl(_name, _function, "BackendSelect" if _name in ("load", "value") else "CompositeExplicitAutograd")
+    if not _name.startswith(("store", "load", "value")):
+        _LIB.impl(_name, SHAPES[_name], "Meta")
+
+EXPERT_LINEAR = torch.ops.fxq.expert_linear.default
+SLICE = torch.ops.fxq.slice.default
+AMAX = torch.ops.fxq.amax.default
+SYNC = torch.ops.fxq.sync.default
+QUANTIZE = torch.ops.fxq.quantize.default
+STACK = torch.ops.fxq.stack.default
+VALUE = torch.ops.fxq.value.default
+LOAD = torch.ops.fxq.load.default
+PACK_NVFP4 = torch.ops.fxq.pack_nvfp4.default
+STORE_LINEAR = torch.ops.fxq.store_linear.default
+STORE_SCALE = torch.ops.fxq.store_scale.default
+STORE = torch.ops.fxq.store.default
+STORES = frozenset({STORE_LINEAR, STORE_SCALE, STORE})

@@ -1,0 +1,61 @@
+"""Edits to a graph: new nodes get derived names and their value's type at birth; `tidy` orders and drops what is unused."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.fx import Graph, Node
+
+from fxq.dialect import STORES
+from fxq.verify import infer
+
+
+def parameter(graph: Graph, name: str, shape: Iterable[int], dtype: torch.dtype) -> Node:
+    """A node that stands for the model's tensor `name`; its node name is the path with dots replaced."""
+    node = graph.create_node("get_attr", name, (), {}, name.replace(".", "_"))
+    node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    return node
+
+
+def call(graph: Graph, name: str, target: Callable[..., object], *args: object, **kwargs: object) -> Node:
+    """A new call, anywhere in the graph (`tidy` moves it before its users), typed by the target's shape rule."""
+    node = graph.create_node("call_function", target, args, kwargs, name)  # type: ignore[arg-type]
+    node.meta["val"] = infer(node)
+    return node
+
+
+def replace(old: Node, new: Node, users: Iterable[Node] | None = None) -> None:
+    """Let `users` (default: all but `new`) read `new` instead of `old`."""
+    for user in list(old.users if users is None else users):
+        if user is not new:
+            user.replace_input_with(old, new)
+
+
+def tidy(graph: Graph) -> None:
+    """Drop unused nodes and put every node after its inputs, keeping the given order where it is free.
+
+    Parameters go right before their first use, so that a streaming interpreter reads them as late as possible.
+    """
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in ("call_function", "get_attr") and node.target not in STORES:
+            graph.erase_node(node)
+    placed: dict[Node, None] = {}
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    for node in [n for n in graph.nodes if n.op != "get_attr" and n is not output] + [output]:
+        _place(node, placed)
+    for node in placed:
+        if node is not output:
+            output.prepend(node)
+
+
+def _place(node: Node, placed: dict[Node, None]) -> None:
+    """Depth first without recursion: graphs are tens of thousands of nodes deep."""
+    stack = [(node, iter(node.all_input_nodes))]
+    while stack:
+        current, inputs = stack[-1]
+        for source in inputs:
+            if source not in placed:
+                stack.append((source, iter(source.all_input_nodes)))
+                break
+        else:
+            placed[current] = None
+            stack.pop()

@@ -1,0 +1,263 @@
+"""From a Hugging Face directory or live model to a functional graph with names and shapes; no weight is read.
+
+A twin of the model is built on fake tensors from the (copied) config and exported with symbolic batch and sequence
+sizes, so that the user's model is never patched or run. Experts are traced as `index > bmm`, the form in which a
+token's expert is visible; fuse-experts turns it into something that can be executed at scale.
+"""
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from fxq.edit import parameter, tidy
+from fxq.errors import SourceError, TraceError
+from fxq.program import Program
+
+# Unlikely sizes, so that a dimension in a dump tells where it comes from.
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 17
+_ASSERTIONS = frozenset(
+    {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten._assert_async.msg,
+        torch.ops.aten.sym_constrain_range.default,
+        torch.ops.aten.sym_constrain_range_for_size.default,
+    }
+)
+_END = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A model of the user's class and config on fake tensors: structure, names and types without weights.
+
+    buffers: the values of the non-persistent buffers (rotary frequencies and the like), which no checkpoint holds.
+    """
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    mode: FakeTensorMode
+    buffers: dict[str, Tensor]
+
+
+def load_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The directory's config; SourceError when it is missing, unknown to transformers, or wants to run its own code."""
+    if not (directory / "config.json").is_file():
+        raise SourceError(f"{directory}: expected a Hugging Face model directory, found no config.json")
+    with _quiet():
+        try:
+            return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        except Exception as error:  # transformers raises whatever a config's own code raises
+            raise SourceError(f"{directory / 'config.json'}: {_first_line(error)}") from error
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The directory's tokenizer; SourceError when there is none that transformers can load."""
+    with _quiet():
+        try:
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            raise SourceError(
+                f"{directory}: no tokenizer for calibration text ({_first_line(error)}); give lines of input_ids instead"
+            ) from error
+
+
+def twin_of_config(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Twin:
+    """The twin of a checkpoint: `AutoModelForCausalLM` of its config on fake CPU tensors."""
+    return _twin(
+        config,
+        lambda c: AutoModelForCausalLM.from_config(
+            c, dtype=dtype, experts_implementation="batched_mm", trust_remote_code=trust_remote_code
+        ),
+    )
+
+
+def twin_of_model(model: PreTrainedModel) -> Twin:
+    """The twin of a live model: its own class, a copy of its config; non-persistent buffers are the model's own values."""
+    twin = _twin(
+        model.config,
+        lambda c: type(model)._from_config(c, dtype=model.dtype, experts_implementation="batched_mm"),
+    )
+    return Twin(twin.model, twin.config, twin.mode, {name: model.get_buffer(name).detach() for name in twin.buffers})
+
+
+def _twin(config: PreTrainedConfig, build: Any) -> Twin:
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _quiet():
+        try:
+            with mode:
+                model = build(config).eval()
+        except Exception as error:
+            raise TraceError(
+                f"{config.model_type}: transformers cannot build a causal language model: {_first_line(error)}"
+            ) from error
+        return Twin(model, config, mode, _buffer_values(model))
+
+
+def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Non-persistent buffers as `from_pretrained` fills them: by the model's own `_init_weights`, on real memory."""
+    shells: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
+    for name, buffer in model.named_non_persistent_buffers():
+        owner, _, leaf = name.rpartition(".")
+        shell = shells.setdefault(owner, (copy.copy(model.get_submodule(owner)), {}))
+        shell[1][leaf] = torch.full(buffer.shape, torch.nan if buffer.is_floating_point() else 0, dtype=buffer.dtype)
+    values = {}
+    for owner, (module, buffers) in shells.items():
+        module._buffers = {**module._buffers, **buffers}
+        _owner_model(model, owner)._init_weights(module)
+        for leaf, value in buffers.items():
+            values[f"{owner}.{leaf}".lstrip(".")] = value
+    return values
+
+
+def _owner_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost PreTrainedModel around a submodule: the one whose `_init_weights` knows it."""
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if isinstance(module, PreTrainedModel):
+            return module
+    return model
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def trace(twin: Twin) -> Program:
+    """Export `input_ids [B, S] -> logits [B, S, vocab]` as a functional aten graph whose parameters are `@fqn` nodes."""
+    size: Any = Dim.AUTO
+    with _quiet(), torch.no_grad():
+        try:
+            with twin.mode:
+                ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.long)
+                exported = torch.export.export(
+                    _Logits(twin.model), (ids,), dynamic_shapes=({0: size, 1: size},), strict=False
+                )
+            exported = exported.run_decompositions({})
+        except Exception as error:
+            raise TraceError(f"{twin.config.model_type}: torch.export failed: {_first_line(error)}") from error
+    program = Program(Graph())
+    _copy_graph(exported, twin, program)
+    _check_buffers(program, twin)
+    return program
+
+
+def _copy_graph(exported: ExportedProgram, twin: Twin, program: Program) -> None:
+    aliases = _canonical_names(twin.model)
+    graph, made = program.graph, dict[Node, Any]()
+    inputs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            spec = inputs[node.name]
+            val = _example(node.meta["val"], node)
+            if spec.kind is InputKind.USER_INPUT:
+                made[node] = graph.create_node("placeholder", node.name, (), {}, node.name)
+                made[node].meta["val"] = val
+                continue
+            name = str(spec.target).removeprefix("model.")
+            if spec.kind is InputKind.CONSTANT_TENSOR:
+                program.constants[name] = exported.constants[str(spec.target)]
+            name = aliases.get(name, name)
+            if name not in program.constants and name in {n.target for n in made.values() if isinstance(n, Node)}:
+                made[node] = next(n for n in made.values() if n.target == name)
+            else:
+                made[node] = parameter(graph, name, val.shape, val.dtype)
+        elif node.target in _ASSERTIONS:
+            continue
+        elif (same := _no_op(node)) is not None:
+            made[node] = made[same]
+        else:
+            if node.op == "get_attr":
+                raise TraceError(f"%{node.name}: the trace holds a nested graph ({node.target}), which fxq cannot read")
+            made[node] = graph.node_copy(node, made.__getitem__)
+            made[node].meta = {"val": _example(node.meta["val"], node)} if "val" in node.meta else {}
+    tidy(graph)
+
+
+def _example(val: Any, node: Node) -> Any:
+    """The concrete type a symbolic value has at the example sizes."""
+    try:
+        match val:
+            case Tensor():
+                return torch.empty([int(_hint(s)) for s in val.shape], dtype=val.dtype, device="meta")
+            case list() | tuple():
+                return type(val)(_example(v, node) for v in val)
+        return _hint(val)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise TraceError(f"%{node.name}: its size depends on the data: {node.format_node()}") from error
+
+
+def _hint(value: Any) -> Any:
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+
+
+def _no_op(node: Node) -> Node | None:
+    """The input of a slice that keeps everything, or an alias; export leaves hundreds."""
+    target, args = node.target, node.args
+    source = args[0] if args and isinstance(args[0], Node) else None
+    if target is torch.ops.aten.slice.Tensor and len(args) >= 4:
+        whole = args[2] == 0 and args[3] == _END and (len(args) < 5 or args[4] == 1)
+        return source if whole else None
+    if target in (torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh_copy.default):
+        return source
+    return None
+
+
+def _canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a tied parameter -> its first name: one tensor, one name."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _check_buffers(program: Program, twin: Twin) -> None:
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.target in twin.buffers:
+            value = twin.buffers[str(node.target)]
+            if value.is_floating_point() and bool(value.isnan().any()):
+                raise TraceError(
+                    f"{node.target}: a buffer that no checkpoint holds, and transformers does not say how to compute it"
+                )
+            program.constants[str(node.target)] = value
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Library chatter is not the user's business; failures come as exceptions."""
+    level, torch_level = transformers_logging.get_verbosity(), logging.getLogger("torch").level
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        logging.getLogger("torch").setLevel(torch_level)

@@ -1,0 +1,146 @@
+"""Every rule a graph must keep between passes: order, known operators, and types that the operators really give."""
+
+import operator
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from fxq import dialect
+from fxq.errors import VerifyError
+from fxq.text import format_node, format_target, format_type
+
+_FXQ_SHAPES: dict[object, Callable[..., object]] = {
+    getattr(torch.ops.fxq, name).default: rule for name, rule in dialect.SHAPES.items()
+}
+
+
+def verify(graph: Graph) -> None:
+    """Raise VerifyError, naming the node, unless the graph keeps every rule."""
+    seen: set[Node] = set()
+    outputs = 0
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in seen:
+                raise _broken(node, f"reads %{source.name}, which comes later or is not in the graph")
+        if node.op == "call_function":
+            _verify_call(node)
+        elif node.op == "output":
+            outputs += 1
+        elif node.op not in ("placeholder", "get_attr"):
+            raise _broken(node, f"expected placeholder, get_attr, call_function or output, found {node.op}")
+        elif "val" not in node.meta:
+            raise _broken(node, "has no type")
+        seen.add(node)
+    if outputs != 1:
+        raise VerifyError(f"expected one `return`, found {outputs}")
+
+
+def _verify_call(node: Node) -> None:
+    for holds, rule in RULES.get(node.target, ()):
+        if not holds(node):
+            raise _broken(node, rule)
+    expected = format_type(infer(node))
+    found = format_type(node.meta.get("val"))
+    if expected != found:
+        raise _broken(node, f"expected type {expected}, found {found}")
+
+
+def _broken(node: Node, reason: str) -> VerifyError:
+    return VerifyError(f"%{node.name}: {reason}\n  {format_node(node)[:200]}")
+
+
+def _is_amax(node: object) -> bool:
+    val = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(val, torch.Tensor) and val.dtype == torch.float32 and val.shape == ()
+
+
+def _rank(position: int, rank: int) -> Callable[[Node], bool]:
+    return lambda node: _shape(node.args[position]) is not None and len(_shape(node.args[position]) or ()) == rank
+
+
+def _shape(node: object) -> tuple[int, ...] | None:
+    val = node.meta.get("val") if isinstance(node, Node) else None
+    return tuple(val.shape) if isinstance(val, torch.Tensor) else None
+
+
+def _same_shapes(node: Node) -> bool:
+    slices = node.args[0]
+    return isinstance(slices, (list, tuple)) and len({_shape(s) for s in slices}) == 1
+
+
+RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
+    dialect.EXPERT_LINEAR: (
+        (_rank(0, 2), "expected tokens x [T, in]"),
+        (_rank(1, 3), "expected a fused weight w [E, out, in]"),
+        (lambda n: (_shape(n.args[0]) or (0, -1))[1] == (_shape(n.args[1]) or (0, 0, 0))[2], "x and w disagree on `in`"),
+    ),
+    dialect.SLICE: (
+        (_rank(0, 3), "expected a fused weight w [E, out, in]"),
+        (lambda n: 0 <= n.args[1] < (_shape(n.args[0]) or (0,))[0], "the expert index is out of range"),  # type: ignore[operator]
+    ),
+    dialect.SYNC: ((lambda n: bool(n.args[0]) and all(map(_is_amax, n.args[0])), "expected amaxes, f32[] each"),),  # type: ignore[arg-type]
+    dialect.QUANTIZE: (
+        (lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),
+        (lambda n: n.kwargs.get("format") in dialect.FORMATS, f"format is one of {', '.join(dialect.FORMATS)}"),
+        (lambda n: n.kwargs.get("scale") in dialect.SCALES, f"scale is one of {', '.join(dialect.SCALES)}"),
+        (
+            lambda n: n.kwargs.get("format") != "nvfp4" or (_shape(n.args[0]) or (1,))[-1] % 16 == 0,
+            "nvfp4 needs a last dimension that is a multiple of 16",
+        ),
+    ),
+    dialect.STACK: ((_same_shapes, "the slices differ in shape"),),
+    dialect.PACK_NVFP4: ((lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),),
+}
+
+
+def infer(node: Node) -> object:
+    """The value's type (meta tensors, numbers) that the node's operator gives for its inputs' types."""
+    args = map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+    rule = _FXQ_SHAPES.get(node.target)
+    if rule is not None:
+        return rule(*args, **kwargs)  # type: ignore[misc]
+    if node.target is operator.getitem:
+        return args[0][args[1]]  # type: ignore[index]
+    key = _key((args, kwargs))
+    try:
+        return _run(node.target, key)
+    except (RuntimeError, TypeError, NotImplementedError, IndexError, ValueError) as error:
+        raise _broken(node, f"{format_target(node.target)} rejects its arguments: {str(error).splitlines()[0]}") from error
+
+
+def _key(value: object) -> object:
+    """A hashable stand-in for arguments: repeated layers hit the cache instead of dispatching again."""
+    match value:
+        case torch.Tensor():
+            return (torch.Tensor, tuple(value.shape), value.dtype)
+        case list() | tuple():
+            return (list if isinstance(value, list) else tuple, *map(_key, value))
+        case dict():
+            return (dict, *((k, _key(v)) for k, v in value.items()))
+        case bool() | int() | float():
+            return (type(value).__name__, value)
+    return value
+
+
+def _unkey(key: object) -> object:
+    match key:
+        case (kind, shape, dtype) if kind is torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        case (kind, *items) if kind is list or kind is tuple:
+            return kind(map(_unkey, items))
+        case (kind, *items) if kind is dict:
+            return {k: _unkey(v) for k, v in items}
+        case (str(), value):
+            return value
+    return torch.device("meta") if isinstance(key, torch.device) else key
+
+
+@lru_cache(maxsize=4096)
+def _run(target: Callable[..., object], key: object) -> object:
+    args, kwargs = _unkey(key)  # type: ignore[misc]
+    with torch.device("meta"):
+        return target(*args, **kwargs)
