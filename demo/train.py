@@ -144,7 +144,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         eos_token=END,
         pad_token=END,
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=1024,
     )
 
 
@@ -171,7 +171,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, top_k: int) -> Qwen3MoeForCau
         num_experts_per_tok=top_k,
         moe_intermediate_size=64,
         norm_topk_prob=True,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -243,7 +243,7 @@ def train(model: Qwen3MoeForCausalLM, stream: torch.Tensor, args: argparse.Names
     last = len(stream) - args.seq_len - 1
     starts = torch.randint(last, (args.steps, args.batch, 1), generator=generator).to(device)
     offsets = torch.arange(args.seq_len + 1, device=device)
-    losses: list[torch.Tensor] = []
+    losses = torch.zeros(args.steps, device=device)
     began = time.perf_counter()
     for step in range(args.steps):
         weights = {n: p.bfloat16() for n, p in params.items()} if device.type == "cuda" else params
@@ -255,9 +255,9 @@ def train(model: Qwen3MoeForCausalLM, stream: torch.Tensor, args: argparse.Names
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        losses.append(loss.detach())
+        losses[step] = loss.detach()
         if (step + 1) % max(1, min(250, args.steps // 4)) == 0:
-            mean, seconds = torch.stack(losses[-100:]).mean().item(), time.perf_counter() - began
+            mean, seconds = losses[max(0, step - 99) : step + 1].mean().item(), time.perf_counter() - began
             print(
                 f"step {step + 1}/{args.steps}: train loss {mean:.4f}, imbalance {imbalance.item():.3f}, "
                 f"gradient norm {norm.item():.2f}, {seconds:.0f} s",

@@ -1,0 +1,33 @@
+"""fxq: a declarative graph-transform compiler over torch.fx that turns Hugging Face models into NVFP4 checkpoints.
+
+    compiled = fxq.compile("path/to/model", "nvfp4_experts_only_mse-fp8_cast_kv", calib=["some text", ...])
+    compiled.save("path/to/output")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fxq.errors import CheckpointError, FxqError, SourceError, SpecError, TraceError, VerifyError
+
+if TYPE_CHECKING:
+    from fxq.compiler import Compiled, compile
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "Compiled",
+    "FxqError",
+    "SourceError",
+    "SpecError",
+    "TraceError",
+    "VerifyError",
+    "compile",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """torch and transformers load when they are first needed, not when fxq is imported."""
+    if name in ("compile", "Compiled"):
+        from fxq import compiler
+
+        return getattr(compiler, name)
+    raise AttributeError(f"module 'fxq' has no attribute {name!r}")

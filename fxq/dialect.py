@@ -25,7 +25,7 @@ _LIB.define("value(str name) -> Tensor")
 _LIB.define("load(str key, *, int[] shape, ScalarType dtype) -> Tensor")
 _LIB.define("pack_nvfp4(Tensor w, Tensor amax, *, str scale) -> Tensor[]")
 _LIB.define("store_linear(str name, Tensor[] packed, Tensor? input_amax, *, int start, int end) -> ()")
-_LIB.define("store_scale(str name, Tensor amax, float divisor) -> ()")
+_LIB.define("store_kv(str attention, Tensor? k_amax, Tensor? v_amax, *, str format) -> ()")
 _LIB.define("store(str key, Tensor t) -> ()")
 
 
@@ -85,7 +85,7 @@ _EAGER: dict[str, Callable[..., object]] = {
     "load": _load,
     "pack_nvfp4": _pack_nvfp4,
     "store_linear": _store,
-    "store_scale": _store,
+    "store_kv": _store,
     "store": _store,
 }
 
@@ -113,7 +113,7 @@ SHAPES: dict[str, Callable[..., object]] = {
         _meta(w.shape[:-2], torch.float32),
     ],
     "store_linear": lambda *args, **kwargs: None,
-    "store_scale": lambda *args, **kwargs: None,
+    "store_kv": lambda *args, **kwargs: None,
     "store": lambda *args, **kwargs: None,
 }
 
@@ -132,6 +132,6 @@ VALUE = torch.ops.fxq.value.default
 LOAD = torch.ops.fxq.load.default
 PACK_NVFP4 = torch.ops.fxq.pack_nvfp4.default
 STORE_LINEAR = torch.ops.fxq.store_linear.default
-STORE_SCALE = torch.ops.fxq.store_scale.default
+STORE_KV = torch.ops.fxq.store_kv.default
 STORE = torch.ops.fxq.store.default
-STORES = frozenset({STORE_LINEAR, STORE_SCALE, STORE})
+STORES = frozenset({STORE_LINEAR, STORE_KV, STORE})

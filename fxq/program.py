@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ class TensorInfo:
 class Stored:
     """Where one parameter of the model lies in the hub's checkpoint.
 
-    `keys[p][e]` is the tensor that holds part `p` (gate, then up) of expert `e`; parts are concatenated along rows,
-    experts stacked. `fused` says that the checkpoint holds the parameter in one piece, `keys == ((key,),)`.
+    `keys[p][e]` is the tensor that holds part `p` (gate, then up) of expert `e`; parts have `rows[p]` rows each and
+    are concatenated along them, experts stacked if `stacked`. `fused` says that the checkpoint holds the parameter
+    in one piece: `keys == ((key,),)`.
     """
 
     keys: tuple[tuple[str, ...], ...]
     rows: tuple[int, ...] = ()
     fused: bool = True
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Program:
     tokens: fused weight name -> int64 [experts], the tokens each expert saw while calibrating.
     constants: small tensors the trace lifted out of the model, by the name of the node that reads them.
     bootstrapped: names of the amax nodes that calibrate-bootstrap filled.
+    calibrated: the graph that was lowered, which simulates the deployed model; None until then.
     """
 
     graph: Graph
@@ -63,3 +67,22 @@ class Program:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     bootstrapped: set[str] = field(default_factory=set)
+    calibrated: Graph | None = None
+
+
+class WeightSource(Protocol):
+    """Where tensors come from: a checkpoint directory read lazily, or a live model. Nothing is cached or written."""
+
+    hub: Hub
+
+    def read(self, name: str) -> Tensor:
+        """A parameter or persistent buffer by its name in memory, on the CPU; SourceError if it cannot be read."""
+        ...
+
+    def read_expert(self, name: str, expert: int) -> Tensor:
+        """`read(name)[expert]` without building the rest of a fused weight."""
+        ...
+
+    def read_hub(self, key: str) -> Tensor:
+        """A tensor of the checkpoint under the hub's name, exactly as stored."""
+        ...

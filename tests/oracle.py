@@ -33,11 +33,11 @@ TORCH_DTYPES = {
 
 
 def dequantized_model(out_dir: Path | str, work_dir: Path | str) -> Path:
-    """Write `work_dir`: the checkpoint `out_dir` with each quantized linear as one bf16 `.weight`, under the hub's names.
+    """Write `work_dir`: `out_dir` with each quantized linear as one bf16 `.weight` under its hub name.
 
-    Scales (KV too), quantization_config and hf_quant_config.json are left out, other tensors and files copied, so
-    `AutoModelForCausalLM.from_pretrained(work_dir)` loads it. Shards keep their names; one is in memory at a time.
-    Raises FileExistsError if `work_dir` exists.
+    Scales (KV too), quantization_config and hf_quant_config.json are left out, other tensors and files
+    copied, so `AutoModelForCausalLM.from_pretrained(work_dir)` loads it. Shards keep their names; one is in
+    memory at a time. Raises FileExistsError if `work_dir` exists.
     """
     out, work = read_checkpoint(out_dir), Path(work_dir)
     work.mkdir(parents=True)
@@ -48,7 +48,8 @@ def dequantized_model(out_dir: Path | str, work_dir: Path | str) -> Path:
     for name, entry in out.tensors.items():
         if name not in dropped:
             names[entry.shard].append(name)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for shard, members in names.items():
         tensors = {name: _tensor(out, name, name.removesuffix(".weight") in quantized) for name in members}
         save_file(tensors, work / shard, metadata={"format": "pt"})
@@ -68,12 +69,10 @@ def dequantized_model(out_dir: Path | str, work_dir: Path | str) -> Path:
 def perplexity(model_dir: Path | str, token_lists: Iterable[Sequence[int]], window: int = 512) -> float:
     """exp of the mean negative log likelihood (nats) over all predicted tokens, of a bf16 model on CPU.
 
-    Each list is cut into consecutive windows of at most `window` tokens, run one at a time; in a window every token
-    but the first is predicted from those before it. Logits are taken to float32 before the softmax.
+    Each list is cut into consecutive windows of at most `window` tokens, run one at a time; in a window every
+    token but the first is predicted from those before it. Logits are taken to float32 before the softmax.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.bfloat16, local_files_only=True
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, local_files_only=True)
     total, count = 0.0, 0
     with torch.inference_mode():
         for tokens in token_lists:

@@ -1,7 +1,8 @@
-"""An independent reader and checker of NVFP4 checkpoints in ModelOpt format, written from docs/checkpoint_contract.md.
+"""An independent reader and checker of ModelOpt NVFP4 checkpoints, from docs/checkpoint_contract.md alone.
 
-It parses safetensors itself and shares no code with the writer. `check` returns findings, one sentence each; an empty
-list means that every rule of the contract that can be seen in the files holds. "Section n" is a section of the contract.
+It parses safetensors itself and shares no code with the writer. `check` returns findings, one sentence each;
+an empty list means that every rule of the contract that can be seen in the files holds. "Section n" is a
+section of the contract.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
 FORMAT = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 KV_FORMAT = {"dynamic": False, "num_bits": 8, "type": "float"}
 INDEX, CONFIG, QUANT_CONFIG = "model.safetensors.index.json", "config.json", "hf_quant_config.json"
-# Files of a source that a quantized copy need not repeat: weights, other index files, and text about the source.
+# Files of a source that a copy need not repeat: weights, other index files, text about the source.
 NOT_SIDE_FILES = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|tflite|index\.json|md|png|jpg|pdf)"
     r"|config\.json|hf_quant_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY).*|\..*",
     re.IGNORECASE,
 )
 
-# A relative fp32 error of a few ulp: weight_scale_2 may be amax * fp32(1/2688) or a true division (section 1).
+# A few ulp of fp32: weight_scale_2 may be amax * fp32(1/2688) or a true division (section 1).
 SCALE_TOLERANCE = 1e-6
 # Correct NVFP4 weights are near 20 dB; swapped nibbles, wrong signs or a scale off by 2 are below 7.
 LEAST_SQNR_DB = 8.0
@@ -86,7 +87,7 @@ CHUNK_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a shard: its safetensors dtype and shape, and its bytes [begin, end) counted from the file's start."""
+    """One tensor of a shard: safetensors dtype, shape, and its bytes [begin, end) from the file's start."""
 
     shard: str
     dtype: str
@@ -104,8 +105,8 @@ class Entry:
 class Checkpoint:
     """A directory of safetensors shards with its JSON files; nothing but headers is in memory.
 
-    `findings` holds what is wrong with shards, index and JSON. `config` is config.json, `quant` hf_quant_config.json,
-    each None when absent.
+    `findings` holds what is wrong with shards, index and JSON. `config` is config.json, `quant`
+    hf_quant_config.json, each None when absent.
     """
 
     path: Path
@@ -116,7 +117,7 @@ class Checkpoint:
     findings: tuple[str, ...]
 
     def raw(self, name: str) -> Array:
-        """The stored elements as a read-only memory map of the tensor's shape; BF16 as uint16, F8 as uint8 codes."""
+        """The stored elements, a read-only memory map of the tensor's shape: BF16 as uint16, F8 as uint8."""
         entry = self.tensors[name]
         dtype = np.dtype(DTYPES[entry.dtype])
         if entry.size == 0:
@@ -127,7 +128,7 @@ class Checkpoint:
         return flat.reshape(entry.shape)
 
     def array(self, name: str, rows: slice = slice(None)) -> Array:
-        """The values, or `rows` of the first axis: BF16 decoded to float32, F8 as uint8 codes, others as stored."""
+        """Values of `rows` of the first axis: BF16 decoded to float32, F8 as uint8 codes, others as is."""
         raw = self.raw(name)
         raw = np.array(raw[rows] if raw.ndim else raw)
         if self.tensors[name].dtype != "BF16":
@@ -135,13 +136,13 @@ class Checkpoint:
         return (raw.astype(np.uint32) << 16).view(np.float32)
 
     def quantized_linears(self) -> list[str]:
-        """Sorted names of modules with a U8 `.weight`, a `.weight_scale` or a `.weight_scale_2`; complete or not."""
+        """Sorted modules with a U8 `.weight`, a `.weight_scale` or a `.weight_scale_2`; complete or not."""
         names = {_module(n, s) for n in self.tensors for s in SCALES[:2] if n.endswith("." + s)}
         weights = {n: e for n, e in self.tensors.items() if n.endswith(".weight")}
         return sorted(names | {_module(n, "weight") for n, e in weights.items() if e.dtype == "U8"})
 
     def dequantize(self, name: str, rows: slice = slice(None)) -> Array:
-        """float32 [N, K] (or `rows` of it) of the quantized linear `name`, each value the exact product rounded once."""
+        """float32 [N, K] (or `rows`) of the quantized linear `name`: the exact products, rounded once."""
         scale_2 = float(self.array(f"{name}.weight_scale_2").reshape(()))
         packed, scale = self.array(f"{name}.weight", rows), self.array(f"{name}.weight_scale", rows)
         return reference.dequantize(packed, scale, scale_2).astype(np.float32)
@@ -157,7 +158,8 @@ class Checkpoint:
 def read_checkpoint(directory: Path | str) -> Checkpoint:
     """Parse every shard header and JSON file of `directory`; problems are collected in `findings`.
 
-    With an index only the shards that it names count, others are findings. Raises FileNotFoundError without shards.
+    With an index only the shards that it names count, others are findings. Raises FileNotFoundError without
+    shards.
     """
     path = Path(directory)
     findings: list[str] = []
@@ -180,11 +182,12 @@ def read_checkpoint(directory: Path | str) -> Checkpoint:
 
 
 def check(directory: Path | str, source_dir: Path | str | None = None) -> list[str]:
-    """Every way in which `directory` breaks the contract (sections 1 to 4), as sentences; empty when it is good.
+    """Every way in which `directory` breaks the contract, as sentences; empty when it is good.
 
-    With `source_dir`, also that each source tensor is there byte for byte or as a quantized linear of its shape, that
-    nothing but scales was added, that `weight_scale_2` is an amax of the source over 6 * 448 (or 6 * 256), that the
-    weights decode to the source within NVFP4's error, and that config.json and the side files are the source's.
+    With `source_dir`, also that each source tensor is there byte for byte or as a quantized linear of its
+    shape, that nothing but scales was added, that `weight_scale_2` is an amax of the source over 6 * 448 (or
+    6 * 256), that the weights decode to the source within NVFP4's error, and that config.json and the side
+    files are the source's.
     """
     try:
         out = read_checkpoint(directory)
@@ -213,9 +216,10 @@ def check(directory: Path | str, source_dir: Path | str | None = None) -> list[s
 
 
 def sqnr_db(directory: Path | str, source_dir: Path | str, only: str = "") -> float:
-    """10 log10 of sum(w^2) / sum((w - w')^2) in float64 over the quantized linears whose name contains `only`.
+    """10 log10 of sum(w^2) / sum((w - w')^2) in float64, over quantized linears with `only` in their name.
 
-    w is the source's `.weight` (FP8 sources times their `weight_scale_inv`), w' the dequantized one. inf when exact.
+    w is the source's `.weight` (FP8 sources times their `weight_scale_inv`), w' is `dequantize`'s. inf when
+    exact.
     """
     out, source = read_checkpoint(directory), read_checkpoint(source_dir)
     names = [name for name in out.quantized_linears() if only in name]
@@ -226,7 +230,7 @@ def sqnr_db(directory: Path | str, source_dir: Path | str, only: str = "") -> fl
 
 
 def vllm_name(name: str, modules: set[str]) -> str:
-    """vLLM's own name for a hub module: fused where siblings are among `modules`, `...experts` for an expert's."""
+    """vLLM's name for a hub module: fused if siblings are among `modules`, `...experts` for an expert's."""
     if match := EXPERT.fullmatch(name):
         return match["layer"]
     parent, _, leaf = name.rpartition(".")
@@ -234,9 +238,6 @@ def vllm_name(name: str, modules: set[str]) -> str:
         if leaf in members and sum(_join(parent, m) in modules for m in members) > 1:
             return _join(parent, fused)
     return name
-
-
-# Files and headers.
 
 
 def _read_json(path: Path, findings: list[str]) -> Json | None:
@@ -263,9 +264,10 @@ def _parse_object(text: str, where: str, findings: list[str]) -> Json:
 
 
 def _read_header(path: Path, findings: list[str]) -> dict[str, Entry]:
-    """Tensors of one safetensors file: u64 LE header length, JSON header, data; ValueError when that much is broken.
+    """Tensors of one safetensors file: u64 LE header length, JSON header, data; ValueError if unreadable.
 
-    Offsets must tile the data without holes or overlaps (findings); a tensor's bytes must be what dtype and shape say.
+    Offsets must tile the data without holes or overlaps (findings); a tensor's bytes must be what dtype and
+    shape say.
     """
     total = path.stat().st_size
     with path.open("rb") as file:
@@ -293,7 +295,7 @@ def _entry(shard: str, name: str, value: Any, data: int) -> Entry:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{shard}: {name}: expected dtype, shape, data_offsets; found {value!r}") from error
-    if dtype not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+    if str(dtype) not in DTYPES or not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"{shard}: {name}: unknown dtype, or sizes that are no counts, in {value!r}")
     if set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shard}: {name}: unknown keys in {value!r}")
@@ -308,7 +310,7 @@ def _check_layout(shard: str, entries: dict[str, Entry], data: int, total: int) 
         if entry.begin != position:
             kind = "a hole" if entry.begin > position else "an overlap"
             yield f"{shard}: {name}: {kind}: starts at {entry.begin}, the tensor before ends at {position}"
-        position = entry.end
+        position = max(position, entry.end)
     if position != total:
         yield f"{shard}: tensors end at byte {position}, the file at {total}"
     if position > total:
@@ -342,11 +344,8 @@ def _checked_against_index(
     return tensors
 
 
-# Rules of the contract.
-
-
 def _scheme(out: Checkpoint) -> dict[str, str]:
-    """Quantized linear -> NVFP4 or W4A16_NVFP4 as the configs say (config.json before the other, as engines do)."""
+    """Quantized linear -> NVFP4 or W4A16_NVFP4 by the configs (config.json first, as engines do)."""
     config = _quantization_config(out) or _quantization(out)
     algorithm = config.get("quant_algo", "NVFP4")
     layers = config.get("quantized_layers")
@@ -536,9 +535,10 @@ def _check_exclude(out: Checkpoint, scheme: dict[str, str]) -> Iterator[str]:
         for name in sorted(modules - set(scheme)):
             if not excluded(name):
                 yield f"exclude list: {name} is not quantized and not listed"
-    if not any(_leaf(name) == "lm_head" for name in modules):
-        if not any(_leaf(entry) == "lm_head" or fnmatchcase("lm_head", entry) for entry in entries):
-            yield "exclude list: lm_head (tied, no tensor) is not listed"
+    heads = [name for name in modules if _leaf(name) == "lm_head"]
+    listed = [entry for entry in entries if _leaf(entry) == "lm_head" or fnmatchcase("lm_head", entry)]
+    if not heads and not listed:
+        yield "exclude list: lm_head (tied, no tensor) is not listed"
     prefixes: dict[str, str] = {}
     for name in scheme:
         prefixes.setdefault(vllm_name(name, modules), name)
@@ -556,7 +556,7 @@ def _check_exclude(out: Checkpoint, scheme: dict[str, str]) -> Iterator[str]:
 
 
 def _check_entries_exist(out: Checkpoint, entries: set[str], quantized: set[str]) -> Iterator[str]:
-    """Section 9: nothing but unquantized modules; lm_head and embed_tokens may have no tensor of their own."""
+    """Section 9: nothing but unquantized modules; lm_head and embed_tokens may have no tensor."""
     paths = [name.split(".") for name in out.tensors]
     modules = {".".join(path[:i]) for path in paths for i in range(1, len(path) + 1)}
     for entry in sorted(entries - modules - quantized):
@@ -567,7 +567,7 @@ def _check_entries_exist(out: Checkpoint, entries: set[str], quantized: set[str]
 
 
 def _check_kv(out: Checkpoint) -> Iterator[str]:
-    """Section 2: k_scale and v_scale of every attention layer, or none; none without kv_cache_scheme; F32 [] > 0."""
+    """Section 2: k_scale and v_scale of every attention layer, or none; none undeclared; F32 [] > 0."""
     found = sorted(n for n in out.tensors if n.endswith((".k_scale", ".v_scale")))
     if not found:
         return
@@ -585,7 +585,7 @@ def _check_kv(out: Checkpoint) -> Iterator[str]:
 
 
 def _attention_layers(out: Checkpoint) -> list[str]:
-    """Modules with k_proj and v_proj (or a stored qkv_proj) that calibration runs: no vision, audio or MTP layers."""
+    """Modules with k_proj and v_proj (or a stored qkv_proj), less vision, audio and MTP layers."""
     modules = set(out.linears)
     depth = _config_values(out, ("num_hidden_layers",))
     layers = []
@@ -613,7 +613,7 @@ def _check_fusion(out: Checkpoint) -> Iterator[str]:
 
 
 def _check_experts(out: Checkpoint) -> Iterator[str]:
-    """Sections 3 and 9: experts 0..E-1 alike, all quantized or none, one input_scale a layer for gate/up and for down."""
+    """Sections 3 and 9: experts 0..E-1 alike, all or none quantized; one gate/up and one down input_scale."""
     quantized = set(out.quantized_linears())
     counts = _config_values(out, EXPERT_COUNTS)
     layers: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -628,12 +628,12 @@ def _check_experts(out: Checkpoint) -> Iterator[str]:
         names = [_join(layer, f"{e}.{p}") for e in range(wanted) for p in projections]
         present = [n for n in names if f"{n}.weight" in out.tensors]
         if missing := sorted(set(names) - set(present)):
-            yield f"{layer}: expected {wanted} experts, each {projections}; {len(missing)} missing: {missing[0]}"
+            yield f"{layer}: expected {wanted} experts with {projections}; missing: {missing[0]}"
         if extra := [e for e in experts if e >= wanted]:
             yield f"{layer}: expected {wanted} experts, found expert {max(extra)}"
-        if plain := [n for n in present if n not in quantized]:
-            if len(plain) < len(present):
-                yield f"{plain[0]}: not quantized, but {len(present) - len(plain)} linears of the same experts are"
+        plain = [n for n in present if n not in quantized]
+        if 0 < len(plain) < len(present):
+            yield f"{plain[0]}: not quantized, but {len(present) - len(plain)} others of {layer} are"
         for side, leaves in EXPERT_INPUTS.items():
             members = [n for n in present if _leaf(n) in leaves]
             yield from _check_equal(out, members, "input_scale", f"all {side} of {layer}")
@@ -649,9 +649,6 @@ def _check_equal(out: Checkpoint, modules: list[str], scale: str, why: str) -> I
         first, second = list(bits.values())[:2]
         values = [out.array(n).reshape(-1).tolist() for n in (first, second)]
         yield f"{second}: expected the value of {first} ({why}), found {values[1]} against {values[0]}"
-
-
-# Comparison with the source.
 
 
 def _check_tensors_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]:
@@ -681,7 +678,7 @@ def _check_tensors_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]
 
 
 def _check_weights_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]:
-    """Section 1 in values: weight_scale_2 is a group's amax over 6 * 448 (or 6 * 256), weights decode to the source's.
+    """Section 1 in values: weight_scale_2 is a group's amax / 2688 (or 1536), weights decode to the source's.
 
     Linears with bit-equal weight_scale_2 count as one group, so a group may be wider than what engines merge.
     """
@@ -692,7 +689,7 @@ def _check_weights_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]
         signal, noise = _signal_noise(out, source, name)
         amaxes[name] = max(float(np.abs(part).max()) for part in _source_rows(source, name))
         if signal > 0 and not _decibel(signal, noise) >= LEAST_SQNR_DB:
-            yield f"{name}: {_decibel(signal, noise):.1f} dB from its source, expected {LEAST_SQNR_DB:.0f} or more"
+            yield f"{name}: {_decibel(signal, noise):.1f} dB from its source, expected {LEAST_SQNR_DB} and up"
     sharing: dict[float, list[str]] = defaultdict(list)
     for name in amaxes:
         sharing[float(out.array(f"{name}.weight_scale_2").reshape(()))].append(name)
@@ -700,7 +697,7 @@ def _check_weights_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]
         largest = max(names, key=amaxes.__getitem__)
         wanted = [amaxes[largest] / (6 * top) for top in (448, 256)]
         if amaxes[largest] > 0 and not any(math.isclose(scale, w, rel_tol=SCALE_TOLERANCE) for w in wanted):
-            yield f"{largest}.weight_scale_2: expected the group's amax / 2688 = {wanted[0]:.9g}, found {scale:.9g}"
+            yield f"{largest}.weight_scale_2: expected amax / 2688 = {wanted[0]:.9g}, found {scale:.9g}"
 
 
 def _check_files_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]:
@@ -710,7 +707,7 @@ def _check_files_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]:
         config.pop("quantization_config", None)
     for key in sorted(set(ours) | set(theirs)):
         if (key in ours) != (key in theirs) or not _same(ours.get(key), theirs.get(key)):
-            yield f"{CONFIG}: {key} is {ours.get(key, 'absent')!r}, in the source {theirs.get(key, 'absent')!r}"
+            yield f"{CONFIG}: {key} is {ours.get(key, '-')!r}, in the source {theirs.get(key, '-')!r}"
     files = [*source.path.iterdir(), *source.path.glob("additional_chat_templates/*")]
     for file in sorted(p for p in files if p.is_file() and not NOT_SIDE_FILES.fullmatch(p.name)):
         relative = file.relative_to(source.path)
@@ -742,14 +739,14 @@ def _readable(out: Checkpoint, name: str) -> bool:
 
 
 def _row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices over the rows of [N, K], about CHUNK_ELEMENTS each, in multiples of 128 rows (an FP8 source's blocks)."""
+    """Slices over the rows of [N, K], about CHUNK_ELEMENTS each, multiples of an FP8 source's 128 rows."""
     step = max(1, CHUNK_ELEMENTS // max(1, shape[1]) // 128) * 128
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
 
 def _source_rows(source: Checkpoint, name: str) -> Iterator[Array]:
-    """The source's `.weight` in chunks of rows, float32 or wider; FP8 sources times their 128 x 128 block scales."""
+    """The source's `.weight` by `_row_slices`, as floats; FP8 sources times their 128 x 128 block scales."""
     entry = source.tensors[f"{name}.weight"]
     for rows in _row_slices(entry.shape):
         part = source.array(f"{name}.weight", rows)
@@ -782,9 +779,6 @@ def _decibel(signal: float, noise: float) -> float:
 def _same_bytes(a: Array, b: Array) -> bool:
     a, b = (x.reshape(-1).view(np.uint8) for x in (a, b))
     return all(np.array_equal(a[i : i + (1 << 26)], b[i : i + (1 << 26)]) for i in range(0, len(a), 1 << 26))
-
-
-# Small helpers.
 
 
 def _module(name: str, suffix: str) -> str:

@@ -1,8 +1,8 @@
-"""References for NVFP4 numbers in numpy, written from docs/checkpoint_contract.md (section 1) and nothing else.
+"""References for NVFP4 numbers in numpy, written from docs/checkpoint_contract.md (section 1) alone.
 
-Everything is evaluated in float64 unless a function takes `dtype`: the contract pins `weight_scale_2`, the max recipe's
-block scales and the codes to fp32 arithmetic (that is what reproduces ModelOpt byte for byte), so byte comparisons
-need fp32 and optimality proofs need float64.
+Everything is evaluated in float64 unless a function takes `dtype`: the contract pins `weight_scale_2`, the
+max recipe's block scales and the codes to fp32 arithmetic (that is what reproduces ModelOpt byte for byte),
+so byte comparisons need fp32 and optimality proofs need float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Array = NDArray[Any]
 BLOCK = 16
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 SIGNED_E2M1 = np.concatenate([E2M1, -E2M1])
-# Midpoints of neighbouring magnitudes: at an odd index the upper neighbour has the even mantissa, so a tie goes up.
+# Midpoints of neighbours: at an odd index the upper neighbour has the even mantissa, so a tie goes up.
 MIDPOINTS = (E2M1[1:] + E2M1[:-1]) / 2
 MAX_FINITE_CODE = 0x7E
 NAN_CODE = 0x7F
@@ -27,7 +27,8 @@ NAN_CODE = 0x7F
 def e4m3_decode(codes: Array) -> Array:
     """uint8 e4m3fn bit patterns to float64, any shape.
 
-    s eeee mmm, bias 7: (1 + m/8) * 2**(e - 7); e = 0 is m/8 * 2**-6; no infinities; s1111111 is NaN (OCP OFP8).
+    s eeee mmm, bias 7: (1 + m/8) * 2**(e - 7); e = 0 is m/8 * 2**-6; no infinities; s1111111 is NaN (OCP
+    OFP8).
     """
     bits = np.asarray(codes, dtype=np.uint8).astype(np.int64)
     exponent, mantissa = bits >> 3 & 15, bits & 7
@@ -45,7 +46,8 @@ POSITIVE_E4M3 = E4M3[
 def e4m3_codes(x: Array) -> Array:
     """uint8 codes of `e4m3_round(x)`, the shape of x: 1..126 only.
 
-    x is clamped to [2**-9, 448], then rounded to nearest, ties to the even code (even mantissa). NaN is refused.
+    x is clamped to [2**-9, 448], then rounded to nearest, ties to the even code (even mantissa). NaN is
+    refused.
     """
     values = np.asarray(x, dtype=np.float64)
     if np.isnan(values).any():
@@ -59,12 +61,12 @@ def e4m3_codes(x: Array) -> Array:
 
 
 def e4m3_round(x: Array) -> Array:
-    """float64 of the nearest positive e4m3fn value after clamping x to [2**-9, 448], ties to even mantissa."""
+    """float64: the nearest positive e4m3fn value to x clamped to [2**-9, 448], ties to even mantissa."""
     return e4m3_decode(e4m3_codes(x))
 
 
 def weight_scale_2(amax: float, fp8_max: int = 448) -> np.float32:
-    """float32(amax) * float32(1 / (6 * fp8_max)), both fp32; fp8_max is 448, or 256 for four-over-six (section 1)."""
+    """float32(amax) * float32(1 / (6 * fp8_max)) in fp32; fp8_max is 448, or 256 for four-over-six."""
     scale = np.float32(amax) * np.float32(1.0 / (6 * fp8_max))
     if not (np.isfinite(scale) and scale > 0):
         raise ValueError(f"expected an amax whose scale is finite and positive, found amax {amax!r}")
@@ -85,7 +87,8 @@ def unpack(packed: Array) -> Array:
 def dequantize(packed: Array, scale: Array, scale_2: float) -> Array:
     """float64 [N, K] of packed uint8 [N, K/2], e4m3 bytes uint8 [N, K/16] and the fp32 multiplier `scale_2`.
 
-    W[n, k] = e2m1(code) * float(scale[n, k // 16]) * scale_2 (section 1); the product of the three is exact in float64.
+    W[n, k] = e2m1(code) * float(scale[n, k // 16]) * scale_2 (section 1); the product of the three is exact
+    in float64.
     """
     n, half = packed.shape
     if (
@@ -100,12 +103,13 @@ def dequantize(packed: Array, scale: Array, scale_2: float) -> Array:
 
 
 def quantize_codes(w: Array, scale: Array, dtype: DTypeLike = np.float64) -> Array:
-    """uint8 codes 0..15 (sign << 3 | magnitude index), the shape of w: nearest e2m1 of w / scale, ties to even.
+    """uint8 codes 0..15 (sign << 3 | index), the shape of w: nearest e2m1 of w / scale, ties to even.
 
     w [..., K]; scale [..., K/16] holds one positive multiplier a block (block scale * weight_scale_2), or is
-    broadcast against w. Ties .25, 1.25, 2.5, 5 go down and .75, 1.75, 3.5 up; above 6 saturates; the sign bit is
-    w < 0, so -0.0 gives 0 and a small negative value gives 8 (section 1). In float64 w is compared with the exact
-    midpoint * scale (no division); in float32 the scale and the quotient are rounded first, as ModelOpt does.
+    broadcast against w. Ties .25, 1.25, 2.5, 5 go down and .75, 1.75, 3.5 up; above 6 saturates; the sign bit
+    is w < 0, so -0.0 gives 0 and a small negative value gives 8 (section 1). In float64 w is compared with
+    the exact midpoint * scale (no division); in float32 the scale and the quotient are rounded first, as
+    ModelOpt does.
     """
     w, scale = np.asarray(w, dtype=dtype), np.asarray(scale, dtype=dtype)
     if scale.ndim == w.ndim and scale.shape == (*w.shape[:-1], w.shape[-1] // BLOCK):
@@ -124,8 +128,9 @@ def quantize_codes(w: Array, scale: Array, dtype: DTypeLike = np.float64) -> Arr
 def max_block_scales(w: Array, amax: float, fp8_max: int = 448, dtype: DTypeLike = np.float32) -> Array:
     """uint8 e4m3 codes [N, K/16] of the max recipe for w [N, K] and the amax of its fusion group.
 
-    fp8(clamp(amax_block / (6 * weight_scale_2), 2**-9, 448)); a block of zeros gets 1.0 (section 1). The product and
-    the quotient are rounded to `dtype`; fp32 decides exact ties such as amax_block / amax = 27/28.
+    fp8(clamp(amax_block / (6 * weight_scale_2), 2**-9, 448)); a block of zeros gets 1.0 (section 1). The
+    product and the quotient are rounded to `dtype`; fp32 decides exact ties such as amax_block / amax =
+    27/28.
     """
     block_amax = np.abs(_blocks(w)).max(axis=-1).astype(dtype)
     six = np.asarray(6, dtype=dtype) * np.asarray(weight_scale_2(amax, fp8_max), dtype=dtype)
@@ -133,7 +138,7 @@ def max_block_scales(w: Array, amax: float, fp8_max: int = 448, dtype: DTypeLike
 
 
 def block_loss(w: Array, scale_codes: Array, amax: float, fp8_max: int = 448) -> Array:
-    """float64 [N, K/16]: squared error of w [N, K] at the e4m3 codes uint8 [N, K/16], each weight at its nearest."""
+    """float64 [N, K/16]: squared error of w [N, K] at the block scale codes uint8 [N, K/16]."""
     blocks = np.abs(_blocks(w))
     scale = e4m3_decode(scale_codes) * np.float64(weight_scale_2(amax, fp8_max))
     return _squared_error(blocks.reshape(-1, BLOCK), scale.reshape(-1, 1)).reshape(scale.shape)
@@ -141,7 +146,7 @@ def block_loss(w: Array, scale_codes: Array, amax: float, fp8_max: int = 448) ->
 
 @dataclass(frozen=True)
 class Search:
-    """Per block the e4m3 code uint8 [N, K/16] and its squared error float64 [N, K/16]; `total` is the sum of `loss`."""
+    """The e4m3 code (uint8) and squared error (float64) of each block, [N, K/16]; `total` sums `loss`."""
 
     codes: Array
     loss: Array
@@ -151,8 +156,9 @@ class Search:
 def search_all(w: Array, amax: float, fp8_max: int = 448, chunk: int = 4096) -> Search:
     """Brute force over all 126 positive e4m3 values for every block of 16 of w [N, K], in float64.
 
-    scale = value * float32(amax * float32(1/2688)); the least squared error wins, ties to the smaller value, so
-    a block of zeros gets 2**-9 (section 1). Works on `chunk` blocks at a time, so memory is that of w and the result.
+    scale = value * float32(amax * float32(1/2688)); the least squared error wins, ties to the smaller value,
+    so a block of zeros gets 2**-9 (section 1). Works on `chunk` blocks at a time, so memory is that of w and
+    the result.
     """
     blocks = _blocks(w)
     n, per_row = blocks.shape[:2]
@@ -180,7 +186,7 @@ def _blocks(w: Array) -> Array:
 
 
 def _squared_error(magnitudes: Array, scale: Array | np.float64) -> Array:
-    """float64 [B] of magnitudes [B, 16] at a scale (or scales [B, 1]): sum of squared distances to the grid."""
+    """float64 [B] of magnitudes [B, 16], scale scalar or [B, 1]: sum of squared distances to the grid."""
     magnitudes = magnitudes.astype(np.float64, copy=False)
     nearest = magnitudes.copy()  # the distance to grid point 0
     for point in E2M1[1:]:

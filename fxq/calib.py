@@ -1,0 +1,91 @@
+"""Calibration samples: JSON lines or python values become batches of token ids, checked before anything is traced."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxq.errors import SourceError
+
+TOKENS_PER_BATCH = 4096
+Encode = Callable[[str], Sequence[int]]
+
+
+def load_samples(calib: object, encode: Encode, *, vocabulary: int, samples: int, length: int) -> list[list[int]]:
+    """At most `samples` lists of at most `length` token ids.
+
+    calib: a .jsonl path whose lines are {"text": ...} or {"input_ids": [...]}, or an iterable of such mappings, of
+    strings or of id lists. Raises SourceError naming the line when one cannot be used, or when there are none.
+    """
+    found: list[list[int]] = []
+    for where, item in _items(calib):
+        ids = _ids(item, encode, where)[:length]
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise SourceError(f"{where}: token id {token} is outside the model's vocabulary of {vocabulary}")
+        if ids:
+            found.append(ids)
+        if len(found) == samples:
+            break
+    if not found:
+        raise SourceError(f"{_name(calib)}: expected calibration samples, found none")
+    return found
+
+
+def batches(samples: Iterable[Sequence[int]]) -> list[Tensor]:
+    """int64 [B, S] batches of samples of equal length, about TOKENS_PER_BATCH tokens each: nothing is padded."""
+    by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
+    for ids in samples:
+        by_length[len(ids)].append(ids)
+    made = []
+    for length, group in sorted(by_length.items()):
+        step = max(1, TOKENS_PER_BATCH // length)
+        made += [torch.tensor(group[i : i + step], dtype=torch.long) for i in range(0, len(group), step)]
+    return made
+
+
+def _items(calib: object) -> Iterable[tuple[str, Any]]:
+    if not isinstance(calib, (str, Path)):
+        yield from ((f"calib[{i}]", item) for i, item in enumerate(calib))  # type: ignore[arg-type, call-overload]
+        return
+    path = Path(calib)
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _json(line, f"{path}:{number}")
+    except OSError as error:
+        raise SourceError(f"{path}: cannot read calibration lines: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: expected UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f'{where}: expected JSON such as {{"text": "..."}}: {error}') from error
+
+
+def _ids(item: Any, encode: Encode, where: str) -> list[int]:
+    if isinstance(item, str):
+        return list(encode(item))
+    if isinstance(item, dict):
+        if isinstance(item.get("text"), str):
+            return list(encode(item["text"]))
+        if "input_ids" not in item:
+            raise SourceError(f'{where}: expected a key "text" or "input_ids", found {", ".join(map(str, item)) or "no key"}')
+        item = item["input_ids"]
+    if isinstance(item, Tensor):
+        item = item.flatten().tolist()
+    if isinstance(item, (list, tuple)) and all(isinstance(t, int) and not isinstance(t, bool) for t in item):
+        return list(item)
+    raise SourceError(f"{where}: expected text or a list of token ids, found {str(item)[:60]}")
+
+
+def _name(calib: object) -> str:
+    return str(calib) if isinstance(calib, (str, Path)) else "calib"

@@ -1,0 +1,273 @@
+"""`fxq.compile`: a model and a spec in, a calibrated program out; `save` writes it."""
+
+import copy
+import dataclasses
+import json
+import math
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph
+from transformers import PreTrainedModel
+
+from fxq import calib as calibration
+from fxq import checkpoint, pipeline
+from fxq.errors import CheckpointError, SourceError, SpecError, choices
+from fxq.interpret import Simulate, Streaming, Unquantized
+from fxq.passes import PASSES
+from fxq.pipeline import Progress, Session, no_progress
+from fxq.program import Program, WeightSource
+from fxq.report import Report
+from fxq.spec import Spec, load
+from fxq.trace import Twin, load_config, load_tokenizer, trace, twin_of_config, twin_of_model
+from fxq.weights import Directory, Live
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as fxq sees it: structure on fake tensors, weights behind a source, and the files around them."""
+
+    twin: Twin
+    source: WeightSource
+    config: Mapping[str, Any]
+    directory: Path | None
+    program: Program
+
+
+class Compiled:
+    """A calibrated model.
+
+    graph: the torch.fx graph that simulates the deployed model. program: the lowered checkpoint program and its values.
+    scales: amax node name -> calibrated float32 []. report: counts and measurements; `save` completes it.
+    """
+
+    def __init__(self, model: Model, program: Program, session: Session, report: Report) -> None:
+        self._model, self._session = model, session
+        self.program, self.report = program, report
+
+    @property
+    def graph(self) -> Graph:
+        return self.program.calibrated or self.program.graph
+
+    @property
+    def scales(self) -> Mapping[str, Tensor]:
+        return MappingProxyType(self.program.values)
+
+    def save(self, out: str | Path, *, shard_bytes: int = checkpoint.SHARD_BYTES) -> Report:
+        """Write the checkpoint into `out`, which must not exist or be empty; it appears whole or not at all."""
+        if self.program.calibrated is None:
+            raise CheckpointError(f"{self.report.spec}: the spec has no `lower` pass, so there is nothing to write")
+        out = Path(out)
+        check_output(out, self._model.directory)
+        nodes = len(self.program.graph.nodes)
+        with _timed(self.report, "write"), self._session.progress("pack and write", nodes) as step:
+            written = checkpoint.write(
+                self.program,
+                self._model.source,
+                self._model.config,
+                self._model.directory,
+                out,
+                device=self._session.device,
+                shard_bytes=shard_bytes,
+                step=step,
+            )
+        report = self.report
+        report.measure(written.errors)
+        report.tensors_quantized, report.tensors_excluded = len(written.linears), len(written.excluded)
+        report.bits_per_weight = 8 * written.quantized_bytes / written.weights
+        report.source_bytes, report.output_bytes, report.out = written.source_bytes, written.bytes, str(out)
+        _measure_memory(report, self._session.device)
+        return report
+
+    def perplexity(self, text: object, *, samples: int = 64, seq_len: int = 512) -> tuple[float, float]:
+        """(unquantized, simulated deployed) perplexity per token of a text given like calibration text.
+
+        The second quantizes weights, inputs and KV cache as the checkpoint declares, by running the calibrated graph.
+        """
+        ids = _samples(self._model, text, samples, seq_len)
+        batches = calibration.batches(s for s in ids if len(s) > 1)
+        if not batches:
+            raise SourceError("perplexity needs samples of two tokens or more")
+        with _timed(self.report, "evaluate"):
+            before = self._perplexity(Unquantized, batches, "perplexity before")
+            after = self._perplexity(Simulate, batches, "perplexity after")
+        self.report.perplexity_before, self.report.perplexity_after = before, after
+        return before, after
+
+    def _perplexity(self, kind: type[Streaming], batches: Sequence[Tensor], label: str) -> float:
+        def loss(logits: Tensor, i: int) -> Tensor:
+            targets = batches[i][:, 1:].flatten().to(logits.device)
+            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+
+        with self._session.progress(label, len(self.graph.nodes)) as step:
+            run = kind(self.program, self._model.source, self._session.device, step=step, reduce=loss)
+            losses = run.run_batches(batches)
+        tokens = sum(batch[:, 1:].numel() for batch in batches)
+        return math.exp(float(sum(float(part) for part in losses)) / tokens)
+
+
+def compile(
+    model: str | Path | PreTrainedModel,
+    spec: str | Path | Spec,
+    *,
+    calib: object = None,
+    out: str | Path | None = None,
+    samples: int = 128,
+    seq_len: int = 512,
+    device: str | torch.device = "cpu",
+    format: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> Compiled:
+    """Trace, transform and calibrate a model; with `out`, also write the checkpoint.
+
+    model: a Hugging Face directory with safetensors, or a live model (left as it is). spec: a shipped spec's name, a
+    YAML file, or a Spec. calib: a .jsonl path or an iterable of texts, id lists or such mappings; the first `samples`
+    are used, cut to `seq_len` tokens each. device: "cpu" or "cuda", where calibration and packing run.
+    Raises SpecError, SourceError, TraceError, VerifyError or CheckpointError; on any of them nothing is written.
+    """
+    chosen = _with_format(spec if isinstance(spec, Spec) else load(spec, PASSES), format)
+    where = _device(device)
+    if samples < 1 or seq_len < 1:
+        raise SpecError(f"samples and seq_len are at least 1; found {samples} and {seq_len}")
+    directory = _directory_of(model)
+    if out is not None:
+        check_output(Path(out), directory)
+    needing = pipeline.needs_data(chosen.passes)
+    if needing is not None and calib is None:
+        raise SpecError(f"{chosen.name}: {needing} needs calibration data; give --calib FILE.jsonl (calib=... in python)")
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    report = Report(chosen.name)
+    with _timed(report, "trace"):
+        opened = open_model(model, trust_remote_code=trust_remote_code)
+    ids = _samples(opened, calib, samples, seq_len) if calib is not None else None
+    program = opened.program
+    session = Session(opened.source, where, calibration.batches(ids) if ids is not None else None, progress)
+    report.calibration_tokens = sum(map(len, ids or ()))
+    with _timed(report, "passes"):
+        pipeline.run(chosen.passes, program, session)
+    report.count(program.calibrated or program.graph, program)
+    compiled = Compiled(opened, program, session, report)
+    _measure_memory(report, where)
+    if out is not None:
+        compiled.save(out)
+    return compiled
+
+
+def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> Model:
+    """Trace a directory or live model, and find where each of its parameters lies; no weight is read."""
+    if isinstance(model, PreTrainedModel):
+        return _open_live(model)
+    path = Path(model)
+    if not path.is_dir():
+        raise SourceError(f"{path}: no such directory; expected a Hugging Face model with config.json and safetensors")
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    source = Directory(path)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(source)
+    twin = twin_of_config(config, dtype, trust_remote_code=trust_remote_code)
+    source.attach(twin.model)
+    program = trace(twin)
+    program.hub = source.hub
+    return Model(twin, source, json.loads((path / "config.json").read_text(encoding="utf-8")), path, program)
+
+
+def _open_live(model: PreTrainedModel) -> Model:
+    twin = twin_of_model(model)
+    directory = _directory_of(model)
+    origin = Directory(directory) if directory is not None else None
+    source = Live(model, origin)
+    config = _plain_config(model)
+    if directory is not None and load_config(directory).to_dict() == _comparable(model):
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    program = trace(twin)
+    program.hub = source.hub
+    return Model(twin, source, config, directory, program)
+
+
+def _plain_config(model: PreTrainedModel) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(copy.deepcopy(model.config).to_json_string())
+    config.setdefault("architectures", [type(model).__name__])
+    return config
+
+
+def _comparable(model: PreTrainedModel) -> dict[str, Any]:
+    return copy.deepcopy(model.config).to_dict()
+
+
+def _directory_of(model: str | Path | PreTrainedModel) -> Path | None:
+    """The model's directory: the path itself, or where a live model was loaded from, if it is still there."""
+    if not isinstance(model, PreTrainedModel):
+        return Path(model)
+    name = model.config._name_or_path
+    return Path(name) if name and (Path(name) / "config.json").is_file() else None
+
+
+def _stored_dtype(source: Directory) -> torch.dtype:
+    return next((i.dtype for i in source.infos.values() if i.dtype.is_floating_point and i.dtype.itemsize > 1), torch.bfloat16)
+
+
+def _samples(model: Model, text: object, samples: int, seq_len: int) -> list[list[int]]:
+    text_config = model.twin.config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or seq_len
+    tokenizer: list[Any] = []
+
+    def encode(line: str) -> Sequence[int]:
+        if not tokenizer:
+            if model.directory is None:
+                raise SourceError("calibration text needs a tokenizer; a model without a directory takes input_ids")
+            tokenizer.append(load_tokenizer(model.directory))
+        return tokenizer[0](line)["input_ids"]  # type: ignore[no-any-return]
+
+    return calibration.load_samples(
+        text, encode, vocabulary=text_config.vocab_size, samples=samples, length=min(seq_len, limit)
+    )
+
+
+def check_output(out: Path, model: Path | None) -> None:
+    """CheckpointError if `out` holds something already or lies inside the model's directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: expected a new or empty directory, found {'files in it' if out.is_dir() else 'a file'}")
+    if model is not None and model.resolve() in (out.resolve(), *out.resolve().parents):
+        raise CheckpointError(f"{out}: lies inside the model's directory {model}, which fxq does not touch")
+
+
+def _with_format(spec: Spec, format: str | None) -> Spec:
+    if format is None:
+        return spec
+    if format not in checkpoint.FORMATS:
+        raise SpecError(f"no output format is called {format!r}; there are {choices(checkpoint.FORMATS)}")
+    passes = tuple(dataclasses.replace(p, format=format) if p.name == "lower" else p for p in spec.passes)  # type: ignore[type-var, call-arg]
+    return dataclasses.replace(spec, passes=passes)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise SpecError(f"no device is called {device!r}; there are cpu, cuda") from error
+    if found.type not in ("cpu", "cuda"):
+        raise SpecError(f"fxq runs on cpu or cuda; found {device!r}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise SpecError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return found
+
+
+@contextmanager
+def _timed(report: Report, name: str):  # type: ignore[no-untyped-def]
+    start = time.perf_counter()
+    yield
+    report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _measure_memory(report: Report, device: torch.device) -> None:
+    report.peak_host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        report.peak_device_bytes = torch.cuda.max_memory_allocated(device)

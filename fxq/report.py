@@ -1,0 +1,108 @@
+"""What a compilation did, in figures: for people as a table, for programs as a mapping."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph
+
+from fxq import dialect
+from fxq.facts import is_weight_quantize
+from fxq.program import Program
+from fxq.structure import root, shape_of
+
+
+@dataclass
+class Report:
+    """Counts and measurements of one compilation; None where something was not measured.
+
+    sqnr_db: 10 log10(sum w**2 / sum (w - w')**2) over all quantized weights; worst_*: the weight with the lowest.
+    bits_per_weight: bytes of the quantized linears, scales included, times 8, by their weights.
+    """
+
+    spec: str
+    quantize_nodes: int = 0
+    expert_nodes: int = 0
+    linear_nodes: int = 0
+    input_nodes: int = 0
+    kv_nodes: int = 0
+    experts: int = 0
+    dead_experts: int | None = None
+    bootstrapped: int = 0
+    unseen_inputs: int = 0
+    groups: int = 0
+    calibration_tokens: int = 0
+    tensors_quantized: int | None = None
+    tensors_excluded: int | None = None
+    bits_per_weight: float | None = None
+    sqnr_db: float | None = None
+    expert_sqnr_db: float | None = None
+    worst_tensor: str | None = None
+    worst_sqnr_db: float | None = None
+    source_bytes: int | None = None
+    output_bytes: int | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    out: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_host_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return asdict(self)
+
+    def count(self, graph: Graph, program: Program) -> None:
+        """Fill in what the calibrated graph and its values say."""
+        for node in graph.nodes:
+            if node.target is dialect.QUANTIZE:
+                self.quantize_nodes += 1
+                if node.kwargs["format"] == "fp8":
+                    self.kv_nodes += 1
+                elif not is_weight_quantize(node):
+                    self.input_nodes += 1
+                elif len(shape_of(root(node.args[0]))) == 3 or node.args[0].target is dialect.SLICE:  # type: ignore[arg-type]
+                    self.expert_nodes += 1
+                else:
+                    self.linear_nodes += 1
+            elif node.target is dialect.SYNC:
+                self.groups += 1
+        self.bootstrapped = len(program.bootstrapped)
+        holes = {n.name: n for n in graph.nodes if n.target is dialect.AMAX}
+        self.unseen_inputs = sum(1 for n in program.bootstrapped if n in holes and root(holes[n].args[0]) is None)  # type: ignore[arg-type]
+        layers = _experts_by_layer(program.tokens)
+        self.experts = sum(len(counts) for counts in layers.values())
+        self.dead_experts = sum(int((counts == 0).sum()) for counts in layers.values()) if layers else None
+        if self.unseen_inputs:
+            self.warnings.append(
+                f"{self.unseen_inputs} input amaxes saw no data and hold a constant: give calibration text for accuracy"
+            )
+
+    def measure(self, errors: Mapping[tuple[str, int | None], tuple[float, float]]) -> None:
+        """Fill in the signal-to-noise figures from per-weight (squared error, energy)."""
+        self.sqnr_db = sqnr_db(errors.values())
+        self.expert_sqnr_db = sqnr_db(v for (_, expert), v in errors.items() if expert is not None)
+        worst = min(errors, key=lambda name: _ratio(errors[name]), default=None)
+        if worst is not None:
+            self.worst_tensor = worst[0] + (f" expert {worst[1]}" if worst[1] is not None else "")
+            self.worst_sqnr_db = sqnr_db([errors[worst]])
+
+
+def sqnr_db(pairs: Any) -> float | None:
+    """10 log10(total energy / total squared error) of (squared error, energy) pairs; None without any."""
+    error, energy = (sum(column) for column in zip(*pairs, strict=True)) if (pairs := list(pairs)) else (0.0, 0.0)
+    if energy == 0:
+        return None
+    return 10 * math.log10(energy / error) if error > 0 else math.inf
+
+
+def _ratio(pair: tuple[float, float]) -> float:
+    return pair[1] / pair[0] if pair[0] else math.inf
+
+
+def _experts_by_layer(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Token counts per experts module: its up and down weights see the same tokens."""
+    return {name.rpartition(".")[0]: counts for name, counts in tokens.items()}

@@ -1,0 +1,42 @@
+"""calibrate-bootstrap: fill every amax that data did not reach."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fxq import dialect
+from fxq.facts import Fact, amaxes_filled
+from fxq.interpret import Bootstrap
+from fxq.pattern import Match, Miss
+from fxq.pipeline import Session
+from fxq.program import Program
+
+
+@dataclass(frozen=True)
+class CalibrateBootstrap:
+    """A weight's amax comes from the weight itself; an input's from the same layer's inputs, or a mid-range constant."""
+
+    name: ClassVar[str] = "calibrate-bootstrap"
+    requires: ClassVar[tuple[Fact, ...]] = ()
+    ensures: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
+    breaks: ClassVar[tuple[Fact, ...]] = ()
+    needs_data: ClassVar[bool] = False
+
+    def sites(self, program: Program) -> Iterator[Match | Miss]:
+        """Every amax node: empty ones fire."""
+        for node in program.graph.nodes:
+            if node.target is dialect.AMAX and node.name not in program.values:
+                yield Match("empty amax", node, {"t": node.args[0]})
+            elif node.target is dialect.AMAX:
+                yield Miss("empty amax", node, "calibration data reached it", depth=1)
+
+    def run(self, program: Program) -> int:
+        return 0
+
+    def calibrate(self, program: Program, session: Session) -> int:
+        total = sum(1 for site in self.sites(program) if isinstance(site, Match))
+        with session.progress("calibrate-bootstrap", total) as step:
+            found = Bootstrap(program, session.source, session.device).run(step)
+        program.values.update(found)
+        program.bootstrapped.update(found)
+        return len(found)

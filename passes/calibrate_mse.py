@@ -1,0 +1,46 @@
+"""calibrate-mse: every quantized weight's block scales are those of least squared error under its group's amax."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fxq import dialect
+from fxq.facts import Fact, amaxes_filled, amaxes_shared, is_weight_quantize
+from fxq.pattern import Match, Miss
+from fxq.pipeline import nothing_matched
+from fxq.program import Program
+
+
+@dataclass(frozen=True)
+class CalibrateMse:
+    """Mark the quantize nodes of weights `scale='mse'`.
+
+    The scales follow from the weight and the group's amax alone, so they are found where the weight is read anyway:
+    by the writer in the launch that packs it, and by the simulator.
+    """
+
+    name: ClassVar[str] = "calibrate-mse"
+    requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared, amaxes_filled)
+    ensures: ClassVar[tuple[Fact, ...]] = ()
+    breaks: ClassVar[tuple[Fact, ...]] = ()
+
+    def sites(self, program: Program) -> Iterator[Match | Miss]:
+        """Every quantize node; activations and other formats miss."""
+        for node in program.graph.nodes:
+            if node.target is not dialect.QUANTIZE:
+                continue
+            if not is_weight_quantize(node):
+                yield Miss("weight quantize", node, "its operand is an activation: its scales are found while serving")
+            elif node.kwargs["scale"] == "mse":
+                yield Miss("weight quantize", node, "its scales are searched already", depth=1)
+            else:
+                yield Match("weight quantize", node, {"w": node.args[0]})
+
+    def run(self, program: Program) -> int:
+        sites = list(self.sites(program))
+        matches = [site for site in sites if isinstance(site, Match)]
+        if not any(isinstance(site, Match) or site.depth for site in sites):
+            raise nothing_matched(self, program, "quantized weights")
+        for site in matches:
+            site.node.kwargs = {**site.node.kwargs, "scale": "mse"}
+        return len(matches)

@@ -1,0 +1,124 @@
+"""fuse-experts: a 3-D weight reaching a matmul, in whatever form it was traced, becomes `fxq.expert_linear`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from fxq import dialect, edit
+from fxq.errors import VerifyError
+from fxq.facts import Fact, experts_fused
+from fxq.pattern import Bind, Call, Const, Listed, Match, Miss, PastViews, Rule, Weight
+from fxq.program import Program
+from fxq.structure import shape_of, weight_matmuls
+
+aten = torch.ops.aten
+GROUPED = (aten._grouped_mm.default,)
+PICKED = Call(aten.index.Tensor, Weight("w", rank=3), Listed(Bind("ids", rank=1)))
+OFFSETS = Call(aten.cumsum.default, PastViews(Call(aten.histc.default, PastViews(Bind("ids", rank=1)))))
+
+# Storage [E, out, in]: the picked weight multiplies a column.
+COLUMN = Rule("index > bmm, [E, out, in]", Call(aten.bmm.default, PICKED, Call(aten.unsqueeze.default, Bind("x", rank=2), Const((-1, 2)))))
+# Storage [E, in, out]: a row multiplies the picked weight.
+ROW = Rule("index > bmm, [E, in, out]", Call(aten.bmm.default, Call(aten.unsqueeze.default, Bind("x", rank=2), Const((1, -2))), PICKED))
+# Tokens already sorted by expert; the operand is [E, in, out], usually a transposed view of [E, out, in].
+SORTED = Rule("_grouped_mm", Call(GROUPED, Bind("x", rank=2), Weight("w", rank=3), OFFSETS))
+# Every expert sees every token: x [E, T, in], w [E, in, out].
+DENSE = Rule("bmm over all experts", Call(aten.bmm.default, Bind("x", rank=3), Weight("w", rank=3)))
+# One linear an expert, unrolled in python: linear(x_e, w[e]).
+UNROLLED = Rule("select > linear", Call(aten.linear.default, Bind("x"), Call(aten.select.int, Weight("w", rank=3), Const((0,)), Bind("e"))))
+
+RULES = COLUMN + ROW + SORTED + DENSE
+
+
+@dataclass(frozen=True)
+class FuseExperts:
+    """Make every expert's weight visible as `w[e]` of an `expert_linear(x, w, expert_ids)` with w [E, out, in]."""
+
+    name: ClassVar[str] = "fuse-experts"
+    requires: ClassVar[tuple[Fact, ...]] = ()
+    ensures: ClassVar[tuple[Fact, ...]] = (experts_fused,)
+    breaks: ClassVar[tuple[Fact, ...]] = ()
+
+    def sites(self, program: Program) -> Iterator[Match | Miss]:
+        """Every matmul by a parameter that is 3-D where it is used."""
+        for matmul in list(weight_matmuls(program.graph)):
+            selected = _selected(matmul.node)
+            if selected is not None:
+                yield selected
+            elif len(shape_of(matmul.w)) == 3 and matmul.node.target is not dialect.EXPERT_LINEAR:
+                yield RULES.match(matmul.node)
+
+    def run(self, program: Program) -> int:
+        count = 0
+        for site in list(self.sites(program)):
+            if isinstance(site, Miss):
+                raise VerifyError(f"fuse-experts: a 3-D weight reaches a matmul in a form no pattern knows\n  {site}")
+            REWRITES[site.rule](site)
+            count += 1
+        return count
+
+
+def _selected(node: Node) -> Match | None:
+    """linear(x, select(w, 0, e)) with a literal e, which Bind cannot hold."""
+    if node.target is not aten.linear.default or not isinstance(node.args[1], Node):
+        return None
+    pick = node.args[1]
+    if pick.target is not aten.select.int or pick.args[1] != 0 or not isinstance(pick.args[0], Node):
+        return None
+    return Match(UNROLLED.name, node, {"pick": pick, "w": pick.args[0]})
+
+
+def _column(site: Match) -> None:
+    _expert_linear(site, site["w"], unsqueezed=-1)
+
+
+def _row(site: Match) -> None:
+    _expert_linear(site, _transposed(site["w"]), unsqueezed=1)
+
+
+def _sorted(site: Match) -> None:
+    node = site.node
+    y = edit.call(node.graph, f"{node.name}_experts", dialect.EXPERT_LINEAR, site["x"], _transposed(site["w"]), site["ids"])
+    edit.replace(node, y)
+
+
+def _dense(site: Match) -> None:
+    node, x, w = site.node, site["x"], _transposed(site["w"])
+    graph, experts = node.graph, shape_of(w)[0]
+    tokens = edit.call(graph, f"{node.name}_tokens", aten.sym_size.int, x, 1)
+    each = edit.call(graph, f"{node.name}_each", aten.arange.default, experts, device=torch.device("cpu"))
+    ids = edit.call(graph, f"{node.name}_ids", aten.repeat_interleave.self_int, each, tokens)
+    flat = edit.call(graph, f"{node.name}_x", aten.reshape.default, x, [-1, shape_of(x)[2]])
+    y = edit.call(graph, f"{node.name}_experts", dialect.EXPERT_LINEAR, flat, w, ids)
+    edit.replace(node, edit.call(graph, f"{node.name}_y", aten.view.default, y, [experts, tokens, shape_of(w)[1]]))
+
+
+def _unrolled(site: Match) -> None:
+    pick, w = site["pick"], site["w"]
+    index = int(pick.args[2]) % shape_of(w)[0]  # type: ignore[arg-type, call-overload]
+    edit.replace(pick, edit.call(pick.graph, f"{w.name}_e{index}", dialect.SLICE, w, index))
+
+
+REWRITES = {COLUMN.name: _column, ROW.name: _row, SORTED.name: _sorted, DENSE.name: _dense, UNROLLED.name: _unrolled}
+
+
+def _expert_linear(site: Match, w: Node, *, unsqueezed: int) -> None:
+    """Replace bmm and the squeeze after it."""
+    node = site.node
+    y = edit.call(node.graph, f"{node.name}_experts", dialect.EXPERT_LINEAR, site["x"], w, site["ids"])
+    dim = unsqueezed % 3
+    squeezes = [u for u in node.users if u.target is aten.squeeze.dim and u.args[1] in (dim, dim - 3)]
+    for squeeze in squeezes:
+        edit.replace(squeeze, y)
+    if len(squeezes) < len(node.users):
+        edit.replace(node, edit.call(node.graph, f"{node.name}_y", aten.unsqueeze.default, y, dim))
+
+
+def _transposed(w: Node) -> Node:
+    """`w` with its last two dimensions exchanged; undoes a transpose rather than stacking a second one."""
+    if w.target is aten.transpose.int and {int(d) % 3 for d in w.args[1:]} == {1, 2}:  # type: ignore[call-overload]
+        return w.args[0]  # type: ignore[return-value]
+    return edit.call(w.graph, f"{w.name}_t", aten.transpose.int, w, 1, 2)

@@ -1,0 +1,108 @@
+"""quantize-linears: linears and their inputs; never routers or other gates, never the output head unless it is named."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+import torch
+from torch.fx import Node
+
+from fxq import dialect, edit
+from fxq.errors import SpecError, VerifyError
+from fxq.facts import Fact, amaxes_filled, amaxes_shared, groups_whole
+from fxq.nvfp4 import BLOCK
+from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
+from fxq.pipeline import nothing_matched
+from fxq.program import Program
+from fxq.structure import Frontiers, VIEWS, head, root, routers, shape_of, strip, weight_matmuls
+
+LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w", rank=2)))
+
+
+@dataclass(frozen=True)
+class QuantizeLinears:
+    """Quantize the weight of every linear, and what it multiplies.
+
+    weights: their format. inputs: the activations' format, or none for weight-only.
+    only, skip: globs over module names (`*.mlp.*`); a linear is taken if it matches one of `only` and none of `skip`.
+    The output head is taken only if `only` names it without wildcards.
+    """
+
+    weights: Literal["nvfp4"] = "nvfp4"
+    inputs: Literal["nvfp4", "none"] = "nvfp4"
+    only: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "quantize-linears"
+    requires: ClassVar[tuple[Fact, ...]] = ()
+    ensures: ClassVar[tuple[Fact, ...]] = (groups_whole,)
+    breaks: ClassVar[tuple[Fact, ...]] = (amaxes_shared, amaxes_filled)
+
+    def sites(self, program: Program) -> Iterator[Match | Miss]:
+        """Every matmul by a 2-D parameter; those left alone miss with the structural reason or the glob."""
+        frontiers = Frontiers(program.graph)
+        chosen_by, output_head = routers(program.graph, frontiers), head(program.graph, frontiers)
+        for matmul in list(weight_matmuls(program.graph)):
+            if strip(matmul.w, VIEWS).target in (dialect.QUANTIZE, dialect.STACK) or len(shape_of(matmul.parameter)) != 2:
+                continue
+            result = LINEAR.match(matmul.node)
+            if isinstance(result, Miss):
+                yield result
+                continue
+            module = _module(matmul.parameter)
+            reason = None
+            if matmul.node in chosen_by:
+                reason = f"a router: %{chosen_by[matmul.node].name} chooses by its result"
+            elif matmul.node is output_head and module not in self.only:
+                reason = "the output head: its result leaves the model"
+            elif shape_of(matmul.parameter)[0] == 1:
+                reason = "a gate: it has a single output"
+            elif not self._wanted(module):
+                reason = f"{module} is not selected by only={list(self.only)}, skip={list(self.skip)}"
+            yield result if reason is None else Miss(LINEAR.name, matmul.node, reason, depth=2)
+
+    def run(self, program: Program) -> int:
+        self._check_globs(program)
+        matches = [site for site in self.sites(program) if isinstance(site, Match)]
+        already = any(strip(m.w, VIEWS).target is dialect.QUANTIZE for m in weight_matmuls(program.graph))
+        if not matches and not already:
+            raise nothing_matched(self, program, "linears to quantize")
+        inputs: dict[Node, Node] = {}
+        weights: dict[Node, Node] = {}
+        for site in matches:
+            w, x = site["w"], site["x"]
+            _check_blocks(w)
+            edit.replace(w, weights.get(w) or weights.setdefault(w, _quantize(w, w.name, self.weights, "max")), [site.node])
+            if self.inputs != "none":
+                q = inputs.get(x) or inputs.setdefault(x, _quantize(x, f"{w.name}_input", self.inputs, "dynamic"))
+                edit.replace(x, q, [site.node])
+        return len(matches)
+
+    def _wanted(self, module: str) -> bool:
+        return any(fnmatchcase(module, g) for g in self.only) and not any(fnmatchcase(module, g) for g in self.skip)
+
+    def _check_globs(self, program: Program) -> None:
+        """A glob that selects nothing is a spelling mistake, unless it is a wildcard meant for many families."""
+        modules = sorted({_module(m.parameter) for m in weight_matmuls(program.graph)})
+        for glob in (*self.only, *self.skip):
+            if not set("*?[") & set(glob) and glob not in modules:
+                raise SpecError(f"quantize-linears: no linear is called {glob!r}; there are {', '.join(modules[:6])}, ...")
+
+
+def _module(parameter: Node) -> str:
+    return str(parameter.target).removesuffix(".weight")
+
+
+def _check_blocks(w: Node) -> None:
+    width = shape_of(w)[-1]
+    if width % BLOCK:
+        name = (root(w) or w).target
+        raise VerifyError(
+            f"{name}: its input dimension is {width}; NVFP4 needs a multiple of {BLOCK}. Leave it out with skip: [{_module(root(w) or w)!r}]"
+        )
+
+
+def _quantize(t: Node, name: str, format: str, scale: str) -> Node:
+    amax = edit.call(t.graph, f"{name}_amax", dialect.AMAX, t)
+    return edit.call(t.graph, f"{name}_q", dialect.QUANTIZE, t, amax, format=format, scale=scale)
