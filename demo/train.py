@@ -42,7 +42,7 @@ LINES = 64  # lines of calib.jsonl and of heldout.jsonl; a document gives two, s
 EVAL_WINDOW = 256  # tokens; perplexity is measured over windows of this length
 
 # Tests, foreign packages, generated tables (encodings) and what was added when this interpreter was built.
-SKIP_DIRS = set("test tests idle_test site-packages dist-packages encodings lib2to3 pydoc_data".split())
+SKIP_DIRS = set(["test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3", "pydoc_data"])
 SKIP_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|sitecustomize|usercustomize|entities")
 
 # Documents that carry a notice of their own or an address are trained on, never quoted in the .jsonl files.
@@ -296,13 +296,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     out, device = Path(__file__).parent / "model", "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--out", type=Path, default=out, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=64, help="windows a step")
+    parser.add_argument("--batch", type=int, default=32, help="windows a step")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens a window")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    parser.add_argument("--weight-decay", type=float, default=0.4)
     parser.add_argument("--balance", type=float, default=0.002, help="weight of the router imbalance")
     parser.add_argument("--top-k", type=int, default=2, help="experts a token is routed to, of 16")
     parser.add_argument("--vocab-size", type=int, default=1024)

@@ -15,7 +15,9 @@ TOKENS_PER_BATCH = 4096
 Encode = Callable[[str], Sequence[int]]
 
 
-def load_samples(calib: object, encode: Encode, *, vocabulary: int, samples: int, length: int) -> list[list[int]]:
+def load_samples(
+    calib: object, encode: Encode, *, vocabulary: int, samples: int, length: int
+) -> list[list[int]]:
     """At most `samples` lists of at most `length` token ids.
 
     calib: a .jsonl path whose lines are {"text": ...} or {"input_ids": [...]}, or an iterable of such mappings, of
@@ -26,7 +28,9 @@ def load_samples(calib: object, encode: Encode, *, vocabulary: int, samples: int
         ids = _ids(item, encode, where)[:length]
         for token in ids:
             if not 0 <= token < vocabulary:
-                raise SourceError(f"{where}: token id {token} is outside the model's vocabulary of {vocabulary}")
+                raise SourceError(
+                    f"{where}: token id {token} is outside the model's vocabulary of {vocabulary}"
+                )
         if ids:
             found.append(ids)
         if len(found) == samples:
@@ -78,7 +82,9 @@ def _ids(item: Any, encode: Encode, where: str) -> list[int]:
         if isinstance(item.get("text"), str):
             return list(encode(item["text"]))
         if "input_ids" not in item:
-            raise SourceError(f'{where}: expected a key "text" or "input_ids", found {", ".join(map(str, item)) or "no key"}')
+            raise SourceError(
+                f'{where}: expected a key "text" or "input_ids", found {", ".join(map(str, item)) or "no key"}'
+            )
         item = item["input_ids"]
     if isinstance(item, Tensor):
         item = item.flatten().tolist()

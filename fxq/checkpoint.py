@@ -43,7 +43,12 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
-_REPLACED = ("config.json", "hf_quant_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+_REPLACED = (
+    "config.json",
+    "hf_quant_config.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 
 
 @dataclass
@@ -93,7 +98,9 @@ def write(
         writer = _Writer(program, source, FORMATS[format], shards, device or torch.device("cpu"), step)
         writer.run()
         shards.finish()
-        ours, nested = FORMATS[format].configs(config, plan.excluded, has_inputs=plan.has_inputs, kv_format=plan.kv_format)
+        ours, nested = FORMATS[format].configs(
+            config, plan.excluded, has_inputs=plan.has_inputs, kv_format=plan.kv_format
+        )
         _write_json(work / "config.json", ours)
         _write_json(work / "hf_quant_config.json", nested)
         if side_files is not None:
@@ -220,7 +227,9 @@ def _check_value(key: str, tensor: Tensor) -> None:
     else:
         good = bool((torch.isfinite(tensor) & (tensor > 0)).all())
     if not good:
-        raise CheckpointError(f"{key}: expected positive finite scales, found {tensor.flatten()[:4].float().tolist()}")
+        raise CheckpointError(
+            f"{key}: expected positive finite scales, found {tensor.flatten()[:4].float().tolist()}"
+        )
 
 
 class _Shards:
@@ -230,7 +239,10 @@ class _Shards:
         self.directory, self.infos = directory, infos
         groups = _split(infos, shard_bytes)
         total = len(groups)
-        self.names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" if total > 1 else "model.safetensors" for i in range(total)]
+        self.names = [
+            f"model-{i + 1:05d}-of-{total:05d}.safetensors" if total > 1 else "model.safetensors"
+            for i in range(total)
+        ]
         self.place: dict[str, tuple[int, int]] = {}
         self.files: list[BinaryIO] = []
         for index, keys in enumerate(groups):
@@ -243,7 +255,11 @@ class _Shards:
         offset = 0
         for key in sorted(keys, key=lambda k: (-self.infos[k].dtype.itemsize, k)):
             info, size = self.infos[key], _nbytes(self.infos[key])
-            header[key] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, offset + size]}
+            header[key] = {
+                "dtype": _NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [offset, offset + size],
+            }
             self.place[key] = (index, offset)
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -268,7 +284,9 @@ class _Shards:
     def finish(self) -> None:
         """Flush to the disk and write the index; CheckpointError if a promised tensor never came."""
         if self.left:
-            raise CheckpointError(f"{sorted(self.left)[0]}: planned but never written ({len(self.left)} such tensors)")
+            raise CheckpointError(
+                f"{sorted(self.left)[0]}: planned but never written ({len(self.left)} such tensors)"
+            )
         for file in self.files:
             file.flush()
             os.fsync(file.fileno())
@@ -358,5 +376,3 @@ def _copy_side_files(source: Path, out: Path) -> None:
                 shutil.copytree(path, out / path.name, copy_function=shutil.copyfile)
         else:
             shutil.copyfile(path, out / path.name)
-
-

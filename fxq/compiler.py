@@ -63,7 +63,9 @@ class Compiled:
     def save(self, out: str | Path, *, shard_bytes: int = checkpoint.SHARD_BYTES) -> Report:
         """Write the checkpoint into `out`, which must not exist or be empty; it appears whole or not at all."""
         if self.program.calibrated is None:
-            raise CheckpointError(f"{self.report.spec}: the spec has no `lower` pass, so there is nothing to write")
+            raise CheckpointError(
+                f"{self.report.spec}: the spec has no `lower` pass, so there is nothing to write"
+            )
         out = Path(out)
         check_output(out, self._model.directory)
         nodes = len(self.program.graph.nodes)
@@ -104,7 +106,9 @@ class Compiled:
     def _perplexity(self, kind: type[Streaming], batches: Sequence[Tensor], label: str) -> float:
         def loss(logits: Tensor, i: int) -> Tensor:
             targets = batches[i][:, 1:].flatten().to(logits.device)
-            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+            return torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum"
+            )
 
         with self._session.progress(label, len(self.graph.nodes)) as step:
             run = kind(self.program, self._model.source, self._session.device, step=step, reduce=loss)
@@ -119,6 +123,7 @@ def compile(
     *,
     calib: object = None,
     out: str | Path | None = None,
+    evaluate: object = None,
     samples: int = 128,
     seq_len: int = 512,
     device: str | torch.device = "cpu",
@@ -130,7 +135,7 @@ def compile(
 
     model: a Hugging Face directory with safetensors, or a live model (left as it is). spec: a shipped spec's name, a
     YAML file, or a Spec. calib: a .jsonl path or an iterable of texts, id lists or such mappings; the first `samples`
-    are used, cut to `seq_len` tokens each. device: "cpu" or "cuda", where calibration and packing run.
+    are used, cut to `seq_len` tokens each. evaluate: text, given alike, to measure perplexity on. device: "cpu" or "cuda", where calibration and packing run.
     Raises SpecError, SourceError, TraceError, VerifyError or CheckpointError; on any of them nothing is written.
     """
     chosen = _with_format(spec if isinstance(spec, Spec) else load(spec, PASSES), format)
@@ -142,7 +147,9 @@ def compile(
         check_output(Path(out), directory)
     needing = pipeline.needs_data(chosen.passes)
     if needing is not None and calib is None:
-        raise SpecError(f"{chosen.name}: {needing} needs calibration data; give --calib FILE.jsonl (calib=... in python)")
+        raise SpecError(
+            f"{chosen.name}: {needing} needs calibration data; give --calib FILE.jsonl (calib=... in python)"
+        )
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     report = Report(chosen.name)
@@ -157,6 +164,8 @@ def compile(
     report.count(program.calibrated or program.graph, program)
     compiled = Compiled(opened, program, session, report)
     _measure_memory(report, where)
+    if evaluate is not None:
+        compiled.perplexity(evaluate)
     if out is not None:
         compiled.save(out)
     return compiled
@@ -168,7 +177,9 @@ def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool =
         return _open_live(model)
     path = Path(model)
     if not path.is_dir():
-        raise SourceError(f"{path}: no such directory; expected a Hugging Face model with config.json and safetensors")
+        raise SourceError(
+            f"{path}: no such directory; expected a Hugging Face model with config.json and safetensors"
+        )
     config = load_config(path, trust_remote_code=trust_remote_code)
     source = Directory(path)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(source)
@@ -211,7 +222,10 @@ def _directory_of(model: str | Path | PreTrainedModel) -> Path | None:
 
 
 def _stored_dtype(source: Directory) -> torch.dtype:
-    return next((i.dtype for i in source.infos.values() if i.dtype.is_floating_point and i.dtype.itemsize > 1), torch.bfloat16)
+    return next(
+        (i.dtype for i in source.infos.values() if i.dtype.is_floating_point and i.dtype.itemsize > 1),
+        torch.bfloat16,
+    )
 
 
 def _samples(model: Model, text: object, samples: int, seq_len: int) -> list[list[int]]:
@@ -222,7 +236,9 @@ def _samples(model: Model, text: object, samples: int, seq_len: int) -> list[lis
     def encode(line: str) -> Sequence[int]:
         if not tokenizer:
             if model.directory is None:
-                raise SourceError("calibration text needs a tokenizer; a model without a directory takes input_ids")
+                raise SourceError(
+                    "calibration text needs a tokenizer; a model without a directory takes input_ids"
+                )
             tokenizer.append(load_tokenizer(model.directory))
         return tokenizer[0](line)["input_ids"]  # type: ignore[no-any-return]
 
@@ -234,7 +250,9 @@ def _samples(model: Model, text: object, samples: int, seq_len: int) -> list[lis
 def check_output(out: Path, model: Path | None) -> None:
     """CheckpointError if `out` holds something already or lies inside the model's directory."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: expected a new or empty directory, found {'files in it' if out.is_dir() else 'a file'}")
+        raise CheckpointError(
+            f"{out}: expected a new or empty directory, found {'files in it' if out.is_dir() else 'a file'}"
+        )
     if model is not None and model.resolve() in (out.resolve(), *out.resolve().parents):
         raise CheckpointError(f"{out}: lies inside the model's directory {model}, which fxq does not touch")
 

@@ -63,11 +63,15 @@ def _pack_nvfp4(w: Tensor, amax: Tensor, *, scale: str) -> list[Tensor]:
 
 
 def _value(name: str) -> Tensor:
-    raise RuntimeError(f"fxq.value({name!r}) is calibrated elsewhere: run the program with an interpreter that has values")
+    raise RuntimeError(
+        f"fxq.value({name!r}) is calibrated elsewhere: run the program with an interpreter that has values"
+    )
 
 
 def _load(key: str, *, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    raise RuntimeError(f"fxq.load({key!r}) has no tensor of its own: run the program with an interpreter that has a source")
+    raise RuntimeError(
+        f"fxq.load({key!r}) has no tensor of its own: run the program with an interpreter that has a source"
+    )
 
 
 def _store(*args: object, **kwargs: object) -> None:
@@ -118,7 +122,9 @@ SHAPES: dict[str, Callable[..., object]] = {
 }
 
 for _name, _function in _EAGER.items():
-    _LIB.impl(_name, _function, "BackendSelect" if _name in ("load", "value") else "CompositeExplicitAutograd")
+    _LIB.impl(
+        _name, _function, "BackendSelect" if _name in ("load", "value") else "CompositeExplicitAutograd"
+    )
     if not _name.startswith(("store", "load", "value")):
         _LIB.impl(_name, SHAPES[_name], "Meta")
 

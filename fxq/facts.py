@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from fxq import dialect
 from fxq.program import Program
-from fxq.structure import Frontiers, fused_by_engines, root, shape_of, strip, value_of, weight_matmuls, VIEWS
+from fxq.structure import VIEWS, Frontiers, fused_by_engines, root, shape_of, strip, value_of, weight_matmuls
 
 Fact = Callable[[Program], str | None]
 
@@ -13,7 +13,11 @@ def experts_fused(program: Program) -> str | None:
     """Every 3-D parameter that reaches a matmul does so through `fxq.expert_linear` or one `fxq.slice`."""
     for matmul in weight_matmuls(program.graph):
         is_slice = strip(matmul.w, VIEWS | {dialect.QUANTIZE}).target is dialect.SLICE
-        if len(shape_of(matmul.parameter)) == 3 and matmul.node.target is not dialect.EXPERT_LINEAR and not is_slice:
+        if (
+            len(shape_of(matmul.parameter)) == 3
+            and matmul.node.target is not dialect.EXPERT_LINEAR
+            and not is_slice
+        ):
             return f"@{matmul.parameter.target} reaches %{matmul.node.name} ({matmul.node.target}), which no pattern knows"
     return None
 

@@ -88,7 +88,9 @@ def _width(value: Any) -> int | None:
     """How many batches the arguments differ over; None if they do not."""
     if isinstance(value, Lanes):
         return len(value)
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    items = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    )
     return next((w for item in items if (w := _width(item)) is not None), None)
 
 
@@ -98,7 +100,11 @@ def _lane(value: Any, i: int) -> Any:
     if isinstance(value, Mapping):
         return {k: _lane(v, i) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_lane(v, i) for v in value) if type(value) in (list, tuple) else [_lane(v, i) for v in value]
+        return (
+            type(value)(_lane(v, i) for v in value)
+            if type(value) in (list, tuple)
+            else [_lane(v, i) for v in value]
+        )
     return value
 
 
@@ -136,7 +142,11 @@ class Max(Unquantized):
         self.tokens: dict[str, Tensor] = {}
         self.needed: set[Node] = set()
         for node in reversed(self.graph.nodes):
-            if node in self.needed or node.target in (dialect.AMAX, dialect.EXPERT_LINEAR) or node.op == "placeholder":
+            if (
+                node in self.needed
+                or node.target in (dialect.AMAX, dialect.EXPERT_LINEAR)
+                or node.op == "placeholder"
+            ):
                 self.needed.update((node, *node.all_input_nodes))
 
     def run_node(self, n: Node) -> Any:
@@ -193,7 +203,9 @@ def _base(slices: Sequence[Tensor]) -> Tensor:
         for e, s in enumerate(slices)
     )
     if untouched and stride > 0:
-        return first.as_strided((len(slices), *first.shape), (stride, *first.stride()), first.storage_offset())
+        return first.as_strided(
+            (len(slices), *first.shape), (stride, *first.stride()), first.storage_offset()
+        )
     return torch.stack(list(slices))
 
 
@@ -226,7 +238,9 @@ def _check_finite(hole: Node, value: Tensor) -> None:
     piece = _slice_of(hole)
     kind = "NaN" if bool(value.isnan()) else "Inf"
     if parameter is None:
-        raise SourceError(f"%{hole.name}: calibration produced {kind} in an activation; is the model or the text broken?")
+        raise SourceError(
+            f"%{hole.name}: calibration produced {kind} in an activation; is the model or the text broken?"
+        )
     where = f", expert {piece.args[1]}" if piece is not None else ""
     raise SourceError(f"{parameter.target}{where}: the weight holds {kind}; expected finite values")
 
@@ -261,7 +275,11 @@ class WeightCone:
             below = strip(base, VIEWS)  # type: ignore[arg-type]
             if base is below and below.op == "get_attr":
                 return self.source.read_expert(str(below.target), int(expert))  # type: ignore[call-overload]
-            if base.target is torch.ops.aten.transpose.int and base.args[0] is below and below.op == "get_attr":  # type: ignore[union-attr]
+            if (
+                base.target is torch.ops.aten.transpose.int
+                and base.args[0] is below
+                and below.op == "get_attr"
+            ):  # type: ignore[union-attr]
                 return self.source.read_expert(str(below.target), int(expert)).T  # type: ignore[call-overload]
         args = map_arg(node.args, self.value)
         return node.target(*args, **node.kwargs)  # type: ignore[operator, no-any-return]
@@ -281,7 +299,11 @@ class Bootstrap:
     @torch.no_grad()
     def run(self, step: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
         """Values for the empty amax nodes of the program, by name."""
-        empty = [n for n in self.program.graph.nodes if n.target is dialect.AMAX and n.name not in self.program.values]
+        empty = [
+            n
+            for n in self.program.graph.nodes
+            if n.target is dialect.AMAX and n.name not in self.program.values
+        ]
         weights: dict[Node, list[Node]] = defaultdict(list)
         for hole in empty:
             if root(hole.args[0]) is not None:

@@ -72,7 +72,9 @@ def mse_scales(w: Tensor, scale_2: Tensor) -> Tensor:
     (a - sqrt U)/6 loses more than U by clipping alone, and one >= a/3.5 is no better than its half.
     """
     rows = w.reshape(-1, w.shape[-1])
-    per_row = scale_2.reshape(-1, 1).expand(-1, w.shape[-2]).reshape(-1) if w.shape[-2] else scale_2.new_empty(0)
+    per_row = (
+        scale_2.reshape(-1, 1).expand(-1, w.shape[-2]).reshape(-1) if w.shape[-2] else scale_2.new_empty(0)
+    )
     codes = torch.empty(rows.shape[0], rows.shape[1] // BLOCK, dtype=torch.uint8, device=w.device)
     candidates = e4m3_values(w.device)
     for part in _row_chunks(rows):
@@ -94,7 +96,9 @@ def _search(blocks: Tensor, g: Tensor, candidates: Tensor) -> Tensor:
     index = low
     while len(owner):
         open_ = index <= high
-        if 3 * int(open_.sum()) < 2 * len(owner):  # gathering costs as much as a candidate: do it when it pays
+        if 3 * int(open_.sum()) < 2 * len(
+            owner
+        ):  # gathering costs as much as a candidate: do it when it pays
             owner, index, high, blocks, g = owner[open_], index[open_], high[open_], blocks[open_], g[open_]
             continue
         loss = _loss(blocks, candidates[index.clamp_max(len(candidates) - 1)] * g)
@@ -122,7 +126,11 @@ def pack(w: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     The sign bit is `w < 0`: -0.0 gives code 0, a small negative value that rounds to zero gives code 8.
     """
     out = torch.empty(*w.shape[:-1], w.shape[-1] // 2, dtype=torch.uint8, device=w.device)
-    rows, flat, scales = w.reshape(-1, w.shape[-1]), out.view(-1, out.shape[-1]), scale.reshape(-1, scale.shape[-1])
+    rows, flat, scales = (
+        w.reshape(-1, w.shape[-1]),
+        out.view(-1, out.shape[-1]),
+        scale.reshape(-1, scale.shape[-1]),
+    )
     per_row = scale_2.reshape(-1, 1).expand(-1, w.shape[-2]).reshape(-1)
     for part in _row_chunks(rows):
         blocks = _blocks(rows[part]).to(torch.float32)
@@ -159,7 +167,12 @@ def squared_error(w: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     lead = w.shape[:-2]
     for index in range(max(1, lead.numel())):
         one = w.reshape(-1, *w.shape[-2:])[index]
-        part = Packed(*(t.reshape(-1, *t.shape[len(lead) :])[index] for t in (packed.weight, packed.scale, packed.scale_2)))
+        part = Packed(
+            *(
+                t.reshape(-1, *t.shape[len(lead) :])[index]
+                for t in (packed.weight, packed.scale, packed.scale_2)
+            )
+        )
         difference = dequantize(part).sub_(one)
         error.append(difference.square_().sum(dtype=torch.float64))
         energy.append(one.to(torch.float32).square().sum(dtype=torch.float64))
@@ -189,6 +202,10 @@ def _blocks(w: Tensor) -> Tensor:
 
 def _row_chunks(rows: Tensor) -> Iterator[slice]:
     """Row ranges whose temporaries stay small (a few MB on the CPU), whatever the size of the weight."""
-    step = max(1, _SEARCH_ELEMENTS[rows.device.type if rows.device.type in _SEARCH_ELEMENTS else "cpu"] // max(1, rows.shape[1]))
+    step = max(
+        1,
+        _SEARCH_ELEMENTS[rows.device.type if rows.device.type in _SEARCH_ELEMENTS else "cpu"]
+        // max(1, rows.shape[1]),
+    )
     for start in range(0, rows.shape[0], step):
         yield slice(start, start + step)

@@ -118,7 +118,9 @@ class Listed:
 class Call:
     """A call of one of `targets` whose first arguments fit."""
 
-    def __init__(self, targets: Callable[..., object] | Iterable[Callable[..., object]], *args: Pattern) -> None:
+    def __init__(
+        self, targets: Callable[..., object] | Iterable[Callable[..., object]], *args: Pattern
+    ) -> None:
         self.targets = frozenset(targets) if isinstance(targets, Iterable) else frozenset({targets})
         self.args = args
 
@@ -131,7 +133,9 @@ class Call:
             return f"expected {wanted}, found {found} at %{value.name}"
         attempt.depth += 1
         if len(value.args) < len(self.args):
-            return f"expected {len(self.args)} arguments of {wanted}, found {len(value.args)} at %{value.name}"
+            return (
+                f"expected {len(self.args)} arguments of {wanted}, found {len(value.args)} at %{value.name}"
+            )
         return _all_fit(self.args, value.args, attempt)
 
 

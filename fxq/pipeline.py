@@ -15,7 +15,6 @@ from fxq.pattern import Match, Miss
 from fxq.program import Program, WeightSource
 from fxq.verify import verify
 
-
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
 
@@ -75,8 +74,14 @@ def check_order(passes: Sequence[Pass], where: str) -> None:
         for fact in step.requires:
             if fact not in held:
                 makers = sorted({p.name for p in passes if fact in p.ensures})
-                late = f"{' or '.join(makers)} ensures it and must come before" if makers else "no pass here ensures it"
-                raise SpecError(f"{where}: pass {position + 1}, {step.name}, requires {fact.__name__}; {late}")
+                late = (
+                    f"{' or '.join(makers)} ensures it and must come before"
+                    if makers
+                    else "no pass here ensures it"
+                )
+                raise SpecError(
+                    f"{where}: pass {position + 1}, {step.name}, requires {fact.__name__}; {late}"
+                )
         held = (held - set(step.breaks)) | set(step.ensures)
 
 

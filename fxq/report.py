@@ -19,6 +19,7 @@ class Report:
     """Counts and measurements of one compilation; None where something was not measured.
 
     sqnr_db: 10 log10(sum w**2 / sum (w - w')**2) over all quantized weights; worst_*: the weight with the lowest.
+    groups: sets of emitted linears (q/k/v, gate/up, ...) that share their global scales.
     bits_per_weight: bytes of the quantized linears, scales included, times 8, by their weights.
     """
 
@@ -68,11 +69,12 @@ class Report:
                     self.expert_nodes += 1
                 else:
                     self.linear_nodes += 1
-            elif node.target is dialect.SYNC:
-                self.groups += 1
+        self.groups = _shared_scales(program.graph)
         self.bootstrapped = len(program.bootstrapped)
         holes = {n.name: n for n in graph.nodes if n.target is dialect.AMAX}
-        self.unseen_inputs = sum(1 for n in program.bootstrapped if n in holes and root(holes[n].args[0]) is None)  # type: ignore[arg-type]
+        self.unseen_inputs = sum(
+            1 for n in program.bootstrapped if n in holes and root(holes[n].args[0]) is None
+        )  # type: ignore[arg-type]
         layers = _experts_by_layer(program.tokens)
         self.experts = sum(len(counts) for counts in layers.values())
         self.dead_experts = sum(int((counts == 0).sum()) for counts in layers.values()) if layers else None
@@ -91,9 +93,21 @@ class Report:
             self.worst_sqnr_db = sqnr_db([errors[worst]])
 
 
+def _shared_scales(lowered: Graph) -> int:
+    """How many sets of two or more emitted linears have one weight amax."""
+    linears: dict[Any, int] = {}
+    for node in lowered.nodes:
+        if node.target is dialect.STORE_LINEAR:
+            amax = node.args[1].args[1]  # type: ignore[union-attr]
+            linears[amax] = linears.get(amax, 0) + 1
+    return sum(1 for count in linears.values() if count > 1)
+
+
 def sqnr_db(pairs: Any) -> float | None:
     """10 log10(total energy / total squared error) of (squared error, energy) pairs; None without any."""
-    error, energy = (sum(column) for column in zip(*pairs, strict=True)) if (pairs := list(pairs)) else (0.0, 0.0)
+    error, energy = (
+        (sum(column) for column in zip(*pairs, strict=True)) if (pairs := list(pairs)) else (0.0, 0.0)
+    )
     if energy == 0:
         return None
     return 10 * math.log10(energy / error) if error > 0 else math.inf

@@ -36,13 +36,19 @@ def load(name: str | Path, table: Mapping[str, type[Pass]]) -> Spec:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         if str(name) not in shipped():
-            raise SpecError(f"no spec is called {str(name)!r}; there are {choices(shipped())}; or give a .yaml file")
+            raise SpecError(
+                f"no spec is called {str(name)!r}; there are {choices(shipped())}; or give a .yaml file"
+            )
         path = shipped()[str(name)]
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot read this spec: {error}") from error
-    return parse(text, table, where=str(name) if path.suffix in (".yaml", ".yml") and str(path) == str(name) else path.name)
+    return parse(
+        text,
+        table,
+        where=str(name) if path.suffix in (".yaml", ".yml") and str(path) == str(name) else path.name,
+    )
 
 
 def parse(text: str, table: Mapping[str, type[Pass]], where: str) -> Spec:
@@ -56,7 +62,9 @@ def parse(text: str, table: Mapping[str, type[Pass]], where: str) -> Spec:
     fields = {_scalar(key, where): value for key, value in tree.value}
     for key, _ in tree.value:
         if _scalar(key, where) not in _KEYS:
-            raise SpecError(f"{_at(where, key)}: a spec has no key {_scalar(key, where)!r}; it has: {choices(_KEYS)}")
+            raise SpecError(
+                f"{_at(where, key)}: a spec has no key {_scalar(key, where)!r}; it has: {choices(_KEYS)}"
+            )
     listed = fields.get("passes")
     if not isinstance(listed, yaml.SequenceNode) or not listed.value:
         raise SpecError(f"{where}: expected `passes:`, a list of {choices(table)}")
@@ -72,7 +80,9 @@ def _pass(node: yaml.Node, table: Mapping[str, type[Pass]], where: str) -> Pass:
     name_node = node
     if isinstance(node, yaml.MappingNode):
         if len(node.value) != 1:
-            raise SpecError(f"{_at(where, node)}: expected one pass an entry, as in `- quantize-experts: {{weights: nvfp4}}`")
+            raise SpecError(
+                f"{_at(where, node)}: expected one pass an entry, as in `- quantize-experts: {{weights: nvfp4}}`"
+            )
         name_node, body = node.value[0]
         if isinstance(body, yaml.MappingNode):
             keys = {_scalar(k, where): k for k, _ in body.value}
@@ -88,8 +98,12 @@ def _pass(node: yaml.Node, table: Mapping[str, type[Pass]], where: str) -> Pass:
     values: dict[str, Any] = {}
     for option, value in options.items():
         if option not in fields:
-            raise SpecError(f"{_at(where, keys[option])}: {name} has no option {option!r}; it has: {choices(fields)}")
-        values[option] = _checked(_plain(value, where), hints[option], f"{_at(where, value)}: {name}: {option}")
+            raise SpecError(
+                f"{_at(where, keys[option])}: {name} has no option {option!r}; it has: {choices(fields)}"
+            )
+        values[option] = _checked(
+            _plain(value, where), hints[option], f"{_at(where, value)}: {name}: {option}"
+        )
     return cls(**values)
 
 

@@ -52,7 +52,9 @@ MATMULS = frozenset(
     }
 )
 ATTENTIONS = frozenset({_ATEN.scaled_dot_product_attention.default})
-CHOICES = frozenset({_ATEN.topk.default, _ATEN.argmax.default, _ATEN.sort.default, _ATEN.sort.stable, _ATEN.argsort.default})
+CHOICES = frozenset(
+    {_ATEN.topk.default, _ATEN.argmax.default, _ATEN.sort.default, _ATEN.sort.stable, _ATEN.argsort.default}
+)
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

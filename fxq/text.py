@@ -64,7 +64,9 @@ def format_node(node: Node) -> str:
     if node.op == "get_attr":
         return head + f"@{node.target}"
     if node.op != "call_function":
-        raise VerifyError(f"%{node.name}: expected placeholder, get_attr, call_function or output, found {node.op}")
+        raise VerifyError(
+            f"%{node.name}: expected placeholder, get_attr, call_function or output, found {node.op}"
+        )
     arguments = [format_argument(a) for a in node.args]
     arguments += [f"{key}={format_argument(value)}" for key, value in node.kwargs.items()]
     return head + f"{format_target(node.target)}({', '.join(arguments)})"
@@ -209,5 +211,9 @@ def _argument(tree: ast.expr, nodes: Mapping[str, Node]) -> object:
         case ast.Tuple(elts=items):
             return tuple(_argument(item, nodes) for item in items)
         case ast.Dict(keys=keys, values=items):
-            return {ast.literal_eval(k): _argument(v, nodes) for k, v in zip(keys, items, strict=True) if k is not None}
+            return {
+                ast.literal_eval(k): _argument(v, nodes)
+                for k, v in zip(keys, items, strict=True)
+                if k is not None
+            }
     return ast.literal_eval(tree)

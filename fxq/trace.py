@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -93,7 +92,9 @@ def twin_of_model(model: PreTrainedModel) -> Twin:
         model.config,
         lambda c: type(model)._from_config(c, dtype=model.dtype, experts_implementation="batched_mm"),
     )
-    return Twin(twin.model, twin.config, twin.mode, {name: model.get_buffer(name).detach() for name in twin.buffers})
+    return Twin(
+        twin.model, twin.config, twin.mode, {name: model.get_buffer(name).detach() for name in twin.buffers}
+    )
 
 
 def _twin(config: PreTrainedConfig, build: Any) -> Twin:
@@ -117,7 +118,9 @@ def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, buffer in model.named_non_persistent_buffers():
         owner, _, leaf = name.rpartition(".")
         shell = shells.setdefault(owner, (copy.copy(model.get_submodule(owner)), {}))
-        shell[1][leaf] = torch.full(buffer.shape, torch.nan if buffer.is_floating_point() else 0, dtype=buffer.dtype)
+        shell[1][leaf] = torch.full(
+            buffer.shape, torch.nan if buffer.is_floating_point() else 0, dtype=buffer.dtype
+        )
     values = {}
     for owner, (module, buffers) in shells.items():
         module._buffers = {**module._buffers, **buffers}
@@ -158,7 +161,9 @@ def trace(twin: Twin) -> Program:
                 )
             exported = exported.run_decompositions({})
         except Exception as error:
-            raise TraceError(f"{twin.config.model_type}: torch.export failed: {_first_line(error)}") from error
+            raise TraceError(
+                f"{twin.config.model_type}: torch.export failed: {_first_line(error)}"
+            ) from error
     program = Program(Graph())
     _copy_graph(exported, twin, program)
     _check_buffers(program, twin)
@@ -181,7 +186,9 @@ def _copy_graph(exported: ExportedProgram, twin: Twin, program: Program) -> None
             if spec.kind is InputKind.CONSTANT_TENSOR:
                 program.constants[name] = exported.constants[str(spec.target)]
             name = aliases.get(name, name)
-            if name not in program.constants and name in {n.target for n in made.values() if isinstance(n, Node)}:
+            if name not in program.constants and name in {
+                n.target for n in made.values() if isinstance(n, Node)
+            }:
                 made[node] = next(n for n in made.values() if n.target == name)
             else:
                 made[node] = parameter(graph, name, val.shape, val.dtype)
@@ -191,7 +198,9 @@ def _copy_graph(exported: ExportedProgram, twin: Twin, program: Program) -> None
             made[node] = made[same]
         else:
             if node.op == "get_attr":
-                raise TraceError(f"%{node.name}: the trace holds a nested graph ({node.target}), which fxq cannot read")
+                raise TraceError(
+                    f"%{node.name}: the trace holds a nested graph ({node.target}), which fxq cannot read"
+                )
             made[node] = graph.node_copy(node, made.__getitem__)
             made[node].meta = {"val": _example(node.meta["val"], node)} if "val" in node.meta else {}
     tidy(graph)
@@ -221,7 +230,11 @@ def _no_op(node: Node) -> Node | None:
     if target is torch.ops.aten.slice.Tensor and len(args) >= 4:
         whole = args[2] == 0 and args[3] == _END and (len(args) < 5 or args[4] == 1)
         return source if whole else None
-    if target in (torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh_copy.default):
+    if target in (
+        torch.ops.aten.alias.default,
+        torch.ops.aten.detach.default,
+        torch.ops.aten.lift_fresh_copy.default,
+    ):
         return source
     return None
 

@@ -58,7 +58,9 @@ def _is_amax(node: object) -> bool:
 
 
 def _rank(position: int, rank: int) -> Callable[[Node], bool]:
-    return lambda node: _shape(node.args[position]) is not None and len(_shape(node.args[position]) or ()) == rank
+    return lambda node: (
+        _shape(node.args[position]) is not None and len(_shape(node.args[position]) or ()) == rank
+    )
 
 
 def _shape(node: object) -> tuple[int, ...] | None:
@@ -75,16 +77,24 @@ RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
     dialect.EXPERT_LINEAR: (
         (_rank(0, 2), "expected tokens x [T, in]"),
         (_rank(1, 3), "expected a fused weight w [E, out, in]"),
-        (lambda n: (_shape(n.args[0]) or (0, -1))[1] == (_shape(n.args[1]) or (0, 0, 0))[2], "x and w disagree on `in`"),
+        (
+            lambda n: (_shape(n.args[0]) or (0, -1))[1] == (_shape(n.args[1]) or (0, 0, 0))[2],
+            "x and w disagree on `in`",
+        ),
     ),
     dialect.SLICE: (
         (_rank(0, 3), "expected a fused weight w [E, out, in]"),
         (lambda n: 0 <= n.args[1] < (_shape(n.args[0]) or (0,))[0], "the expert index is out of range"),  # type: ignore[operator]
     ),
-    dialect.SYNC: ((lambda n: bool(n.args[0]) and all(map(_is_amax, n.args[0])), "expected amaxes, f32[] each"),),  # type: ignore[arg-type]
+    dialect.SYNC: (
+        (lambda n: bool(n.args[0]) and all(map(_is_amax, n.args[0])), "expected amaxes, f32[] each"),
+    ),  # type: ignore[arg-type]
     dialect.QUANTIZE: (
         (lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),
-        (lambda n: n.kwargs.get("format") in dialect.FORMATS, f"format is one of {', '.join(dialect.FORMATS)}"),
+        (
+            lambda n: n.kwargs.get("format") in dialect.FORMATS,
+            f"format is one of {', '.join(dialect.FORMATS)}",
+        ),
         (lambda n: n.kwargs.get("scale") in dialect.SCALES, f"scale is one of {', '.join(dialect.SCALES)}"),
         (
             lambda n: n.kwargs.get("format") != "nvfp4" or (_shape(n.args[0]) or (1,))[-1] % 16 == 0,
@@ -109,7 +119,9 @@ def infer(node: Node) -> object:
     try:
         return _run(node.target, key)
     except (RuntimeError, TypeError, NotImplementedError, IndexError, ValueError) as error:
-        raise _broken(node, f"{format_target(node.target)} rejects its arguments: {str(error).splitlines()[0]}") from error
+        raise _broken(
+            node, f"{format_target(node.target)} rejects its arguments: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _key(value: object) -> object:

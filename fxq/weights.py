@@ -95,7 +95,9 @@ class Directory:
         view = self._open[self.files[key]].get_slice(key)
         name = view.get_dtype()
         if name not in _DTYPES:
-            raise SourceError(f"{self.path / self.files[key]}: {key} has dtype {name}; fxq reads {', '.join(_DTYPES)}")
+            raise SourceError(
+                f"{self.path / self.files[key]}: {key} has dtype {name}; fxq reads {', '.join(_DTYPES)}"
+            )
         return TensorInfo(tuple(view.get_shape()), _DTYPES[name])
 
 
@@ -106,7 +108,9 @@ class Live:
         self.state = {name: t.detach() for name, t in model.state_dict().items()}
         for name, tensor in self.state.items():
             if tensor.device.type == "meta":
-                raise SourceError(f"{name}: its values are not in memory (device meta); load the model without offloading")
+                raise SourceError(
+                    f"{name}: its values are not in memory (device meta); load the model without offloading"
+                )
         self.origin = origin
         first: dict[int, str] = {}
         aliases = {n: first.setdefault(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)}
@@ -123,7 +127,9 @@ class Live:
         if origin is not None:
             origin.attach(model)
             extra = {key: origin.infos[key] for key in origin.hub.extra}
-            self.hub = Hub(self.hub.stored, self.hub.names, {**infos, **extra}, tuple(extra), self.hub.modules)
+            self.hub = Hub(
+                self.hub.stored, self.hub.names, {**infos, **extra}, tuple(extra), self.hub.modules
+            )
 
     def read(self, name: str) -> Tensor:
         if name not in self.state:
@@ -157,18 +163,26 @@ def _shards(path: Path) -> dict[str, str]:
                 raise SourceError(f"{index}: {name!r} leads out of the model directory")
             if not (path / name).is_file():
                 held = sum(1 for file in files.values() if file == name)
-                raise SourceError(f"{path / name}: listed in {_INDEX} for {held} tensors, but there is no such file")
+                raise SourceError(
+                    f"{path / name}: listed in {_INDEX} for {held} tensors, but there is no such file"
+                )
         return {key: files[key] for key in sorted(files, key=dot_natural_key)}
     found = sorted(path.glob("*.safetensors"))
     if not found:
         others = sorted(f.name for f in path.glob("*") if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        hint = f"; {', '.join(others[:3])} is not read (pickle can run code): convert it to safetensors" if others else ""
+        hint = (
+            f"; {', '.join(others[:3])} is not read (pickle can run code): convert it to safetensors"
+            if others
+            else ""
+        )
         raise SourceError(f"{path}: expected *.safetensors, found none{hint}")
     files = {}
     for file in found:
         for key in _open(file).keys():  # noqa: SIM118 (safe_open is no mapping)
             if key in files:
-                raise SourceError(f"{path}: {key} is in both {files[key]} and {file.name}, and there is no {_INDEX}")
+                raise SourceError(
+                    f"{path}: {key} is in both {files[key]} and {file.name}, and there is no {_INDEX}"
+                )
             files[key] = file.name
     return {key: files[key] for key in sorted(files, key=dot_natural_key)}
 
@@ -190,19 +204,32 @@ def hub_of(model: PreTrainedModel, infos: Mapping[str, TensorInfo], where: str) 
     for alias, name in aliases.items():
         if alias in stored and name not in stored:
             stored[name] = stored[alias]
-    missing = [name for name in own if name not in stored and aliases.get(name, name) == name and name not in tied]
+    missing = [
+        name for name in own if name not in stored and aliases.get(name, name) == name and name not in tied
+    ]
     if missing:
         raise SourceError(
-            f"{where}: no tensor for {missing[0]}" + (f" and {len(missing) - 1} more parameters" if missing[1:] else "")
+            f"{where}: no tensor for {missing[0]}"
+            + (f" and {len(missing) - 1} more parameters" if missing[1:] else "")
         )
     names = dict(stored)
     fused = [name for name, s in stored.items() if s.fused and len(own[name].shape) == 3]
     if fused:
-        meta = {n: torch.empty(i.shape, dtype=i.dtype, device="meta") for n, i in own.items() if aliases.get(n, n) == n}
+        meta = {
+            n: torch.empty(i.shape, dtype=i.dtype, device="meta")
+            for n, i in own.items()
+            if aliases.get(n, n) == n
+        }
         reverted = revert_weight_conversion(model, meta)
         theirs, _ = _stored(model, {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in reverted.items()}, own)
         names.update({name: theirs[name] for name in fused if name in theirs})
-    modules = tuple(sorted(alias.removesuffix(".weight") for alias in aliases if alias.endswith(".weight") and alias not in stored))
+    modules = tuple(
+        sorted(
+            alias.removesuffix(".weight")
+            for alias in aliases
+            if alias.endswith(".weight") and alias not in stored
+        )
+    )
     return Hub(stored, names, dict(infos), tuple(extra), modules)
 
 
@@ -252,10 +279,14 @@ def _one_stored(
     if kinds == [Concatenate] and converter.operations[0].dim == 0:
         return Stored(keys, rows, fused=False)
     names = ", ".join(kind.__name__ for kind in kinds)
-    raise SourceError(f"{name}: its checkpoint tensors go through {names} on load, which fxq cannot read lazily yet")
+    raise SourceError(
+        f"{name}: its checkpoint tensors go through {names} on load, which fxq cannot read lazily yet"
+    )
 
 
-def _check_shape(name: str, stored: Stored, infos: Mapping[str, TensorInfo], expected: tuple[int, ...]) -> None:
+def _check_shape(
+    name: str, stored: Stored, infos: Mapping[str, TensorInfo], expected: tuple[int, ...]
+) -> None:
     first = infos[stored.keys[0][0]].shape
     if stored.fused:
         shape = first
@@ -263,11 +294,18 @@ def _check_shape(name: str, stored: Stored, infos: Mapping[str, TensorInfo], exp
         shape = (sum(stored.rows), *first[1:])
         if stored.stacked:
             shape = (len(stored.keys[0]), *shape)
-    odd = [k for part, rows in zip(stored.keys, stored.rows, strict=False) for k in part if infos[k].shape != (rows, *first[1:])]
+    odd = [
+        k
+        for part, rows in zip(stored.keys, stored.rows, strict=False)
+        for k in part
+        if infos[k].shape != (rows, *first[1:])
+    ]
     if odd and not stored.fused:
         raise SourceError(f"{odd[0]}: shape {list(infos[odd[0]].shape)} differs from its fellow experts'")
     if tuple(shape) != tuple(expected):
-        raise SourceError(f"{stored.keys[0][0]}: config.json makes {name} {list(expected)}, the checkpoint {list(shape)}")
+        raise SourceError(
+            f"{stored.keys[0][0]}: config.json makes {name} {list(expected)}, the checkpoint {list(shape)}"
+        )
 
 
 def weight_modules(keys: Iterable[str], infos: Mapping[str, TensorInfo]) -> list[str]:

@@ -30,7 +30,11 @@ class CalibrateMse:
             if node.target is not dialect.QUANTIZE:
                 continue
             if not is_weight_quantize(node):
-                yield Miss("weight quantize", node, "its operand is an activation: its scales are found while serving")
+                yield Miss(
+                    "weight quantize",
+                    node,
+                    "its operand is an activation: its scales are found while serving",
+                )
             elif node.kwargs["scale"] == "mse":
                 yield Miss("weight quantize", node, "its scales are searched already", depth=1)
             else:

@@ -20,15 +20,24 @@ PICKED = Call(aten.index.Tensor, Weight("w", rank=3), Listed(Bind("ids", rank=1)
 OFFSETS = Call(aten.cumsum.default, PastViews(Call(aten.histc.default, PastViews(Bind("ids", rank=1)))))
 
 # Storage [E, out, in]: the picked weight multiplies a column.
-COLUMN = Rule("index > bmm, [E, out, in]", Call(aten.bmm.default, PICKED, Call(aten.unsqueeze.default, Bind("x", rank=2), Const((-1, 2)))))
+COLUMN = Rule(
+    "index > bmm, [E, out, in]",
+    Call(aten.bmm.default, PICKED, Call(aten.unsqueeze.default, Bind("x", rank=2), Const((-1, 2)))),
+)
 # Storage [E, in, out]: a row multiplies the picked weight.
-ROW = Rule("index > bmm, [E, in, out]", Call(aten.bmm.default, Call(aten.unsqueeze.default, Bind("x", rank=2), Const((1, -2))), PICKED))
+ROW = Rule(
+    "index > bmm, [E, in, out]",
+    Call(aten.bmm.default, Call(aten.unsqueeze.default, Bind("x", rank=2), Const((1, -2))), PICKED),
+)
 # Tokens already sorted by expert; the operand is [E, in, out], usually a transposed view of [E, out, in].
 SORTED = Rule("_grouped_mm", Call(GROUPED, Bind("x", rank=2), Weight("w", rank=3), OFFSETS))
 # Every expert sees every token: x [E, T, in], w [E, in, out].
 DENSE = Rule("bmm over all experts", Call(aten.bmm.default, Bind("x", rank=3), Weight("w", rank=3)))
 # One linear an expert, unrolled in python: linear(x_e, w[e]).
-UNROLLED = Rule("select > linear", Call(aten.linear.default, Bind("x"), Call(aten.select.int, Weight("w", rank=3), Const((0,)), Bind("e"))))
+UNROLLED = Rule(
+    "select > linear",
+    Call(aten.linear.default, Bind("x"), Call(aten.select.int, Weight("w", rank=3), Const((0,)), Bind("e"))),
+)
 
 RULES = COLUMN + ROW + SORTED + DENSE
 
@@ -55,7 +64,9 @@ class FuseExperts:
         count = 0
         for site in list(self.sites(program)):
             if isinstance(site, Miss):
-                raise VerifyError(f"fuse-experts: a 3-D weight reaches a matmul in a form no pattern knows\n  {site}")
+                raise VerifyError(
+                    f"fuse-experts: a 3-D weight reaches a matmul in a form no pattern knows\n  {site}"
+                )
             REWRITES[site.rule](site)
             count += 1
         return count
@@ -81,7 +92,14 @@ def _row(site: Match) -> None:
 
 def _sorted(site: Match) -> None:
     node = site.node
-    y = edit.call(node.graph, f"{node.name}_experts", dialect.EXPERT_LINEAR, site["x"], _transposed(site["w"]), site["ids"])
+    y = edit.call(
+        node.graph,
+        f"{node.name}_experts",
+        dialect.EXPERT_LINEAR,
+        site["x"],
+        _transposed(site["w"]),
+        site["ids"],
+    )
     edit.replace(node, y)
 
 
@@ -93,7 +111,9 @@ def _dense(site: Match) -> None:
     ids = edit.call(graph, f"{node.name}_ids", aten.repeat_interleave.self_int, each, tokens)
     flat = edit.call(graph, f"{node.name}_x", aten.reshape.default, x, [-1, shape_of(x)[2]])
     y = edit.call(graph, f"{node.name}_experts", dialect.EXPERT_LINEAR, flat, w, ids)
-    edit.replace(node, edit.call(graph, f"{node.name}_y", aten.view.default, y, [experts, tokens, shape_of(w)[1]]))
+    edit.replace(
+        node, edit.call(graph, f"{node.name}_y", aten.view.default, y, [experts, tokens, shape_of(w)[1]])
+    )
 
 
 def _unrolled(site: Match) -> None:
@@ -102,7 +122,13 @@ def _unrolled(site: Match) -> None:
     edit.replace(pick, edit.call(pick.graph, f"{w.name}_e{index}", dialect.SLICE, w, index))
 
 
-REWRITES = {COLUMN.name: _column, ROW.name: _row, SORTED.name: _sorted, DENSE.name: _dense, UNROLLED.name: _unrolled}
+REWRITES = {
+    COLUMN.name: _column,
+    ROW.name: _row,
+    SORTED.name: _sorted,
+    DENSE.name: _dense,
+    UNROLLED.name: _unrolled,
+}
 
 
 def _expert_linear(site: Match, w: Node, *, unsqueezed: int) -> None:

@@ -78,14 +78,26 @@ class _Emitter:
         self.done.add(quantize)
         w, amax = quantize.args
         assert isinstance(w, Node) and isinstance(amax, Node)
-        packed = edit.call(
-            self.graph, f"{w.name}_packed", dialect.PACK_NVFP4, self.copy(w), self.copy(amax), scale=quantize.kwargs["scale"]
-        )
         shared = self.copy(input_amax) if input_amax is not None else None
+        packed = edit.call(
+            self.graph,
+            f"{w.name}_packed",
+            dialect.PACK_NVFP4,
+            self.copy(w),
+            self.copy(amax),
+            scale=quantize.kwargs["scale"],
+        )
         for key, start, end in self._targets(w):
             name = key.removesuffix(".weight")
             edit.call(
-                self.graph, f"{packed.name}_{start}", dialect.STORE_LINEAR, name, packed, shared, start=start, end=end
+                self.graph,
+                f"{packed.name}_{start}",
+                dialect.STORE_LINEAR,
+                name,
+                packed,
+                shared,
+                start=start,
+                end=end,
             )
             self.count += 1
 
@@ -134,7 +146,9 @@ class _Emitter:
             name = str(frontiers.matmuls[matmul].parameter.target)
             keys.append(self.program.hub.stored.get(name, Stored(((name,),))).keys[0][0])
         if not keys:
-            raise VerifyError(f"lower: %{k.name}: no projection makes the keys of this attention; where would its scale go?")
+            raise VerifyError(
+                f"lower: %{k.name}: no projection makes the keys of this attention; where would its scale go?"
+            )
         modules = [key.split(".")[:-2] for key in keys]
         shared = 0
         while all(shared < len(m) and m[shared] == modules[0][shared] for m in modules):
@@ -151,5 +165,7 @@ class _Emitter:
         for key, info in tensors.items():
             if key not in self.replaced:
                 name = key.replace(".", "_")
-                loaded = edit.call(self.graph, f"{name}_", dialect.LOAD, key, shape=list(info.shape), dtype=info.dtype)
+                loaded = edit.call(
+                    self.graph, f"{name}_", dialect.LOAD, key, shape=list(info.shape), dtype=info.dtype
+                )
                 edit.call(self.graph, f"{name}_store", dialect.STORE, key, loaded)

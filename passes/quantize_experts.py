@@ -9,15 +9,20 @@ from torch.fx import Node
 
 from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, weights_quantized
+from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused
 from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.pipeline import nothing_matched
 from fxq.program import Program
-from fxq.structure import root, shape_of, strip, VIEWS, weight_matmuls
+from fxq.structure import VIEWS, root, shape_of, strip, weight_matmuls
 
-EXPERTS = Rule("expert_linear", Call(dialect.EXPERT_LINEAR, Bind("x", rank=2), Weight("w", rank=3), Bind("ids")))
-ONE_EXPERT = Rule("linear of a slice", Call(torch.ops.aten.linear.default, Bind("x"), Call(dialect.SLICE, Weight("w", rank=3))))
+EXPERTS = Rule(
+    "expert_linear", Call(dialect.EXPERT_LINEAR, Bind("x", rank=2), Weight("w", rank=3), Bind("ids"))
+)
+ONE_EXPERT = Rule(
+    "linear of a slice",
+    Call(torch.ops.aten.linear.default, Bind("x"), Call(dialect.SLICE, Weight("w", rank=3))),
+)
 RULES = EXPERTS + ONE_EXPERT
 
 
@@ -76,7 +81,8 @@ def _quantized_slices(site: Match, format: str) -> int:
         edit.replace(piece, _quantize(piece, format), [site.node])
         return 1
     pieces = [
-        _quantize(edit.call(graph, f"{w.name}_e{e}", dialect.SLICE, w, e), format) for e in range(shape_of(w)[0])
+        _quantize(edit.call(graph, f"{w.name}_e{e}", dialect.SLICE, w, e), format)
+        for e in range(shape_of(w)[0])
     ]
     edit.replace(w, edit.call(graph, f"{w.name}_q", dialect.STACK, pieces), [site.node])
     return len(pieces)
@@ -84,7 +90,9 @@ def _quantized_slices(site: Match, format: str) -> int:
 
 def _quantize(piece: Node, format: str) -> Node:
     amax = edit.call(piece.graph, f"{piece.name}_amax", dialect.AMAX, piece)
-    return edit.call(piece.graph, f"{piece.name}_q", dialect.QUANTIZE, piece, amax, format=format, scale="max")
+    return edit.call(
+        piece.graph, f"{piece.name}_q", dialect.QUANTIZE, piece, amax, format=format, scale="max"
+    )
 
 
 def _quantize_input(site: Match, format: str) -> None:

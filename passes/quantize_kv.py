@@ -58,9 +58,17 @@ class QuantizeKv:
         node, t = site.node, site[operand]
         name = f"{node.name}_{operand}"
         if self.scale == "cast":
-            amax = edit.call(node.graph, f"{name}_amax", torch.ops.aten.scalar_tensor.default, E4M3_MAX, dtype=torch.float32)
+            amax = edit.call(
+                node.graph,
+                f"{name}_amax",
+                torch.ops.aten.scalar_tensor.default,
+                E4M3_MAX,
+                dtype=torch.float32,
+            )
         else:
             amax = edit.call(node.graph, f"{name}_amax", dialect.AMAX, t)
-        q: Node = edit.call(node.graph, f"{name}_q", dialect.QUANTIZE, t, amax, format=self.format, scale="max")
+        q: Node = edit.call(
+            node.graph, f"{name}_q", dialect.QUANTIZE, t, amax, format=self.format, scale="max"
+        )
         position = {"k": 1, "v": 2}[operand]
         node.args = (*node.args[:position], q, *node.args[position + 1 :])

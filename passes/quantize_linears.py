@@ -15,7 +15,7 @@ from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.pipeline import nothing_matched
 from fxq.program import Program
-from fxq.structure import Frontiers, VIEWS, head, root, routers, shape_of, strip, weight_matmuls
+from fxq.structure import VIEWS, Frontiers, head, root, routers, shape_of, strip, weight_matmuls
 
 LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w", rank=2)))
 
@@ -44,7 +44,10 @@ class QuantizeLinears:
         frontiers = Frontiers(program.graph)
         chosen_by, output_head = routers(program.graph, frontiers), head(program.graph, frontiers)
         for matmul in list(weight_matmuls(program.graph)):
-            if strip(matmul.w, VIEWS).target in (dialect.QUANTIZE, dialect.STACK) or len(shape_of(matmul.parameter)) != 2:
+            if (
+                strip(matmul.w, VIEWS).target in (dialect.QUANTIZE, dialect.STACK)
+                or len(shape_of(matmul.parameter)) != 2
+            ):
                 continue
             result = LINEAR.match(matmul.node)
             if isinstance(result, Miss):
@@ -73,21 +76,31 @@ class QuantizeLinears:
         for site in matches:
             w, x = site["w"], site["x"]
             _check_blocks(w)
-            edit.replace(w, weights.get(w) or weights.setdefault(w, _quantize(w, w.name, self.weights, "max")), [site.node])
+            edit.replace(
+                w,
+                weights.get(w) or weights.setdefault(w, _quantize(w, w.name, self.weights, "max")),
+                [site.node],
+            )
             if self.inputs != "none":
-                q = inputs.get(x) or inputs.setdefault(x, _quantize(x, f"{w.name}_input", self.inputs, "dynamic"))
+                q = inputs.get(x) or inputs.setdefault(
+                    x, _quantize(x, f"{w.name}_input", self.inputs, "dynamic")
+                )
                 edit.replace(x, q, [site.node])
         return len(matches)
 
     def _wanted(self, module: str) -> bool:
-        return any(fnmatchcase(module, g) for g in self.only) and not any(fnmatchcase(module, g) for g in self.skip)
+        return any(fnmatchcase(module, g) for g in self.only) and not any(
+            fnmatchcase(module, g) for g in self.skip
+        )
 
     def _check_globs(self, program: Program) -> None:
         """A glob that selects nothing is a spelling mistake, unless it is a wildcard meant for many families."""
         modules = sorted({_module(m.parameter) for m in weight_matmuls(program.graph)})
         for glob in (*self.only, *self.skip):
             if not set("*?[") & set(glob) and glob not in modules:
-                raise SpecError(f"quantize-linears: no linear is called {glob!r}; there are {', '.join(modules[:6])}, ...")
+                raise SpecError(
+                    f"quantize-linears: no linear is called {glob!r}; there are {', '.join(modules[:6])}, ..."
+                )
 
 
 def _module(parameter: Node) -> str:

@@ -28,13 +28,17 @@ class SyncGroups:
                 if len(members) > 1:
                     yield Match("sibling", quantize, {"value": value})
                 else:
-                    yield Miss("sibling", quantize, f"nothing else that is quantized reads %{value.name}", depth=1)
+                    yield Miss(
+                        "sibling", quantize, f"nothing else that is quantized reads %{value.name}", depth=1
+                    )
 
     def run(self, program: Program) -> int:
         if (reason := weights_quantized(program)) is not None:
             from fxq.errors import VerifyError
 
-            raise VerifyError(f"sync-groups: {reason}: expected quantize-linears or quantize-experts to have fired before")
+            raise VerifyError(
+                f"sync-groups: {reason}: expected quantize-linears or quantize-experts to have fired before"
+            )
         count = 0
         for members in quantized_siblings(program).values():
             weights = [quantize for quantize, _ in members]

@@ -46,7 +46,8 @@ def kv_tensors(attention: str, k_amax: Tensor, v_amax: Tensor) -> dict[str, Tens
     """amax / 448 each, as multipliers; never zero."""
     amaxes = {"k": k_amax, "v": v_amax}
     return {
-        f"{attention}.{t}_proj.{t}_scale": torch.where(a > 0, a, torch.ones_like(a)).to(torch.float32) / E4M3_MAX
+        f"{attention}.{t}_proj.{t}_scale": torch.where(a > 0, a, torch.ones_like(a)).to(torch.float32)
+        / E4M3_MAX
         for t, a in amaxes.items()
     }
 
@@ -61,7 +62,11 @@ def configs(
         "quant_method": "modelopt",
         "quant_algo": algorithm,
         "config_groups": {
-            "group_0": {"input_activations": floats if has_inputs else None, "weights": floats, "targets": ["Linear"]}
+            "group_0": {
+                "input_activations": floats if has_inputs else None,
+                "weights": floats,
+                "targets": ["Linear"],
+            }
         },
         "ignore": list(excluded),
         "producer": _PRODUCER,

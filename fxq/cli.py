@@ -1,0 +1,283 @@
+"""The command line: compile, dump-graph, specs. Errors are one to three lines; exit status 2 for usage, 1 for the rest."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fxq.errors import FxqError, SpecError, choices
+
+if TYPE_CHECKING:
+    from fxq.program import Program
+    from fxq.report import Report
+
+_COMPILE = """examples:
+  fxq compile ./model --spec nvfp4_experts_only_mse-fp8_cast_kv --calib text.jsonl --out ./model-nvfp4
+  fxq compile ./model --spec nvfp4_weight_only_mse --out ./model-w4a16          (needs no data)
+  fxq compile ./model --spec my.yaml --calib text.jsonl --samples 64 --seq-len 1024 --device cuda --out ./out
+"""
+_DUMP = """examples:
+  fxq dump-graph ./model                                           the traced graph, repeats folded
+  fxq dump-graph ./model --spec nvfp4_default-fp8_kv --after sync-groups
+  fxq dump-graph ./model --spec nvfp4_default-fp8_kv --after quantize-linears --diff fuse-experts
+  fxq dump-graph ./model --spec nvfp4_default-fp8_kv --explain quantize-linears
+  fxq dump-graph ./model --full --only '*layers_0*'                 every node of a layer, as parseable text
+  fxq dump-graph ./model --cone linear_3 --format dot | dot -Tsvg > cone.svg
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.debug:
+        return int(arguments.run(arguments))
+    try:
+        return int(arguments.run(arguments))
+    except FxqError as error:
+        print(f"fxq: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("fxq: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fxq",
+        description="Compile Hugging Face models into NVFP4 checkpoints for vLLM, SGLang and TensorRT-LLM.",
+    )
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], help: str, epilog: str = ""
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=epilog,
+            parents=[shared],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    add = command(
+        "compile", _compile, "Turn a model directory into an NVFP4 checkpoint.", _COMPILE
+    ).add_argument
+    add("model", metavar="MODEL", type=Path, help="Hugging Face directory with safetensors")
+    add("--spec", required=True, metavar="NAME|FILE", help="a shipped spec (see `fxq specs`) or a YAML file")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        type=Path,
+        help="new or empty directory; appears whole or not at all",
+    )
+    add("--calib", metavar="FILE", type=Path, help='JSON lines of {"text": ...} or {"input_ids": [...]}')
+    add("--samples", type=int, default=128, metavar="N", help="calibration lines to use (default 128)")
+    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
+    add("--device", default="cpu", metavar="cpu|cuda", help="where calibration and packing run (default cpu)")
+    add("--format", metavar="FORMAT", help="checkpoint format, instead of the spec's: modelopt")
+    add("--eval", metavar="FILE", type=Path, help="also measure perplexity before and after on this text")
+    add("--json", action="store_true", help="print the summary as JSON")
+    add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
+
+    add = command(
+        "dump-graph", _dump, "Print the graph at any stage of a spec's pipeline.", _DUMP
+    ).add_argument
+    add("model", metavar="MODEL", type=Path, help="Hugging Face directory with safetensors")
+    add("--spec", metavar="NAME|FILE", help="run this spec's passes (without calibrating)")
+    add("--after", metavar="PASS", help="stop after this pass (default: the last)")
+    add("--only", metavar="GLOB", help="nodes whose name, operator or parameter fits")
+    add("--cone", metavar="NODE", help="this node and all that leads to it")
+    add("--diff", metavar="PASS", help="what changed since this pass (`trace` for the start)")
+    add("--explain", metavar="PASS", help="where this pass fires, and where it does not and why")
+    add("--full", action="store_true", help="every node, as text that parses back; nothing folded")
+    add("--format", choices=("text", "json", "dot"), default="text", help="output format (default text)")
+    add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
+
+    add = command("specs", _specs, "List the shipped specs, or print one.").add_argument
+    add("name", nargs="?", metavar="NAME", help="print this spec's YAML")
+    return parser
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    from fxq import spec
+    from fxq.passes import PASSES
+
+    chosen = spec.load(arguments.spec, PASSES)  # its mistakes come before torch has traced anything
+    from fxq.compiler import compile
+
+    compiled = compile(
+        arguments.model,
+        chosen,
+        calib=arguments.calib,
+        out=arguments.out,
+        evaluate=arguments.eval,
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        device=arguments.device,
+        format=arguments.format,
+        trust_remote_code=arguments.trust_remote_code,
+        progress=_progress,
+    )
+    if arguments.json:
+        print(json.dumps(compiled.report.as_dict(), indent=2))
+    else:
+        _print_summary(compiled.report)
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal; nothing where there is none."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        task = bars.add_task(label, total=total)
+        yield lambda: bars.advance(task)
+        bars.update(task, completed=total)
+
+
+def _print_summary(report: "Report") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"fxq compiled with {report.spec}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, value in _summary(report):
+        table.add_row(label, value)
+    console = Console()
+    console.print(table)
+    for warning in report.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+
+
+def _summary(report: "Report") -> Iterator[tuple[str, str]]:
+    def number(value: float | None, form: str, unit: str = "") -> str:
+        return "-" if value is None else format(value, form) + unit
+
+    yield (
+        "quantize nodes",
+        (
+            f"{report.quantize_nodes}: {report.expert_nodes} expert weights, {report.linear_nodes} linear weights, "
+            f"{report.input_nodes} inputs, {report.kv_nodes} keys and values"
+        ),
+    )
+    if report.experts:
+        yield "experts", f"{report.experts}, {report.dead_experts} of them reached by no token"
+    yield "bootstrapped", f"{report.bootstrapped} amaxes that data did not reach, filled from the weights"
+    yield "groups", f"{report.groups} of linears that share their scales"
+    yield "calibration", f"{report.calibration_tokens} tokens" if report.calibration_tokens else "none needed"
+    yield (
+        "tensors",
+        f"{report.tensors_quantized} quantized, {report.tensors_excluded} left as they are and listed as such",
+    )
+    yield "bits per weight", number(report.bits_per_weight, ".3f")
+    yield (
+        "weight SQNR",
+        number(report.sqnr_db, ".2f", " dB")
+        + f" (worst {number(report.worst_sqnr_db, '.2f', ' dB')}, {report.worst_tensor})",
+    )
+    if report.perplexity_before is not None and report.perplexity_after is not None:
+        yield (
+            "perplexity",
+            f"{report.perplexity_before:.3f} before, {report.perplexity_after:.3f} after (weights, inputs and KV as served)",
+        )
+    if report.source_bytes and report.output_bytes:
+        yield "size", f"{report.source_bytes / 1e6:.1f} MB before, {report.output_bytes / 1e6:.1f} MB after"
+    yield "time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
+    memory = number((report.peak_host_bytes or 0) / 2**30, ".2f", " GiB host")
+    if report.peak_device_bytes is not None:
+        memory += f", {report.peak_device_bytes / 2**30:.2f} GiB GPU"
+    yield "peak memory", memory
+    yield "output", str(report.out)
+
+
+def _dump(arguments: argparse.Namespace) -> int:
+    from fxq import pipeline, spec, view
+    from fxq.compiler import open_model
+    from fxq.passes import PASSES
+    from fxq.text import dump, format_node
+
+    passes = spec.load(arguments.spec, PASSES).passes if arguments.spec else ()
+    stages = ["trace", *(step.name for step in passes)]
+    for option in ("after", "diff", "explain"):
+        name = getattr(arguments, option)
+        if name is not None and name not in stages and not (option == "explain" and name in PASSES):
+            hint = "" if arguments.spec else " (give --spec to run passes)"
+            raise SpecError(
+                f"--{option}: expected a stage of the pipeline, {choices(stages)}; found {name!r}{hint}"
+            )
+    model = open_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    program = model.program
+    last = arguments.after or stages[-1]
+    if arguments.explain is not None and arguments.after is None and arguments.explain in stages:
+        last = stages[stages.index(arguments.explain) - 1]
+    kept: dict[str, str] = {}
+
+    def keep(name: str, program: "Program") -> None:
+        if name == arguments.diff:
+            kept["before"] = dump(program.graph) if arguments.full else view.fold(program.graph)
+
+    keep("trace", program)
+    if last != "trace":
+        steps = passes[: stages.index(last)]
+        pipeline.run(steps, program, after=lambda step, program, count: keep(step.name, program))
+    graph = program.graph
+    if arguments.explain is not None:
+        step = next((p for p in passes if p.name == arguments.explain), None) or PASSES[arguments.explain]()
+        print(view.explain(step.sites(program)), end="")
+        return 0
+    if arguments.diff is not None:
+        if "before" not in kept:
+            raise SpecError(f"--diff: {arguments.diff} comes after {last}")
+        text = dump(graph) if arguments.full else view.fold(graph)
+        print(view.difference(kept["before"], text, arguments.diff, last), end="")
+        return 0
+    nodes = view.select(graph, only=arguments.only, cone=arguments.cone)
+    narrowed = arguments.only is not None or arguments.cone is not None
+    if arguments.format == "json":
+        print(json.dumps(view.as_json(graph, nodes), indent=1))
+    elif arguments.format == "dot":
+        print(view.as_dot(graph, nodes), end="")
+    elif narrowed:
+        print("".join(format_node(node) + "\n" for node in nodes), end="")
+    else:
+        print(dump(graph) if arguments.full else view.fold(graph), end="")
+    return 0
+
+
+def _specs(arguments: argparse.Namespace) -> int:
+    from fxq.spec import shipped
+
+    if arguments.name is not None:
+        if arguments.name not in shipped():
+            raise SpecError(f"no spec is called {arguments.name!r}; there are {choices(shipped())}")
+        print(shipped()[arguments.name].read_text(encoding="utf-8"), end="")
+        return 0
+    import yaml
+
+    for name, path in shipped().items():
+        print(f"{name}\n    {yaml.safe_load(path.read_text(encoding='utf-8'))['description']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
