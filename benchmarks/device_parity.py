@@ -2,8 +2,9 @@
 
     python benchmarks/device_parity.py MODEL CALIB.jsonl [--spec NAME] [--samples N]
 
-Prints both wall times and peak memory, the number of differing bytes per kind of tensor, and the largest relative
-difference of input scales. Weights and block scales are expected equal; input scales within bf16 rounding.
+Prints both wall times and peak memory, the number of differing bytes per kind of tensor, and the largest
+relative difference of input scales. Weights and block scales are expected equal; input scales within bf16
+rounding.
 """
 
 import argparse
@@ -31,7 +32,9 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Run the comparison and print it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("calib")
     parser.add_argument("--spec", default="nvfp4_experts_only_mse-fp8_cast_kv")

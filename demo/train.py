@@ -42,7 +42,16 @@ LINES = 64  # lines of calib.jsonl and of heldout.jsonl; a document gives two, s
 EVAL_WINDOW = 256  # tokens; perplexity is measured over windows of this length
 
 # Tests, foreign packages, generated tables (encodings) and what was added when this interpreter was built.
-SKIP_DIRS = set(["test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3", "pydoc_data"])
+SKIP_DIRS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "lib2to3",
+    "pydoc_data",
+}
 SKIP_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|sitecustomize|usercustomize|entities")
 
 # Documents that carry a notice of their own or an address are trained on, never quoted in the .jsonl files.

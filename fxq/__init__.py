@@ -1,4 +1,5 @@
-"""fxq: a declarative graph-transform compiler over torch.fx that turns Hugging Face models into NVFP4 checkpoints.
+"""fxq: a declarative graph-transform compiler over torch.fx that turns Hugging Face models into NVFP4
+checkpoints.
 
 compiled = fxq.compile("path/to/model", "nvfp4_experts_only_mse-fp8_cast_kv", calib=["some text", ...])
 compiled.save("path/to/output")

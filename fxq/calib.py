@@ -1,10 +1,11 @@
-"""Calibration samples: JSON lines or python values become batches of token ids, checked before anything is traced."""
+"""Calibration samples: JSON lines or python values become batches of token ids, checked before anything
+is traced."""
 
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ def load_samples(
 ) -> list[list[int]]:
     """At most `samples` lists of at most `length` token ids.
 
-    calib: a .jsonl path whose lines are {"text": ...} or {"input_ids": [...]}, or an iterable of such mappings, of
-    strings or of id lists. Raises SourceError naming the line when one cannot be used, or when there are none.
+    calib: a .jsonl path whose lines are {"text": ...} or {"input_ids": [...]}, or an iterable of such
+    mappings, of strings or of id lists. Raises SourceError naming the line when one cannot be used, or when
+    there are none.
     """
     found: list[list[int]] = []
     for where, item in _items(calib):
@@ -41,7 +43,8 @@ def load_samples(
 
 
 def batches(samples: Iterable[Sequence[int]]) -> list[Tensor]:
-    """int64 [B, S] batches of samples of equal length, about TOKENS_PER_BATCH tokens each: nothing is padded."""
+    """int64 [B, S] batches of samples of equal length, about TOKENS_PER_BATCH tokens each: nothing is
+    padded."""
     by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
     for ids in samples:
         by_length[len(ids)].append(ids)
@@ -54,7 +57,7 @@ def batches(samples: Iterable[Sequence[int]]) -> list[Tensor]:
 
 def _items(calib: object) -> Iterable[tuple[str, Any]]:
     if not isinstance(calib, (str, Path)):
-        yield from ((f"calib[{i}]", item) for i, item in enumerate(calib))  # type: ignore[arg-type, call-overload]
+        yield from ((f"calib[{i}]", item) for i, item in enumerate(cast(Iterable[Any], calib)))
         return
     path = Path(calib)
     try:
@@ -83,7 +86,8 @@ def _ids(item: Any, encode: Encode, where: str) -> list[int]:
             return list(encode(item["text"]))
         if "input_ids" not in item:
             raise SourceError(
-                f'{where}: expected a key "text" or "input_ids", found {", ".join(map(str, item)) or "no key"}'
+                f'{where}: expected a key "text" or "input_ids", found '
+                f"{', '.join(map(str, item)) or 'no key'}"
             )
         item = item["input_ids"]
     if isinstance(item, Tensor):

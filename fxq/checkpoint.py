@@ -1,7 +1,8 @@
-"""The writer: interprets a checkpoint program and streams its tensors into safetensors shards, whole or not at all.
+"""The writer: interprets a checkpoint program and streams its tensors into safetensors shards, whole or not
+at all.
 
-Sizes are known before any weight is read, so headers are written first and every tensor goes straight to its place:
-memory is one batch of slices, not one shard.
+Sizes are known before any weight is read, so headers are written first and every tensor goes straight to its
+place: memory is one batch of slices, not one shard.
 """
 
 import json
@@ -23,6 +24,7 @@ from fxq import dialect, nvfp4
 from fxq.errors import CheckpointError
 from fxq.formats import modelopt
 from fxq.interpret import WeightCone, amax_value
+from fxq.nodes import int_at, node_at
 from fxq.nvfp4 import Packed
 from fxq.program import Program, TensorInfo, WeightSource
 
@@ -53,7 +55,8 @@ _REPLACED = (
 
 @dataclass
 class Written:
-    """What a write measured: per weight (parameter, expert or None) the squared error and energy of its rows."""
+    """What a write measured: per weight (parameter, expert or None) the squared error and energy of its
+    rows."""
 
     errors: dict[tuple[str, int | None], tuple[float, float]] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
@@ -89,8 +92,9 @@ def write(
 ) -> Written:
     """Run the lowered program into the directory `out`, which appears complete or not at all.
 
-    config: the source's config.json. side_files: a directory whose tokenizer, chat template and other files are copied
-    as they are. Raises CheckpointError if `out` holds something, or if what would be written breaks the contract.
+    config: the source's config.json. side_files: a directory whose tokenizer, chat template and other files
+    are copied as they are. Raises CheckpointError if `out` holds something, or if what would be written
+    breaks the contract.
     """
     plan = _plan(program, FORMATS[format])
     with _appearing(out) as work:
@@ -141,7 +145,8 @@ def _plan(program: Program, format: ModuleType) -> _Plan:
         with_input = next(n for n, has in linears.items() if has)
         without = next(n for n, has in linears.items() if not has)
         raise CheckpointError(
-            f"{with_input} has quantized inputs and {without} has not: one checkpoint declares one algorithm; "
+            f"{with_input} has quantized inputs and {without} has not: one checkpoint declares one "
+            "algorithm; "
             "give quantize-linears and quantize-experts the same `inputs`"
         )
     matrices = [k for k, i in infos.items() if k.endswith(".weight") and len(i.shape) >= 2]
@@ -151,7 +156,8 @@ def _plan(program: Program, format: ModuleType) -> _Plan:
 
 
 class _Writer:
-    """Interprets the program: weights of one source tensor are packed in one launch, scalars come from calibration."""
+    """Interprets the program: weights of one source tensor are packed in one launch, scalars come from
+    calibration."""
 
     def __init__(
         self,
@@ -180,24 +186,24 @@ class _Writer:
                 self.step()
         packs: dict[Node, list[Node]] = {}
         for pack in stores:
-            packs.setdefault(pack.args[0], []).append(pack)  # type: ignore[arg-type]
+            packs.setdefault(node_at(pack, 0), []).append(pack)
         for weights, values in self.cone.batches(packs):
             self._pack([packs[w][0] for w in weights], values, stores)
 
     def _pack(self, packs: list[Node], values: Tensor, stores: Mapping[Node, list[Node]]) -> None:
-        amax = torch.stack([amax_value(p.args[1], self.program.values) for p in packs]).to(values.device)  # type: ignore[arg-type]
+        amax = torch.stack([amax_value(node_at(p, 1), self.program.values) for p in packs]).to(values.device)
         scale = str(packs[0].kwargs["scale"])
         packed = nvfp4.quantize_weight(values, amax, scale)
         errors, energies = (t.tolist() for t in nvfp4.squared_error(values, packed))
         packed = Packed(packed.weight.cpu(), packed.scale.cpu(), packed.scale_2.cpu())
         for i, pack in enumerate(packs):
-            self.written.errors[_weight_name(pack.args[0])] = (errors[i], energies[i])  # type: ignore[arg-type]
+            self.written.errors[_weight_name(node_at(pack, 0))] = (errors[i], energies[i])
             self.written.weights += values[i].numel()
             for store in stores[pack]:
                 rows = slice(store.kwargs["start"], store.kwargs["end"])
                 part = Packed(packed.weight[i, rows], packed.scale[i, rows], packed.scale_2[i])
                 held = store.args[2]
-                input_amax = amax_value(held, self.program.values) if held is not None else None  # type: ignore[arg-type]
+                input_amax = amax_value(held, self.program.values) if isinstance(held, Node) else None
                 self._emit(self.format.linear_tensors(str(store.args[0]), part, input_amax))
                 self.step()
 
@@ -212,8 +218,8 @@ def _weight_name(w: Node) -> tuple[str, int | None]:
     expert = None
     while w.op != "get_attr":
         if w.target is dialect.SLICE:
-            expert = int(w.args[1])  # type: ignore[call-overload]
-        w = w.args[0]  # type: ignore[assignment]
+            expert = int_at(w, 1)
+        w = node_at(w, 0)
     return str(w.target), expert
 
 
@@ -278,7 +284,7 @@ class _Shards:
             raise CheckpointError(f"{key}: expected {info} once, found {tuple(tensor.shape)} {tensor.dtype}")
         index, offset = self.place[key]
         self.files[index].seek(offset)
-        self.files[index].write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self.files[index].write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self.left.discard(key)
 
     def finish(self) -> None:
@@ -367,7 +373,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _copy_side_files(source: Path, out: Path) -> None:
-    """Tokenizer, chat templates, generation config, custom code: everything that is neither weights nor replaced."""
+    """Tokenizer, chat templates, generation config, custom code: everything that is neither weights nor
+    replaced."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name in _REPLACED or path.name.endswith(_WEIGHTS):
             continue

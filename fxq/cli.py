@@ -1,4 +1,5 @@
-"""The command line: compile, dump-graph, specs. Errors are one to three lines; exit status 2 for usage, 1 for the rest."""
+"""The command line: compile, dump-graph, specs. Errors are one to three lines; exit status 2 for usage, 1
+for the rest."""
 
 import argparse
 import contextlib
@@ -176,7 +177,8 @@ def _summary(report: "Report") -> Iterator[tuple[str, str]]:
     yield (
         "quantize nodes",
         (
-            f"{report.quantize_nodes}: {report.expert_nodes} expert weights, {report.linear_nodes} linear weights, "
+            f"{report.quantize_nodes}: {report.expert_nodes} expert weights, {report.linear_nodes} "
+            "linear weights, "
             f"{report.input_nodes} inputs, {report.kv_nodes} keys and values"
         ),
     )
@@ -187,7 +189,8 @@ def _summary(report: "Report") -> Iterator[tuple[str, str]]:
     yield "calibration", f"{report.calibration_tokens} tokens" if report.calibration_tokens else "none needed"
     yield (
         "tensors",
-        f"{report.tensors_quantized} quantized, {report.tensors_excluded} left as they are and listed as such",
+        f"{report.tensors_quantized} quantized, {report.tensors_excluded} left as they are and listed "
+        "as such",
     )
     yield "bits per weight", number(report.bits_per_weight, ".3f")
     yield (
@@ -198,7 +201,8 @@ def _summary(report: "Report") -> Iterator[tuple[str, str]]:
     if report.perplexity_before is not None and report.perplexity_after is not None:
         yield (
             "perplexity",
-            f"{report.perplexity_before:.3f} before, {report.perplexity_after:.3f} after (weights, inputs and KV as served)",
+            f"{report.perplexity_before:.3f} before, {report.perplexity_after:.3f} after (weights, "
+            "inputs and KV as served)",
         )
     if report.source_bytes and report.output_bytes:
         yield "size", f"{report.source_bytes / 1e6:.1f} MB before, {report.output_bytes / 1e6:.1f} MB after"

@@ -6,11 +6,11 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ from fxq.weights import Directory, Live
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model as fxq sees it: structure on fake tensors, weights behind a source, and the files around them."""
+    """A model as fxq sees it: structure on fake tensors, weights behind a source, and the files around
+    them."""
 
     twin: Twin
     source: WeightSource
@@ -44,8 +45,9 @@ class Model:
 class Compiled:
     """A calibrated model.
 
-    graph: the torch.fx graph that simulates the deployed model. program: the lowered checkpoint program and its values.
-    scales: amax node name -> calibrated float32 []. report: counts and measurements; `save` completes it.
+    graph: the torch.fx graph that simulates the deployed model. program: the lowered checkpoint program and
+    its values. scales: amax node name -> calibrated float32 []. report: counts and measurements; `save`
+    completes it.
     """
 
     def __init__(self, model: Model, program: Program, session: Session, report: Report) -> None:
@@ -61,7 +63,8 @@ class Compiled:
         return MappingProxyType(self.program.values)
 
     def save(self, out: str | Path, *, shard_bytes: int = checkpoint.SHARD_BYTES) -> Report:
-        """Write the checkpoint into `out`, which must not exist or be empty; it appears whole or not at all."""
+        """Write the checkpoint into `out`, which must not exist or be empty; it appears whole or not at
+        all."""
         if self.program.calibrated is None:
             raise CheckpointError(
                 f"{self.report.spec}: the spec has no `lower` pass, so there is nothing to write"
@@ -91,7 +94,8 @@ class Compiled:
     def perplexity(self, text: object, *, samples: int = 64, seq_len: int = 512) -> tuple[float, float]:
         """(unquantized, simulated deployed) perplexity per token of a text given like calibration text.
 
-        The second quantizes weights, inputs and KV cache as the checkpoint declares, by running the calibrated graph.
+        The second quantizes weights, inputs and KV cache as the checkpoint declares, by running the
+        calibrated graph.
         """
         ids = _samples(self._model, text, samples, seq_len)
         batches = calibration.batches(s for s in ids if len(s) > 1)
@@ -133,10 +137,11 @@ def compile(
 ) -> Compiled:
     """Trace, transform and calibrate a model; with `out`, also write the checkpoint.
 
-    model: a Hugging Face directory with safetensors, or a live model (left as it is). spec: a shipped spec's name, a
-    YAML file, or a Spec. calib: a .jsonl path or an iterable of texts, id lists or such mappings; the first `samples`
-    are used, cut to `seq_len` tokens each. evaluate: text, given alike, to measure perplexity on. device: "cpu" or "cuda", where calibration and packing run.
-    Raises SpecError, SourceError, TraceError, VerifyError or CheckpointError; on any of them nothing is written.
+    model: a Hugging Face directory with safetensors, or a live model (left as it is). spec: a shipped spec's
+    name, a YAML file, or a Spec. calib: a .jsonl path or an iterable of texts, id lists or such mappings;
+    the first `samples` are used, cut to `seq_len` tokens each. evaluate: text, given alike, to measure
+    perplexity on. device: "cpu" or "cuda", where calibration and packing run. Raises SpecError, SourceError,
+    TraceError, VerifyError or CheckpointError; on any of them nothing is written.
     """
     chosen = _with_format(spec if isinstance(spec, Spec) else load(spec, PASSES), format)
     where = _device(device)
@@ -240,7 +245,7 @@ def _samples(model: Model, text: object, samples: int, seq_len: int) -> list[lis
                     "calibration text needs a tokenizer; a model without a directory takes input_ids"
                 )
             tokenizer.append(load_tokenizer(model.directory))
-        return tokenizer[0](line)["input_ids"]  # type: ignore[no-any-return]
+        return tokenizer[0](line)["input_ids"]
 
     return calibration.load_samples(
         text, encode, vocabulary=text_config.vocab_size, samples=samples, length=min(seq_len, limit)
@@ -262,7 +267,9 @@ def _with_format(spec: Spec, format: str | None) -> Spec:
         return spec
     if format not in checkpoint.FORMATS:
         raise SpecError(f"no output format is called {format!r}; there are {choices(checkpoint.FORMATS)}")
-    passes = tuple(dataclasses.replace(p, format=format) if p.name == "lower" else p for p in spec.passes)  # type: ignore[type-var, call-arg]
+    passes = tuple(
+        dataclasses.replace(cast(Any, p), format=format) if p.name == "lower" else p for p in spec.passes
+    )
     return dataclasses.replace(spec, passes=passes)
 
 
@@ -279,7 +286,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _timed(report: Report, name: str):  # type: ignore[no-untyped-def]
+def _timed(report: Report, name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - start

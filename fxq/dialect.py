@@ -30,8 +30,9 @@ _LIB.define("store(str key, Tensor t) -> ()")
 
 
 def _expert_linear(x: Tensor, w: Tensor, expert_ids: Tensor) -> Tensor:
-    """y[t] = w[expert_ids[t]] @ x[t] for x [T, in], w [E, out, in], expert_ids int [T] >= 0: tokens sorted by expert,
-    one matmul an expert that has tokens; a weight is never gathered per token. An id >= E (no expert) gives zeros."""
+    """y[t] = w[expert_ids[t]] @ x[t] for x [T, in], w [E, out, in], expert_ids int [T] >= 0: tokens
+    sorted by expert, one matmul an expert that has tokens; a weight is never gathered per token. An id
+    >= E (no expert) gives zeros."""
     out = x.new_zeros(x.shape[0], w.shape[1])
     order = torch.argsort(expert_ids, stable=True)
     counts = torch.bincount(expert_ids, minlength=w.shape[0])[: w.shape[0]].tolist()

@@ -1,6 +1,8 @@
-"""Edits to a graph: new nodes get derived names and their value's type at birth; `tidy` orders and drops what is unused."""
+"""Edits to a graph: new nodes get derived names and their value's type at birth; `tidy` orders and drops
+what is unused."""
 
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -17,8 +19,9 @@ def parameter(graph: Graph, name: str, shape: Iterable[int], dtype: torch.dtype)
 
 
 def call(graph: Graph, name: str, target: Callable[..., object], *args: object, **kwargs: object) -> Node:
-    """A new call, anywhere in the graph (`tidy` moves it before its users), typed by the target's shape rule."""
-    node = graph.create_node("call_function", target, args, kwargs, name)  # type: ignore[arg-type]
+    """A new call, anywhere in the graph (`tidy` moves it before its users), typed by the target's shape
+    rule."""
+    node = graph.create_node("call_function", target, cast(Any, args), cast(Any, kwargs), name)
     node.meta["val"] = infer(node)
     return node
 
@@ -33,11 +36,15 @@ def replace(old: Node, new: Node, users: Iterable[Node] | None = None) -> None:
 def tidy(graph: Graph) -> None:
     """Drop unused nodes and put every node after its inputs, keeping the given order where it is free.
 
-    Parameters go right before their first use, so that a streaming interpreter reads them as late as possible.
+    Parameters go right before their first use, so that a streaming interpreter reads them as late as
+    possible.
     """
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in ("call_function", "get_attr") and node.target not in STORES:
-            graph.erase_node(node)
+    unused = [node for node in graph.nodes if _is_unused(node)]
+    while unused:
+        node = unused.pop()
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        unused += [source for source in inputs if _is_unused(source)]
     placed: dict[Node, None] = {}
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     for node in [n for n in graph.nodes if n.op != "get_attr" and n is not output] + [output]:
@@ -45,6 +52,10 @@ def tidy(graph: Graph) -> None:
     for node in placed:
         if node is not output:
             output.prepend(node)
+
+
+def _is_unused(node: Node) -> bool:
+    return not node.users and node.op in ("call_function", "get_attr") and node.target not in STORES
 
 
 def _place(node: Node, placed: dict[Node, None]) -> None:

@@ -1,4 +1,5 @@
-"""What fxq raises: one type a layer, each message saying what was expected, what was found, where, and the choices."""
+"""What fxq raises: one type a layer, each message saying what was expected, what was found, where, and
+the choices."""
 
 from collections.abc import Iterable
 

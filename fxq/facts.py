@@ -1,24 +1,30 @@
-"""Facts that passes require and ensure: each answers None when it holds for a program, else why it does not."""
+"""Facts that passes require and ensure: each answers None when it holds for a program, else why it does
+not."""
 
 from collections.abc import Callable
 
+from torch.fx import Node
+
 from fxq import dialect
+from fxq.nodes import node_at, nodes_at
 from fxq.program import Program
-from fxq.structure import VIEWS, Frontiers, fused_by_engines, root, shape_of, strip, value_of, weight_matmuls
+from fxq.structure import VIEWS, Frontiers, fused_by_engines, is_expert, root, strip, value_of, weight_matmuls
+from fxq.text import format_target
 
 Fact = Callable[[Program], str | None]
 
 
 def experts_fused(program: Program) -> str | None:
-    """Every 3-D parameter that reaches a matmul does so through `fxq.expert_linear` or one `fxq.slice`."""
+    """Every stacked parameter that reaches a matmul does so through `fxq.expert_linear` or one
+    `fxq.slice`."""
     for matmul in weight_matmuls(program.graph):
         is_slice = strip(matmul.w, VIEWS | {dialect.QUANTIZE}).target is dialect.SLICE
-        if (
-            len(shape_of(matmul.parameter)) == 3
-            and matmul.node.target is not dialect.EXPERT_LINEAR
-            and not is_slice
-        ):
-            return f"@{matmul.parameter.target} reaches %{matmul.node.name} ({matmul.node.target}), which no pattern knows"
+        if is_expert(matmul.w) and matmul.node.target is not dialect.EXPERT_LINEAR and not is_slice:
+            return (
+                f"@{matmul.parameter.target} reaches %{matmul.node.name} "
+                f"({format_target(matmul.node.target)}) "
+                "in a form that no pattern knows"
+            )
     return None
 
 
@@ -45,13 +51,14 @@ def groups_whole(program: Program) -> str | None:
 
 def amaxes_shared(program: Program) -> str | None:
     """Quantized weights that read one value have one weight amax and one input amax."""
-    seen: dict[object, object] = {}
-    for key, members in quantized_siblings(program).items():
-        for position, what in ((0, "weight"), (1, "input")):
-            for member in members:
-                amax = member[position].args[1] if member[position] is not None else None
-                if seen.setdefault((key, what), amax) is not amax:
-                    return f"%{member[0].name} reads the same value as its siblings but has a {what} amax of its own"
+    for members in quantized_siblings(program).values():
+        first = members[0]
+        for member in members[1:]:
+            for what, mine, theirs in zip(("a weight", "an input"), member, first, strict=True):
+                if mine is not None and theirs is not None and mine.args[1] is not theirs.args[1]:
+                    return (
+                        f"%{mine.name} reads the same value as %{theirs.name} but has {what} amax of its own"
+                    )
     return None
 
 
@@ -63,22 +70,24 @@ def amaxes_filled(program: Program) -> str | None:
     return None
 
 
-def is_weight_quantize(node) -> bool:  # type: ignore[no-untyped-def]
+def is_weight_quantize(node: Node) -> bool:
     """True for a quantize node whose operand is a parameter or a slice of one."""
-    return node.target is dialect.QUANTIZE and root(node.args[0]) is not None
+    return node.target is dialect.QUANTIZE and root(node_at(node, 0)) is not None
 
 
-def quantized_siblings(program: Program):  # type: ignore[no-untyped-def]
-    """(input value, expert or None) -> [(weight quantize, input quantize or None)] of the matmuls that read it."""
-    siblings: dict[object, list[tuple[object, object]]] = {}
+Siblings = dict[tuple[Node, int | None], list[tuple[Node, Node | None]]]
+
+
+def quantized_siblings(program: Program) -> Siblings:
+    """(input value, expert or None) -> [(weight quantize, input quantize or None)] of the matmuls that
+    read it."""
+    siblings: Siblings = {}
     for matmul in weight_matmuls(program.graph):
-        x = strip(matmul.x, VIEWS)
+        x, w = strip(matmul.x, VIEWS), strip(matmul.w, VIEWS)
         x_quantize = x if x.target is dialect.QUANTIZE else None
-        w = strip(matmul.w, VIEWS)
-        is_experts = matmul.node.target is dialect.EXPERT_LINEAR
-        slices = w.args[0] if w.target is dialect.STACK else [w]
-        for expert, quantize in enumerate(slices):  # type: ignore[arg-type]
+        slices = nodes_at(w, 0) if w.target is dialect.STACK else [w]
+        for expert, quantize in enumerate(slices):
             if quantize.target is dialect.QUANTIZE:
-                key = (value_of(matmul.x), expert if is_experts else None)
+                key = (value_of(matmul.x), expert if matmul.node.target is dialect.EXPERT_LINEAR else None)
                 siblings.setdefault(key, []).append((quantize, x_quantize))
     return siblings

@@ -1,12 +1,13 @@
-"""Interpreters of the graph: run it, calibrate it, simulate it. A weight is read when first used and freed after its last.
+"""Interpreters of the graph: run it, calibrate it, simulate it. A weight is read when first used and freed
+after its last.
 
-Values that differ by calibration batch travel as `Lanes`, and each node runs over all of them before the next node:
-a weight is read once for the whole calibration set, not once a batch.
+Values that differ by calibration batch travel as `Lanes`, and each node runs over all of them before the
+next node: a weight is read once for the whole calibration set, not once a batch.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from torch.fx.node import map_arg
 
 from fxq import dialect
 from fxq.errors import SourceError
+from fxq.nodes import int_at, node_at, nodes_at
 from fxq.program import Program, WeightSource
-from fxq.structure import VIEWS, root, strip
+from fxq.structure import VIEWS, parameter_name, root, strip
 
-# Slices of one weight are handled together up to this many bytes: large enough to fill a launch, small enough to hold.
+# Slices of one weight are handled together up to this many bytes: enough for a launch, little enough to hold.
 BATCH_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
@@ -27,10 +29,12 @@ class Lanes(tuple[Any, ...]):
 
 
 class Streaming(Interpreter):
-    """Runs a program over batches, fetching weights from a source and freeing every value after its last use.
+    """Runs a program over batches, fetching weights from a source and freeing every value after its last
+    use.
 
-    device: where the graph runs; the devices written in the graph are those it was traced on, and are replaced.
-    reduce: what to keep of each batch's output (value, batch index), so that logits of many batches never pile up.
+    device: where the graph runs; the devices written in the graph are those it was traced on, and are
+    replaced. reduce: what to keep of each batch's output (value, batch index), so that logits of many
+    batches never pile up.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Streaming(Interpreter):
     def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of one call for one batch; subclasses change the meaning of an operator here."""
         moved = {k: self.device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
-        return n.target(*args, **moved)  # type: ignore[operator]
+        return cast(Callable[..., Any], n.target)(*args, **moved)
 
     def join(self, n: Node, lanes: list[Any]) -> Any:
         """What a call's values over all batches become."""
@@ -81,7 +85,8 @@ class Streaming(Interpreter):
         return value.to(self.device)
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return map_arg(n.args, lambda m: self.env[m]), map_arg(n.kwargs, lambda m: self.env[m])  # type: ignore[return-value]
+        args, kwargs = map_arg((n.args, n.kwargs), lambda m: self.env[m])  # type: ignore[misc]
+        return args, kwargs
 
 
 def _width(value: Any) -> int | None:
@@ -109,7 +114,8 @@ def _lane(value: Any, i: int) -> Any:
 
 
 class Simulate(Streaming):
-    """The deployed model: calibrated amaxes instead of fresh ones, everything quantized as it will be served."""
+    """The deployed model: calibrated amaxes instead of fresh ones, everything quantized as it will be
+    served."""
 
     def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if n.target is dialect.AMAX:
@@ -131,7 +137,8 @@ class Unquantized(Streaming):
 
 
 class Max(Unquantized):
-    """Records the amax of activations, counts tokens per expert, and takes the weight amax of what was reached.
+    """Records the amax of activations, counts tokens per expert, and takes the weight amax of what was
+    reached.
 
     Only what leads to an amax or to an expert is computed; statistics are those of the unquantized model.
     """
@@ -170,7 +177,7 @@ class Max(Unquantized):
         return super().join(n, lanes)
 
     def _amax(self, n: Node, t: Tensor) -> Tensor | None:
-        if root(n.args[0]) is None:  # type: ignore[arg-type]
+        if root(node_at(n, 0)) is None:
             return t.abs().amax().to(torch.float32) if t.numel() else t.new_zeros((), dtype=torch.float32)
         if _slice_of(n) is None:  # an expert's amax waits for a token to reach it
             self.values[n.name] = amax_of(t[None])[0].cpu()
@@ -178,10 +185,10 @@ class Max(Unquantized):
         return None
 
     def _count(self, n: Node, w: Tensor, expert_ids: Tensor) -> None:
-        holes = _expert_holes(n.args[1])  # type: ignore[arg-type]
+        holes = _expert_holes(node_at(n, 1))
         if not holes:
             return
-        parameter = str(root(n.args[1]).target)  # type: ignore[union-attr, arg-type]
+        parameter = parameter_name(node_at(n, 1))
         counts = torch.bincount(expert_ids, minlength=len(w))[: len(w)].cpu()
         seen = self.tokens.get(parameter, torch.zeros_like(counts))
         self.tokens[parameter] = seen + counts
@@ -214,14 +221,14 @@ def _expert_holes(stack: Node) -> list[Node]:
     if stack.target is not dialect.STACK:
         return []
     holes = []
-    for quantize in stack.args[0]:  # type: ignore[union-attr]
-        piece = quantize.args[0]  # type: ignore[union-attr]
+    for quantize in nodes_at(stack, 0):
+        piece = node_at(quantize, 0)
         holes.append(next(user for user in piece.users if user.target is dialect.AMAX))
     return holes
 
 
 def _slice_of(hole: Node) -> Node | None:
-    node = strip(hole.args[0], VIEWS)  # type: ignore[arg-type]
+    node = strip(node_at(hole, 0), VIEWS)
     return node if node.target is dialect.SLICE else None
 
 
@@ -234,7 +241,7 @@ def amax_of(w: Tensor, experts: Sequence[int] | None = None) -> Tensor:
 def _check_finite(hole: Node, value: Tensor) -> None:
     if bool(torch.isfinite(value)):
         return
-    parameter = root(hole.args[0])  # type: ignore[arg-type]
+    parameter = root(node_at(hole, 0))
     piece = _slice_of(hole)
     kind = "NaN" if bool(value.isnan()) else "Inf"
     if parameter is None:
@@ -246,16 +253,18 @@ def _check_finite(hole: Node, value: Tensor) -> None:
 
 
 class WeightCone:
-    """Evaluates weight-only nodes (views and slices of parameters) without running the model, many slices at a time."""
+    """Evaluates weight-only nodes (views and slices of parameters) without running the model, many slices
+    at a time."""
 
     def __init__(self, program: Program, source: WeightSource, device: torch.device) -> None:
         self.program, self.source, self.device = program, source, device
 
     def batches(self, nodes: Iterable[Node]) -> Iterator[tuple[list[Node], Tensor]]:
-        """The given nodes, each a weight [out, in], grouped by source tensor: (nodes, values [n, out, in])."""
-        by_parameter: dict[Node, list[Node]] = defaultdict(list)
+        """The given nodes, each a weight [out, in], grouped by source tensor: (nodes, values [n, out,
+        in])."""
+        by_parameter: dict[str, list[Node]] = defaultdict(list)
         for node in nodes:
-            by_parameter[root(node)].append(node)  # type: ignore[index]
+            by_parameter[parameter_name(node)].append(node)
         for group in by_parameter.values():
             step = max(1, BATCH_BYTES[self.device.type] // max(1, group[0].meta["val"].nbytes))
             for start in range(0, len(group), step):
@@ -271,22 +280,22 @@ class WeightCone:
         if node.op == "get_attr":
             return self.source.read(str(node.target))
         if node.target is dialect.SLICE:
-            base, expert = node.args
-            below = strip(base, VIEWS)  # type: ignore[arg-type]
-            if base is below and below.op == "get_attr":
-                return self.source.read_expert(str(below.target), int(expert))  # type: ignore[call-overload]
+            base, expert = node_at(node, 0), int_at(node, 1)
+            below = strip(base, VIEWS)
+            if base.op == "get_attr":
+                return self.source.read_expert(str(base.target), expert)
             if (
                 base.target is torch.ops.aten.transpose.int
                 and base.args[0] is below
                 and below.op == "get_attr"
-            ):  # type: ignore[union-attr]
-                return self.source.read_expert(str(below.target), int(expert)).T  # type: ignore[call-overload]
-        args = map_arg(node.args, self.value)
-        return node.target(*args, **node.kwargs)  # type: ignore[operator, no-any-return]
+            ):
+                return self.source.read_expert(str(below.target), expert).T
+        args = cast(tuple[Any, ...], map_arg(node.args, self.value))
+        return cast(Callable[..., Tensor], node.target)(*args, **node.kwargs)
 
 
-# Without any data an input amax of 448 puts the FP8 block scales mid-range: blocks up to 448 do not clip, blocks down
-# to 0.016 keep full precision.
+# Without any data an input amax of 448 puts the FP8 block scales mid-range: blocks up to 448 do not clip,
+# blocks down to 0.016 keep full precision.
 UNSEEN_INPUT_AMAX = 448.0
 
 
@@ -306,8 +315,8 @@ class Bootstrap:
         ]
         weights: dict[Node, list[Node]] = defaultdict(list)
         for hole in empty:
-            if root(hole.args[0]) is not None:
-                weights[hole.args[0]].append(hole)
+            if root(node_at(hole, 0)) is not None:
+                weights[node_at(hole, 0)].append(hole)
         found: dict[str, Tensor] = {}
         for nodes, values in self.cone.batches(weights):
             for node, amax in zip(nodes, amax_of(values).cpu(), strict=True):
@@ -322,7 +331,8 @@ class Bootstrap:
         return found
 
     def _input_amax(self, hole: Node) -> Tensor:
-        """The largest amax among the inputs of the same fused weight (one expert no token reached), else a constant."""
+        """The largest amax among the inputs of the same fused weight (one expert no token reached), else
+        a constant."""
         peers = [self.program.values[n.name] for n in _input_peers(hole) if n.name in self.program.values]
         return torch.stack(peers).amax() if peers else torch.tensor(UNSEEN_INPUT_AMAX)
 
@@ -350,16 +360,16 @@ def _input_holes(parameter: Node) -> list[Node]:
             continue
         for operand in node.all_input_nodes:
             if operand.target is dialect.QUANTIZE and root(operand) is None:
-                amax = operand.args[1]
-                holes += list(amax.args[0]) if amax.target is dialect.SYNC else [amax]  # type: ignore[union-attr, arg-type]
+                amax = node_at(operand, 1)
+                holes += list(nodes_at(amax, 0)) if amax.target is dialect.SYNC else [amax]
     return holes
 
 
 def amax_value(node: Node, values: Mapping[str, Tensor]) -> Tensor:
     """The float32 [] that an amax, sync, value or constant node stands for once calibrated."""
     if node.target is dialect.SYNC:
-        return torch.stack([amax_value(n, values) for n in node.args[0]]).amax()  # type: ignore[union-attr, arg-type]
+        return torch.stack([amax_value(n, values) for n in nodes_at(node, 0)]).amax()
     if node.target is torch.ops.aten.scalar_tensor.default:
-        return torch.tensor(float(node.args[0]), dtype=torch.float32)  # type: ignore[arg-type]
+        return torch.tensor(float(cast(float, node.args[0])), dtype=torch.float32)
     name = str(node.args[0]) if node.target is dialect.VALUE else node.name
     return values[name]

@@ -1,8 +1,10 @@
-"""The NVFP4 number format: e2m1 codes, FP8 block scales, one FP32 scale a tensor; rounding, packing and the scale search.
+"""The NVFP4 number format: e2m1 codes, FP8 block scales, one FP32 scale a tensor; rounding, packing and the
+scale search.
 
-A weight row is cut into blocks of 16. Element k of block b decodes to `e2m1(code) * scale[b] * scale_2`, where
-`scale` is a positive float8_e4m3fn and `scale_2 = amax / (6 * 448)` is shared by a whole tensor or fusion group.
-Every function takes weights `[..., rows, K]` with amax `[...]`: a whole fused weight is one call.
+A weight row is cut into blocks of 16. Element k of block b decodes to `e2m1(code) * scale[b] * scale_2`,
+where `scale` is a positive float8_e4m3fn and `scale_2 = amax / (6 * 448)` is shared by a whole tensor or
+fusion group. Every function takes weights `[..., rows, K]` with amax `[...]`: a whole fused weight is one
+call.
 """
 
 from collections.abc import Iterator
@@ -23,7 +25,8 @@ _ZERO_AMAX = 1.0
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight: `weight` uint8 [..., rows, K/2], `scale` float8_e4m3fn [..., rows, K/16], `scale_2` f32 [...]."""
+    """A quantized weight: `weight` uint8 [..., rows, K/2], `scale` float8_e4m3fn [..., rows, K/16],
+    `scale_2` f32 [...]."""
 
     weight: Tensor
     scale: Tensor
@@ -31,7 +34,8 @@ class Packed:
 
 
 def e4m3_values(device: torch.device | str = "cpu") -> Tensor:
-    """The 126 positive finite float8_e4m3fn values in ascending order, float64; value `i` has the code `i + 1`."""
+    """The 126 positive finite float8_e4m3fn values in ascending order, float64; value `i` has the code `i
+    + 1`."""
     codes = torch.arange(1, 127, dtype=torch.uint8, device=device)
     return codes.view(torch.float8_e4m3fn).to(torch.float64)
 
@@ -39,7 +43,8 @@ def e4m3_values(device: torch.device | str = "cpu") -> Tensor:
 def global_scale(amax: Tensor) -> Tensor:
     """`amax / 2688` as float32, never zero: weight_scale_2 and input_scale of the checkpoint contract.
 
-    It is a product with the float32 reciprocal, not a division: that is what the deployed tools compute, to the bit.
+    It is a product with the float32 reciprocal, not a division: that is what the deployed tools compute, to
+    the bit.
     """
     amax = amax.to(torch.float32)
     amax = torch.where(amax > 0, amax, torch.full_like(amax, _ZERO_AMAX))
@@ -47,7 +52,8 @@ def global_scale(amax: Tensor) -> Tensor:
 
 
 def round_e2m1(magnitude: Tensor) -> Tensor:
-    """The nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 (ties to the even mantissa, saturating) for magnitudes >= 0."""
+    """The nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 (ties to the even mantissa, saturating) for magnitudes >=
+    0."""
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(magnitude.dtype)
     return ((magnitude / step).round() * step).clamp_max(E2M1_MAX)
 
@@ -66,10 +72,10 @@ def max_scales(w: Tensor, scale_2: Tensor) -> Tensor:
 def mse_scales(w: Tensor, scale_2: Tensor) -> Tensor:
     """Block scales of least squared error: the best of all 126 FP8 candidates, ties to the smaller.
 
-    `w` [..., rows, K], `scale_2` f32 [...]; returns float8_e4m3fn [..., rows, K/16]. Losses are compared in float64
-    and summed in a fixed order, so that every device chooses alike. Only a bracket of candidates is evaluated:
-    with `a` the block's maximum and U the loss of the smallest candidate >= a/6, a candidate s below
-    (a - sqrt U)/6 loses more than U by clipping alone, and one >= a/3.5 is no better than its half.
+    `w` [..., rows, K], `scale_2` f32 [...]; returns float8_e4m3fn [..., rows, K/16]. Losses are compared in
+    float64 and summed in a fixed order, so that every device chooses alike. Only a bracket of candidates is
+    evaluated: with `a` the block's maximum and U the loss of the smallest candidate >= a/6, a candidate s
+    below (a - sqrt U)/6 loses more than U by clipping alone, and one >= a/3.5 is no better than its half.
     """
     rows = w.reshape(-1, w.shape[-1])
     per_row = (
@@ -85,7 +91,8 @@ def mse_scales(w: Tensor, scale_2: Tensor) -> Tensor:
 
 
 def _search(blocks: Tensor, g: Tensor, candidates: Tensor) -> Tensor:
-    """e4m3 codes uint8 [n] of least loss for magnitudes float64 [n, 16] under `candidates * g`, g float64 [n]."""
+    """e4m3 codes uint8 [n] of least loss for magnitudes float64 [n, 16] under `candidates * g`, g float64
+    [n]."""
     amax = blocks.amax(-1)
     first = torch.searchsorted(candidates, amax / (E2M1_MAX * g)).clamp_max(len(candidates) - 1)
     best, best_loss = first.clone(), _loss(blocks, candidates[first] * g)
@@ -112,7 +119,8 @@ def _search(blocks: Tensor, g: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _loss(blocks: Tensor, scale: Tensor) -> Tensor:
-    """Squared error float64 [n] of rounding magnitudes [n, 16] to e2m1 times `scale` [n]; a fixed tree of additions."""
+    """Squared error float64 [n] of rounding magnitudes [n, 16] to e2m1 times `scale` [n]; a fixed tree of
+    additions."""
     scale = scale[:, None]
     error = (round_e2m1(blocks / scale).mul_(scale).sub_(blocks)).square_()
     for width in (8, 4, 2, 1):
@@ -121,7 +129,8 @@ def _loss(blocks: Tensor, scale: Tensor) -> Tensor:
 
 
 def pack(w: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
-    """e2m1 codes of `w / (scale * scale_2)`, two a byte along K (even k in the low nibble): uint8 [..., rows, K/2].
+    """e2m1 codes of `w / (scale * scale_2)`, two a byte along K (even k in the low nibble): uint8 [...,
+    rows, K/2].
 
     The sign bit is `w < 0`: -0.0 gives code 0, a small negative value that rounds to zero gives code 8.
     """
@@ -145,7 +154,8 @@ def pack(w: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
 def quantize_weight(w: Tensor, amax: Tensor, scale: str) -> Packed:
     """Quantize weights `[..., rows, K]` given each one's (or its group's) amax f32 `[...]`.
 
-    `scale` says how block scales are chosen: "max" reaches each block's maximum, "mse" searches for least error.
+    `scale` says how block scales are chosen: "max" reaches each block's maximum, "mse" searches for least
+    error.
     """
     scale_2 = global_scale(amax)
     block_scale = {"max": max_scales, "mse": mse_scales}[scale](w, scale_2)
@@ -180,7 +190,8 @@ def squared_error(w: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantize_activation(x: Tensor, amax: Tensor) -> Tensor:
-    """What an NVFP4 kernel sees of activations [..., K]: block scale e4m3(block_amax / 6 / input_scale), then e2m1."""
+    """What an NVFP4 kernel sees of activations [..., K]: block scale e4m3(block_amax / 6 / input_scale),
+    then e2m1."""
     input_scale = global_scale(amax)
     blocks = _blocks(x).to(torch.float32)
     scale = (blocks.abs().amax(-1, keepdim=True) / E2M1_MAX / input_scale).clamp_max(E4M3_MAX)

@@ -41,7 +41,8 @@ class Miss:
 
 
 class Pattern(Protocol):
-    """Anything that can look at a node argument and bind names; returns None, or the reason it does not fit."""
+    """Anything that can look at a node argument and bind names; returns None, or the reason it does not
+    fit."""
 
     def fit(self, value: object, attempt: "Attempt") -> str | None: ...
 
@@ -71,7 +72,8 @@ class Bind:
         if not isinstance(value, Node):
             return f"`{self.name}`: expected a node, found {format_argument(value)}"
         if self.rank is not None and len(shape_of(value)) != self.rank:
-            return f"`{self.name}`: expected {self.rank} dimensions, found {list(shape_of(value))} at %{value.name}"
+            found = f"{list(shape_of(value))} at %{value.name}"
+            return f"`{self.name}`: expected {self.rank} dimensions, found {found}"
         return attempt.bind(self.name, value)
 
 
@@ -86,7 +88,8 @@ class Weight:
         if not isinstance(value, Node) or root(value) is None:
             return f"`{self.name}`: expected a parameter, found {format_argument(value)}"
         if len(shape_of(value)) != self.rank:
-            return f"`{self.name}`: expected a {self.rank}-D parameter, found {list(shape_of(value))} at %{value.name}"
+            found = f"{list(shape_of(value))} at %{value.name}"
+            return f"`{self.name}`: expected a {self.rank}-D parameter, found {found}"
         return attempt.bind(self.name, value)
 
 

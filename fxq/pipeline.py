@@ -1,4 +1,5 @@
-"""A pipeline is a tuple of passes: checked for order before anything is traced, and for truth after each pass ran."""
+"""A pipeline is a tuple of passes: checked for order before anything is traced, and for truth after each
+pass ran."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -97,7 +98,8 @@ def run(
     *,
     after: Callable[[Pass, Program, int], None] = lambda step, program, count: None,
 ) -> Program:
-    """Run each pass, tidy and verify the graph, and hold the pass to what it ensures; `after` sees every stage."""
+    """Run each pass, tidy and verify the graph, and hold the pass to what it ensures; `after` sees every
+    stage."""
     verify(program.graph)
     for step in passes:
         _hold(step.requires, step, program, "requires")

@@ -1,4 +1,5 @@
-"""What the passes work on: a graph, where its parameters lie in the hub's checkpoint, and what calibration found."""
+"""What the passes work on: a graph, where its parameters lie in the hub's checkpoint, and what
+calibration found."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,9 +22,9 @@ class TensorInfo:
 class Stored:
     """Where one parameter of the model lies in the hub's checkpoint.
 
-    `keys[p][e]` is the tensor that holds part `p` (gate, then up) of expert `e`; parts have `rows[p]` rows each and
-    are concatenated along them, experts stacked if `stacked`. `fused` says that the checkpoint holds the parameter
-    in one piece: `keys == ((key,),)`.
+    `keys[p][e]` is the tensor that holds part `p` (gate, then up) of expert `e`; parts have `rows[p]` rows
+    each and are concatenated along them, experts stacked if `stacked`. `fused` says that the checkpoint
+    holds the parameter in one piece: `keys == ((key,),)`.
     """
 
     keys: tuple[tuple[str, ...], ...]
@@ -36,11 +37,11 @@ class Stored:
 class Hub:
     """The checkpoint's view of the model, names and shapes only.
 
-    stored: parameter or buffer name in memory -> where it lies. names: the same, under the names the hub gives this
-    family, which is what gets written (they differ from `stored` only when the source holds experts fused).
-    tensors: every tensor of the source in its order. extra: those the model class ignores (multi-token prediction
-    layers, vision towers), carried through untouched. modules: names listed as unquantized even without a tensor
-    of their own (a tied `lm_head`).
+    stored: parameter or buffer name in memory -> where it lies. names: the same, under the names the hub
+    gives this family, which is what gets written (they differ from `stored` only when the source holds
+    experts fused). tensors: every tensor of the source in its order. extra: those the model class ignores
+    (multi-token prediction layers, vision towers), carried through untouched. modules: names listed as
+    unquantized even without a tensor of their own (a tied `lm_head`).
     """
 
     stored: Mapping[str, Stored] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Program:
     tokens: fused weight name -> int64 [experts], the tokens each expert saw while calibrating.
     constants: small tensors the trace lifted out of the model, by the name of the node that reads them.
     bootstrapped: names of the amax nodes that calibrate-bootstrap filled.
+    notes: what the user should know about decisions that passes took.
     calibrated: the graph that was lowered, which simulates the deployed model; None until then.
     """
 
@@ -68,15 +70,18 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     bootstrapped: set[str] = field(default_factory=set)
     calibrated: Graph | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 class WeightSource(Protocol):
-    """Where tensors come from: a checkpoint directory read lazily, or a live model. Nothing is cached or written."""
+    """Where tensors come from: a checkpoint directory read lazily, or a live model. Nothing is cached or
+    written."""
 
     hub: Hub
 
     def read(self, name: str) -> Tensor:
-        """A parameter or persistent buffer by its name in memory, on the CPU; SourceError if it cannot be read."""
+        """A parameter or persistent buffer by its name in memory, on the CPU; SourceError if it cannot be
+        read."""
         ...
 
     def read_expert(self, name: str, expert: int) -> Tensor:

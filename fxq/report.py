@@ -10,16 +10,17 @@ from torch.fx import Graph
 
 from fxq import dialect
 from fxq.facts import is_weight_quantize
+from fxq.nodes import node_at
 from fxq.program import Program
-from fxq.structure import root, shape_of
+from fxq.structure import is_expert, root
 
 
 @dataclass
 class Report:
     """Counts and measurements of one compilation; None where something was not measured.
 
-    sqnr_db: 10 log10(sum w**2 / sum (w - w')**2) over all quantized weights; worst_*: the weight with the lowest.
-    groups: sets of emitted linears (q/k/v, gate/up, ...) that share their global scales.
+    sqnr_db: 10 log10(sum w**2 / sum (w - w')**2) over all quantized weights; worst_*: the weight with the
+    lowest. groups: sets of emitted linears (q/k/v, gate/up, ...) that share their global scales.
     bits_per_weight: bytes of the quantized linears, scales included, times 8, by their weights.
     """
 
@@ -65,22 +66,24 @@ class Report:
                     self.kv_nodes += 1
                 elif not is_weight_quantize(node):
                     self.input_nodes += 1
-                elif len(shape_of(root(node.args[0]))) == 3 or node.args[0].target is dialect.SLICE:  # type: ignore[arg-type]
+                elif is_expert(node_at(node, 0)):
                     self.expert_nodes += 1
                 else:
                     self.linear_nodes += 1
         self.groups = _shared_scales(program.graph)
+        self.warnings += program.notes
         self.bootstrapped = len(program.bootstrapped)
         holes = {n.name: n for n in graph.nodes if n.target is dialect.AMAX}
         self.unseen_inputs = sum(
-            1 for n in program.bootstrapped if n in holes and root(holes[n].args[0]) is None
-        )  # type: ignore[arg-type]
+            1 for n in program.bootstrapped if n in holes and root(node_at(holes[n], 0)) is None
+        )
         layers = _experts_by_layer(program.tokens)
         self.experts = sum(len(counts) for counts in layers.values())
         self.dead_experts = sum(int((counts == 0).sum()) for counts in layers.values()) if layers else None
         if self.unseen_inputs:
             self.warnings.append(
-                f"{self.unseen_inputs} input amaxes saw no data and hold a constant: give calibration text for accuracy"
+                f"{self.unseen_inputs} input amaxes saw no data and hold a constant: give calibration "
+                "text for accuracy"
             )
 
     def measure(self, errors: Mapping[tuple[str, int | None], tuple[float, float]]) -> None:
@@ -98,7 +101,7 @@ def _shared_scales(lowered: Graph) -> int:
     linears: dict[Any, int] = {}
     for node in lowered.nodes:
         if node.target is dialect.STORE_LINEAR:
-            amax = node.args[1].args[1]  # type: ignore[union-attr]
+            amax = node_at(node_at(node, 1), 1)
             linears[amax] = linears.get(amax, 0) + 1
     return sum(1 for count in linears.values() if count > 1)
 

@@ -1,4 +1,5 @@
-"""A spec is YAML and *is* the pipeline: a list of passes, each with its options; every mistake is named by its line."""
+"""A spec is YAML and *is* the pipeline: a list of passes, each with its options; every mistake is named
+by its line."""
 
 import dataclasses
 import types
@@ -6,7 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -32,7 +33,8 @@ def shipped() -> dict[str, Path]:
 
 
 def load(name: str | Path, table: Mapping[str, type[Pass]]) -> Spec:
-    """The shipped spec called `name`, or the YAML file at that path; SpecError names the file, line and choices."""
+    """The shipped spec called `name`, or the YAML file at that path; SpecError names the file, line and
+    choices."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         if str(name) not in shipped():
@@ -81,7 +83,8 @@ def _pass(node: yaml.Node, table: Mapping[str, type[Pass]], where: str) -> Pass:
     if isinstance(node, yaml.MappingNode):
         if len(node.value) != 1:
             raise SpecError(
-                f"{_at(where, node)}: expected one pass an entry, as in `- quantize-experts: {{weights: nvfp4}}`"
+                f"{_at(where, node)}: expected one pass an entry, as in `- quantize-experts: "
+                f"{{weights: nvfp4}}`"
             )
         name_node, body = node.value[0]
         if isinstance(body, yaml.MappingNode):
@@ -93,7 +96,7 @@ def _pass(node: yaml.Node, table: Mapping[str, type[Pass]], where: str) -> Pass:
     if name not in table:
         raise SpecError(f"{_at(where, name_node)}: no pass is called {name!r}; there are {choices(table)}")
     cls = table[name]
-    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name for f in dataclasses.fields(cast(Any, cls))}
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for option, value in options.items():
@@ -135,7 +138,7 @@ def _scalar(node: yaml.Node, where: str) -> str:
 def _plain(node: yaml.Node, where: str) -> object:
     try:
         loader = yaml.SafeLoader("")
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node, deep=True)
     except yaml.YAMLError as error:
         raise SpecError(f"{_at(where, node)}: {' '.join(str(error).split())[:200]}") from error
 
@@ -146,4 +149,4 @@ def _at(where: str, node: yaml.Node) -> str:
 
 def options_of(step: Pass) -> Sequence[tuple[str, object]]:
     """(option, value) of a pass, in order of its fields."""
-    return [(f.name, getattr(step, f.name)) for f in dataclasses.fields(step)]  # type: ignore[arg-type]
+    return [(f.name, getattr(step, f.name)) for f in dataclasses.fields(cast(Any, step))]

@@ -1,15 +1,19 @@
-"""What the data flow of a model says about its parameters: who multiplies what, what feeds a choice, what meets where.
+"""What the data flow of a model says about its parameters: who multiplies what, what feeds a choice, what
+meets where.
 
-Nothing here reads a name. Walks are memoised, so that each question is linear in the size of the graph.
+Nothing here reads a name. Walks stop at the nearest matmul, so that each question is linear in the size of
+the graph.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
 from fxq import dialect
+from fxq.nodes import node_at, nodes_at
 
 _ATEN = torch.ops.aten
 VIEWS = frozenset(
@@ -35,8 +39,6 @@ VIEWS = frozenset(
         _ATEN.unflatten.int,
     }
 )
-# Repeating a value (grouped-query attention) does not change what it holds.
-REPEATS = frozenset({_ATEN.expand.default, _ATEN.repeat_interleave.self_int})
 PICKS = frozenset({_ATEN.select.int, _ATEN.index.Tensor, _ATEN.slice.Tensor, dialect.SLICE})
 MATMULS = frozenset(
     {
@@ -75,19 +77,42 @@ def value_of(node: Node) -> Node:
     return strip(node, VIEWS | {dialect.QUANTIZE})
 
 
-def root(node: Node) -> Node | None:
-    """The parameter behind a weight operand, through views, picks, quantize and stack; None for an activation."""
+def _weight_path(node: Node) -> Iterator[Node]:
+    """The nodes from a weight operand down to what it is a view, pick, stack or fake-quantization of."""
+    past = VIEWS | PICKS | {dialect.QUANTIZE}
     while True:
-        node = strip(node, VIEWS | PICKS | {dialect.QUANTIZE})
+        yield node
         if node.target is dialect.STACK:
-            node = node.args[0][0]  # type: ignore[index, assignment]
-            continue
-        return node if node.op == "get_attr" else None
+            node = nodes_at(node, 0)[0]
+        elif node.op == "call_function" and node.target in past and isinstance(node.args[0], Node):
+            node = node.args[0]
+        else:
+            return
+
+
+def root(node: Node) -> Node | None:
+    """The parameter behind a weight operand, through views, picks, quantize and stack; None for an
+    activation."""
+    *_, last = _weight_path(node)
+    return last if last.op == "get_attr" else None
+
+
+def parameter_name(node: Node) -> str:
+    """The model's name of the parameter behind a weight operand."""
+    parameter = root(node)
+    assert parameter is not None, f"%{node.name} is no weight"
+    return str(parameter.target)
+
+
+def is_expert(node: Node) -> bool:
+    """True for a weight operand that is, or was picked from, a stack of matrices [E, ., .]."""
+    return any(len(shape_of(step)) == 3 for step in _weight_path(node))
 
 
 @dataclass(frozen=True)
 class WeightMatmul:
-    """A matmul one of whose operands is a parameter: `node(x, w)` with `parameter` the `@fqn` node behind `w`."""
+    """A matmul one of whose operands is a parameter: `node(x, w)` with `parameter` the `@fqn` node behind
+    `w`."""
 
     node: Node
     x: Node
@@ -106,9 +131,10 @@ def as_weight_matmul(node: Node) -> WeightMatmul | None:
     """The node as a WeightMatmul, or None."""
     if node.op != "call_function" or not (node.target in MATMULS or "grouped_mm" in str(node.target)):
         return None
-    operands = [a for a in node.args if isinstance(a, Node) and len(shape_of(a)) >= 2]
     if node.target is _ATEN.einsum.default:
-        operands = [a for a in node.args[1] if isinstance(a, Node)]  # type: ignore[union-attr]
+        operands = list(nodes_at(node, 1))
+    else:
+        operands = [a for a in node.args if isinstance(a, Node) and len(shape_of(a)) >= 2]
     weights = [(a, r) for a in operands if (r := root(a)) is not None and len(shape_of(r)) >= 2]
     others = [a for a in operands if root(a) is None]
     if not weights or not others:
@@ -124,6 +150,7 @@ class Frontiers:
         self.matmuls = {m.node: m for m in weight_matmuls(graph)}
 
     def of(self, *starts: Node) -> tuple[Node, ...]:
+        """The first weight matmuls met on each way up from `starts` (themselves included)."""
         seen, found, stack = set(starts), dict[Node, None](), list(reversed(starts))
         while stack:
             node = stack.pop()
@@ -135,13 +162,24 @@ class Frontiers:
             stack.extend(reversed(new))
         return tuple(found)
 
+    def input_of(self, matmul: Node) -> Node:
+        """What produced the activations that a weight matmul reads."""
+        return value_of(self.matmuls[matmul].x)
+
+
+def _is_choice(node: Node) -> bool:
+    if node.target is _ATEN.max.dim:  # a choice only if its indices are used
+        return any(u.target is operator.getitem and u.args[1] == 1 for u in node.users)
+    return node.op == "call_function" and node.target in CHOICES
+
 
 def routers(graph: Graph, frontiers: Frontiers) -> dict[Node, Node]:
-    """Weight matmuls whose result is what a top-k (or sort, argmax) chooses by -> that choice."""
+    """Weight matmuls whose result is what a top-k (or sort, argmax, max with indices) chooses by -> that
+    choice."""
     found: dict[Node, Node] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in CHOICES and isinstance(node.args[0], Node):
-            for matmul in frontiers.of(node.args[0]):
+        if _is_choice(node):
+            for matmul in frontiers.of(node_at(node, 0)):
                 found.setdefault(matmul, node)
     return found
 
@@ -153,23 +191,55 @@ def head(graph: Graph, frontiers: Frontiers) -> Node | None:
     return found[0] if len(found) == 1 else None
 
 
+def latent_projection(frontiers: Frontiers, attention: Node) -> Node | None:
+    """The matmul that expands a cached latent into keys and values (multi-head latent attention), or None.
+
+    K and V share it, and what it reads is not what the queries are made from: engines cache its input.
+    """
+    q, k, v = (frontiers.of(node_at(attention, i)) for i in range(3))
+    shared = [node for node in k if node in v and node not in q]
+    query_inputs = {frontiers.input_of(node) for node in q}
+    found = [node for node in shared if frontiers.input_of(node) not in query_inputs]
+    return found[0] if len(found) == 1 else None
+
+
 def fused_by_engines(graph: Graph, frontiers: Frontiers) -> Iterator[tuple[str, tuple[Node, ...]]]:
-    """Linears that serving engines merge into one: q/k/v of an attention, and two that meet in a product (gate, up)."""
+    """Linears that serving engines merge into one: q/k/v of an attention (with a latent one level up: q_a
+    and kv_a), and two that meet in a product (gate and up)."""
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in ATTENTIONS:
-            yield from _one_input("q/k/v", frontiers, node.args[:3])
+            operands = [node_at(node, i) for i in range(3)]
+            if latent_projection(frontiers, node) is None:
+                yield from _one_input("q/k/v", frontiers, [frontiers.of(operand) for operand in operands])
+            else:
+                yield from _latent_group(frontiers, operands)
         elif node.target is _ATEN.mul.Tensor and all(isinstance(a, Node) for a in node.args[:2]):
-            if shape_of(node.args[0]) == shape_of(node.args[1]):  # type: ignore[arg-type]
-                yield from _one_input("gate/up", frontiers, node.args[:2])
+            a, b = node_at(node, 0), node_at(node, 1)
+            if shape_of(a) == shape_of(b):
+                yield from _one_input("gate/up", frontiers, [frontiers.of(a), frontiers.of(b)])
 
 
-def _one_input(kind: str, frontiers: Frontiers, operands: object) -> Iterator[tuple[str, tuple[Node, ...]]]:
-    sources = [frontiers.of(node) for node in operands]  # type: ignore[attr-defined]
+def _one_input(
+    kind: str, frontiers: Frontiers, sources: Sequence[tuple[Node, ...]]
+) -> Iterator[tuple[str, tuple[Node, ...]]]:
     if any(len(found) != 1 for found in sources):
         return
     group = tuple(dict.fromkeys(found[0] for found in sources))
-    same_input = len({value_of(frontiers.matmuls[node].x) for node in group}) == 1
+    same_input = len({frontiers.input_of(node) for node in group}) == 1
     if len(group) > 1 and same_input and all(n.target is _ATEN.linear.default for n in group):
         yield kind, group
+
+
+def _latent_group(frontiers: Frontiers, operands: Sequence[Node]) -> Iterator[tuple[str, tuple[Node, ...]]]:
+    near = frontiers.of(*operands)
+    far = frontiers.of(*(frontiers.matmuls[node].x for node in near))
+    by_input: dict[Node, dict[Node, None]] = {}
+    for node in dict.fromkeys((*near, *far)):
+        by_input.setdefault(frontiers.input_of(node), {})[node] = None
+    # Those that make the latent and the query's own latent read the block's input; no one else shares it.
+    makers = {frontiers.input_of(node) for node in far if node in frontiers.of(*operands[1:])}
+    for value, group in by_input.items():
+        if value in makers and len(group) > 1:
+            yield "q_a/kv_a", tuple(group)

@@ -7,7 +7,8 @@ One node a line, `%name : type = target(arguments)`; `@fqn` is a parameter, buff
     %y : bf16[3,17,32] = aten.linear(%x, %w)
     return [%y]
 
-Shapes are those of the example input a graph was traced with; the graph itself computes sizes by nodes and runs at others.
+Shapes are those of the example input a graph was traced with; the graph itself computes sizes by nodes and
+runs at others.
 """
 
 import ast
@@ -16,6 +17,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -161,9 +163,9 @@ def resolve_target(name: str) -> Callable[..., object]:
     namespace, _, rest = name.partition(".")
     try:
         if namespace in _MODULES:
-            return operator.attrgetter(rest)(_MODULES[namespace])  # type: ignore[no-any-return]
+            return operator.attrgetter(rest)(_MODULES[namespace])
         op, _, overload = rest.partition(".")
-        return getattr(getattr(getattr(torch.ops, namespace), op), overload or "default")  # type: ignore[no-any-return]
+        return getattr(getattr(getattr(torch.ops, namespace), op), overload or "default")
     except AttributeError:
         raise ValueError(f"no operator is called {name}") from None
 
@@ -192,7 +194,7 @@ def _expression(text: str) -> ast.expr:
     return ast.parse(spelt, mode="eval").body
 
 
-def _argument(tree: ast.expr, nodes: Mapping[str, Node]) -> object:
+def _argument(tree: ast.expr, nodes: Mapping[str, Node]) -> Any:
     match tree:
         case ast.Attribute(value=ast.Name(id="_node_"), attr=name):
             if name not in nodes:

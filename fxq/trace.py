@@ -1,8 +1,10 @@
-"""From a Hugging Face directory or live model to a functional graph with names and shapes; no weight is read.
+"""From a Hugging Face directory or live model to a functional graph with names and shapes; no weight is
+read.
 
-A twin of the model is built on fake tensors from the (copied) config and exported with symbolic batch and sequence
-sizes, so that the user's model is never patched or run. Experts are traced as `index > bmm`, the form in which a
-token's expert is visible; fuse-experts turns it into something that can be executed at scale.
+A twin of the model is built on fake tensors from the (copied) config and exported with symbolic batch and
+sequence sizes, so that the user's model is never patched or run. Experts are traced as `index > bmm`, the
+form in which a token's expert is visible; fuse-experts turns it into something that can be executed at
+scale.
 """
 
 import contextlib
@@ -45,7 +47,8 @@ _END = 2**63 - 1
 class Twin:
     """A model of the user's class and config on fake tensors: structure, names and types without weights.
 
-    buffers: the values of the non-persistent buffers (rotary frequencies and the like), which no checkpoint holds.
+    buffers: the values of the non-persistent buffers (rotary frequencies and the like), which no checkpoint
+    holds.
     """
 
     model: PreTrainedModel
@@ -55,7 +58,8 @@ class Twin:
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The directory's config; SourceError when it is missing, unknown to transformers, or wants to run its own code."""
+    """The directory's config; SourceError when it is missing, unknown to transformers, or wants to run
+    its own code."""
     if not (directory / "config.json").is_file():
         raise SourceError(f"{directory}: expected a Hugging Face model directory, found no config.json")
     with _quiet():
@@ -72,7 +76,8 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
             raise SourceError(
-                f"{directory}: no tokenizer for calibration text ({_first_line(error)}); give lines of input_ids instead"
+                f"{directory}: no tokenizer for calibration text ({_first_line(error)}); give lines "
+                "of input_ids instead"
             ) from error
 
 
@@ -87,7 +92,8 @@ def twin_of_config(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote
 
 
 def twin_of_model(model: PreTrainedModel) -> Twin:
-    """The twin of a live model: its own class, a copy of its config; non-persistent buffers are the model's own values."""
+    """The twin of a live model: its own class, a copy of its config; non-persistent buffers are the
+    model's own values."""
     twin = _twin(
         model.config,
         lambda c: type(model)._from_config(c, dtype=model.dtype, experts_implementation="batched_mm"),
@@ -107,13 +113,15 @@ def _twin(config: PreTrainedConfig, build: Any) -> Twin:
                 model = build(config).eval()
         except Exception as error:
             raise TraceError(
-                f"{config.model_type}: transformers cannot build a causal language model: {_first_line(error)}"
+                f"{config.model_type}: transformers cannot build a causal language model: "
+                f"{_first_line(error)}"
             ) from error
         return Twin(model, config, mode, _buffer_values(model))
 
 
 def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Non-persistent buffers as `from_pretrained` fills them: by the model's own `_init_weights`, on real memory."""
+    """Non-persistent buffers as `from_pretrained` fills them: by the model's own `_init_weights`, on real
+    memory."""
     shells: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
     for name, buffer in model.named_non_persistent_buffers():
         owner, _, leaf = name.rpartition(".")
@@ -146,11 +154,12 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+        return self.model(input_ids=input_ids, use_cache=False).logits
 
 
 def trace(twin: Twin) -> Program:
-    """Export `input_ids [B, S] -> logits [B, S, vocab]` as a functional aten graph whose parameters are `@fqn` nodes."""
+    """Export `input_ids [B, S] -> logits [B, S, vocab]` as a functional aten graph whose parameters are
+    `@fqn` nodes."""
     size: Any = Dim.AUTO
     with _quiet(), torch.no_grad():
         try:
@@ -251,7 +260,8 @@ def _check_buffers(program: Program, twin: Twin) -> None:
             value = twin.buffers[str(node.target)]
             if value.is_floating_point() and bool(value.isnan().any()):
                 raise TraceError(
-                    f"{node.target}: a buffer that no checkpoint holds, and transformers does not say how to compute it"
+                    f"{node.target}: a buffer that no checkpoint holds, and transformers does not say "
+                    "how to compute it"
                 )
             program.constants[str(node.target)] = value
 

@@ -1,8 +1,10 @@
-"""Every rule a graph must keep between passes: order, known operators, and types that the operators really give."""
+"""Every rule a graph must keep between passes: order, known operators, and types that the operators
+really give."""
 
 import operator
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -10,6 +12,7 @@ from torch.fx.node import map_arg
 
 from fxq import dialect
 from fxq.errors import VerifyError
+from fxq.nodes import int_at, nodes_at
 from fxq.text import format_node, format_target, format_type
 
 _FXQ_SHAPES: dict[object, Callable[..., object]] = {
@@ -84,11 +87,11 @@ RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
     ),
     dialect.SLICE: (
         (_rank(0, 3), "expected a fused weight w [E, out, in]"),
-        (lambda n: 0 <= n.args[1] < (_shape(n.args[0]) or (0,))[0], "the expert index is out of range"),  # type: ignore[operator]
+        (lambda n: 0 <= int_at(n, 1) < (_shape(n.args[0]) or (0,))[0], "the expert index is out of range"),
     ),
     dialect.SYNC: (
-        (lambda n: bool(n.args[0]) and all(map(_is_amax, n.args[0])), "expected amaxes, f32[] each"),
-    ),  # type: ignore[arg-type]
+        (lambda n: bool(n.args[0]) and all(map(_is_amax, nodes_at(n, 0))), "expected amaxes, f32[] each"),
+    ),
     dialect.QUANTIZE: (
         (lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),
         (
@@ -108,16 +111,16 @@ RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
 
 def infer(node: Node) -> object:
     """The value's type (meta tensors, numbers) that the node's operator gives for its inputs' types."""
-    args = map_arg(node.args, lambda n: n.meta["val"])
-    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+    args: Any = map_arg(node.args, lambda n: n.meta["val"])
+    kwargs: Any = map_arg(node.kwargs, lambda n: n.meta["val"])
     rule = _FXQ_SHAPES.get(node.target)
     if rule is not None:
-        return rule(*args, **kwargs)  # type: ignore[misc]
+        return rule(*args, **kwargs)
     if node.target is operator.getitem:
-        return args[0][args[1]]  # type: ignore[index]
+        return args[0][args[1]]
     key = _key((args, kwargs))
     try:
-        return _run(node.target, key)
+        return _run(cast(Callable[..., object], node.target), key)
     except (RuntimeError, TypeError, NotImplementedError, IndexError, ValueError) as error:
         raise _broken(
             node, f"{format_target(node.target)} rejects its arguments: {str(error).splitlines()[0]}"
@@ -138,7 +141,7 @@ def _key(value: object) -> object:
     return value
 
 
-def _unkey(key: object) -> object:
+def _unkey(key: Any) -> Any:
     match key:
         case (kind, shape, dtype) if kind is torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -153,6 +156,6 @@ def _unkey(key: object) -> object:
 
 @lru_cache(maxsize=4096)
 def _run(target: Callable[..., object], key: object) -> object:
-    args, kwargs = _unkey(key)  # type: ignore[misc]
+    args, kwargs = _unkey(key)
     with torch.device("meta"):
         return target(*args, **kwargs)

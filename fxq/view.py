@@ -1,4 +1,5 @@
-"""A graph for people: folded text that fits a screen, the reasons of a pass, a difference between stages, dot and json."""
+"""A graph for people: folded text that fits a screen, the reasons of a pass, a difference between stages,
+dot and json."""
 
 import difflib
 import re
@@ -13,6 +14,7 @@ from torch.fx import Graph, Node
 
 from fxq import dialect
 from fxq.errors import SpecError
+from fxq.nodes import nodes_at
 from fxq.structure import MATMULS, VIEWS
 from fxq.text import format_argument, format_node, format_target, format_type
 
@@ -37,7 +39,8 @@ class _Fold:
 
 
 def fold(graph: Graph) -> str:
-    """One line a landmark (matmul, attention, choice, dialect node), what leads to it written into it; repeats folded.
+    """One line a landmark (matmul, attention, choice, dialect node), what leads to it written into it;
+    repeats folded.
 
     For reading only: `fxq.text.dump` prints what can be parsed back.
     """
@@ -104,7 +107,7 @@ def _name(node: Node, inlined: dict[Node, str]) -> str:
 
 def _call(node: Node, inlined: dict[Node, str]) -> str:
     if node.target is dialect.STACK:
-        slices = list(node.args[0])  # type: ignore[arg-type]
+        slices = list(nodes_at(node, 0))
         return f"fxq.stack([{format_argument(slices[0])} .. {format_argument(slices[-1])}])"
     arguments = [_argument(a, inlined) for a in node.args]
     arguments += [f"{k}={_argument(v, inlined)}" for k, v in node.kwargs.items() if k != "device"]
@@ -120,7 +123,8 @@ def _argument(value: Any, inlined: dict[Node, str]) -> str:
 
 
 def _folded(items: list[_Fold | str]) -> list[_Fold | str]:
-    """Fold short repeats before long ones: experts first, then the layers that hold them. n log n in the lines."""
+    """Fold short repeats before long ones: experts first, then the layers that hold them. n log n in the
+    lines."""
     longest = 1
     while longest < 2 * len(items):
         items = _fold_once(items, longest)
@@ -172,7 +176,8 @@ def _render(items: Iterable[_Fold | str], indent: str) -> Iterable[str]:
 
 
 def select(graph: Graph, *, only: str | None = None, cone: str | None = None) -> list[Node]:
-    """Nodes whose name, operator or parameter fits the glob `only`, and that lie upstream of or at the node `cone`."""
+    """Nodes whose name, operator or parameter fits the glob `only`, and that lie upstream of or at the
+    node `cone`."""
     nodes = list(graph.nodes)
     if cone is not None:
         name = cone.removeprefix("%")
@@ -195,11 +200,12 @@ def _operator(node: Node) -> str:
     return format_target(node.target) if node.op == "call_function" else node.op
 
 
-def as_network(graph: Graph, nodes: Iterable[Node] | None = None) -> networkx.DiGraph:
-    """The graph for networkx: nodes by name with op, target and type; an edge from each input to its reader."""
+def as_network(graph: Graph, nodes: Iterable[Node] | None = None) -> Any:
+    """The graph for networkx: nodes by name with op, target and type; an edge from each input to its
+    reader."""
     kept = list(graph.nodes if nodes is None else nodes)
     names = {n.name for n in kept}
-    network = networkx.DiGraph()
+    network: Any = networkx.DiGraph()
     for node in kept:
         target = node.target if node.op == "get_attr" else _operator(node)
         network.add_node(node.name, op=node.op, target=str(target), type=format_type(node.meta.get("val")))
@@ -212,7 +218,7 @@ def as_network(graph: Graph, nodes: Iterable[Node] | None = None) -> networkx.Di
 
 def as_json(graph: Graph, nodes: Iterable[Node] | None = None) -> dict[str, Any]:
     """networkx node-link data."""
-    return networkx.node_link_data(as_network(graph, nodes), edges="edges")  # type: ignore[no-any-return]
+    return networkx.node_link_data(as_network(graph, nodes), edges="edges")
 
 
 def as_dot(graph: Graph, nodes: Iterable[Node] | None = None) -> str:

@@ -1,7 +1,9 @@
-"""Weight sources: a safetensors directory or a live model, both seen under the hub's names and under the model's own.
+"""Weight sources: a safetensors directory or a live model, both seen under the hub's names and under the
+model's own.
 
-transformers converts hub tensors as it loads them (experts stacked, gate and up concatenated). Here that conversion is
-read as a map from parameters to tensors, so that one expert can be read alone and written under its hub name.
+transformers converts hub tensors as it loads them (experts stacked, gate and up concatenated). Here that
+conversion is read as a map from parameters to tensors, so that one expert can be read alone and written
+under its hub name.
 """
 
 import json
@@ -9,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,7 +59,8 @@ class Directory:
         self.hub = Hub(tensors=self.infos)
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Learn where each parameter of `model` (its twin; no values needed) lies; SourceError if one is missing."""
+        """Learn where each parameter of `model` (its twin; no values needed) lies; SourceError if one is
+        missing."""
         self.hub = hub_of(model, self.infos, str(self.path))
 
     def read(self, name: str) -> Tensor:
@@ -84,12 +88,12 @@ class Directory:
 
     def read_hub(self, key: str) -> Tensor:
         try:
-            return self._open[self.files[key]].get_tensor(key)  # type: ignore[no-any-return]
+            return self._open[self.files[key]].get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{self.path / self.files[key]}: cannot read {key}: {error}") from error
 
     def _slice(self, key: str, expert: int) -> Tensor:
-        return self._open[self.files[key]].get_slice(key)[expert]  # type: ignore[no-any-return]
+        return self._open[self.files[key]].get_slice(key)[expert]
 
     def _info(self, key: str) -> TensorInfo:
         view = self._open[self.files[key]].get_slice(key)
@@ -102,7 +106,8 @@ class Directory:
 
 
 class Live:
-    """A model in memory, read through its state dict; `origin`, the directory it came from, supplies what it ignores."""
+    """A model in memory, read through its state dict; `origin`, the directory it came from, supplies what
+    it ignores."""
 
     def __init__(self, model: PreTrainedModel, origin: Directory | None = None) -> None:
         self.state = {name: t.detach() for name, t in model.state_dict().items()}
@@ -187,7 +192,7 @@ def _shards(path: Path) -> dict[str, str]:
     return {key: files[key] for key in sorted(files, key=dot_natural_key)}
 
 
-def _open(file: Path):  # type: ignore[no-untyped-def]
+def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -195,7 +200,8 @@ def _open(file: Path):  # type: ignore[no-untyped-def]
 
 
 def hub_of(model: PreTrainedModel, infos: Mapping[str, TensorInfo], where: str) -> Hub:
-    """How the tensors of a checkpoint make up the parameters of `model`, by transformers' own conversion of that family."""
+    """How the tensors of a checkpoint make up the parameters of `model`, by transformers' own conversion
+    of that family."""
     own = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     stored, extra = _stored(model, infos, own)
     first: dict[int, str] = {}
@@ -276,7 +282,7 @@ def _one_stored(
             counts = ", ".join(f"{len(part)} like {part[0]}" for part in keys)
             raise SourceError(f"{name}: expected as many tensors of each projection, found {counts}")
         return Stored(keys, rows, fused=False, stacked=True)
-    if kinds == [Concatenate] and converter.operations[0].dim == 0:
+    if kinds == [Concatenate] and getattr(converter.operations[0], "dim", None) == 0:
         return Stored(keys, rows, fused=False)
     names = ", ".join(kind.__name__ for kind in kinds)
     raise SourceError(
@@ -309,5 +315,6 @@ def _check_shape(
 
 
 def weight_modules(keys: Iterable[str], infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Modules whose `.weight` is a matrix (or a stack of them): what an exclude list must name if it is not quantized."""
+    """Modules whose `.weight` is a matrix (or a stack of them): what an exclude list must name if it is
+    not quantized."""
     return [re.sub(r"\.weight$", "", k) for k in keys if k.endswith(".weight") and len(infos[k].shape) >= 2]

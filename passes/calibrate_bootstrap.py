@@ -14,7 +14,8 @@ from fxq.program import Program
 
 @dataclass(frozen=True)
 class CalibrateBootstrap:
-    """A weight's amax comes from the weight itself; an input's from the same layer's inputs, or a mid-range constant."""
+    """A weight's amax comes from the weight itself; an input's from the same layer's inputs, or a mid-
+    range constant."""
 
     name: ClassVar[str] = "calibrate-bootstrap"
     requires: ClassVar[tuple[Fact, ...]] = ()

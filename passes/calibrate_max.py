@@ -14,7 +14,8 @@ from fxq.program import Program
 
 @dataclass(frozen=True)
 class CalibrateMax:
-    """Amax of activations over all tokens, tokens per expert, and the weight amax of the experts that were reached."""
+    """Amax of activations over all tokens, tokens per expert, and the weight amax of the experts that
+    were reached."""
 
     name: ClassVar[str] = "calibrate-max"
     requires: ClassVar[tuple[Fact, ...]] = ()

@@ -1,4 +1,5 @@
-"""calibrate-mse: every quantized weight's block scales are those of least squared error under its group's amax."""
+"""calibrate-mse: every quantized weight's block scales are those of least squared error under its group's
+amax."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from fxq.program import Program
 class CalibrateMse:
     """Mark the quantize nodes of weights `scale='mse'`.
 
-    The scales follow from the weight and the group's amax alone, so they are found where the weight is read anyway:
-    by the writer in the launch that packs it, and by the simulator.
+    The scales follow from the weight and the group's amax alone, so they are found where the weight is read
+    anyway: by the writer in the launch that packs it, and by the simulator.
     """
 
     name: ClassVar[str] = "calibrate-mse"

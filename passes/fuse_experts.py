@@ -1,4 +1,5 @@
-"""fuse-experts: a 3-D weight reaching a matmul, in whatever form it was traced, becomes `fxq.expert_linear`."""
+"""fuse-experts: a 3-D weight reaching a matmul, in whatever form it was traced, becomes
+`fxq.expert_linear`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from torch.fx import Node
 from fxq import dialect, edit
 from fxq.errors import VerifyError
 from fxq.facts import Fact, experts_fused
+from fxq.nodes import int_at, node_at
 from fxq.pattern import Bind, Call, Const, Listed, Match, Miss, PastViews, Rule, Weight
 from fxq.program import Program
-from fxq.structure import shape_of, weight_matmuls
+from fxq.structure import VIEWS, is_expert, shape_of, strip, weight_matmuls
 
 aten = torch.ops.aten
 GROUPED = (aten._grouped_mm.default,)
@@ -36,15 +38,16 @@ DENSE = Rule("bmm over all experts", Call(aten.bmm.default, Bind("x", rank=3), W
 # One linear an expert, unrolled in python: linear(x_e, w[e]).
 UNROLLED = Rule(
     "select > linear",
-    Call(aten.linear.default, Bind("x"), Call(aten.select.int, Weight("w", rank=3), Const((0,)), Bind("e"))),
+    Call(aten.linear.default, Bind("x"), Call(aten.select.int, Weight("w", rank=3), Const((0,)))),
 )
 
-RULES = COLUMN + ROW + SORTED + DENSE
+RULES = COLUMN + ROW + SORTED + DENSE + UNROLLED
 
 
 @dataclass(frozen=True)
 class FuseExperts:
-    """Make every expert's weight visible as `w[e]` of an `expert_linear(x, w, expert_ids)` with w [E, out, in]."""
+    """Make every expert's weight visible as `w[e]` of an `expert_linear(x, w, expert_ids)` with w [E,
+    out, in]."""
 
     name: ClassVar[str] = "fuse-experts"
     requires: ClassVar[tuple[Fact, ...]] = ()
@@ -52,34 +55,24 @@ class FuseExperts:
     breaks: ClassVar[tuple[Fact, ...]] = ()
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
-        """Every matmul by a parameter that is 3-D where it is used."""
+        """Every matmul by a parameter that is, or was picked from, a stack of matrices."""
         for matmul in list(weight_matmuls(program.graph)):
-            selected = _selected(matmul.node)
-            if selected is not None:
-                yield selected
-            elif len(shape_of(matmul.w)) == 3 and matmul.node.target is not dialect.EXPERT_LINEAR:
+            is_slice = strip(matmul.w, VIEWS | {dialect.QUANTIZE}).target is dialect.SLICE
+            if is_expert(matmul.w) and matmul.node.target is not dialect.EXPERT_LINEAR and not is_slice:
                 yield RULES.match(matmul.node)
 
     def run(self, program: Program) -> int:
         count = 0
         for site in list(self.sites(program)):
-            if isinstance(site, Miss):
+            # Matched again: the rewrite before may have replaced what this one reads.
+            fresh = RULES.match(site.node)
+            if isinstance(fresh, Miss):
                 raise VerifyError(
-                    f"fuse-experts: a 3-D weight reaches a matmul in a form no pattern knows\n  {site}"
+                    f"fuse-experts: a 3-D weight reaches a matmul in a form no pattern knows\n  {fresh}"
                 )
-            REWRITES[site.rule](site)
+            REWRITES[fresh.rule](fresh)
             count += 1
         return count
-
-
-def _selected(node: Node) -> Match | None:
-    """linear(x, select(w, 0, e)) with a literal e, which Bind cannot hold."""
-    if node.target is not aten.linear.default or not isinstance(node.args[1], Node):
-        return None
-    pick = node.args[1]
-    if pick.target is not aten.select.int or pick.args[1] != 0 or not isinstance(pick.args[0], Node):
-        return None
-    return Match(UNROLLED.name, node, {"pick": pick, "w": pick.args[0]})
 
 
 def _column(site: Match) -> None:
@@ -117,9 +110,9 @@ def _dense(site: Match) -> None:
 
 
 def _unrolled(site: Match) -> None:
-    pick, w = site["pick"], site["w"]
-    index = int(pick.args[2]) % shape_of(w)[0]  # type: ignore[arg-type, call-overload]
-    edit.replace(pick, edit.call(pick.graph, f"{w.name}_e{index}", dialect.SLICE, w, index))
+    pick, w = node_at(site.node, 1), site["w"]
+    index = int_at(pick, 2) % shape_of(w)[0]
+    edit.replace(pick, edit.call(pick.graph, f"{w.name}_e{index}", dialect.SLICE, w, index), [site.node])
 
 
 REWRITES = {
@@ -145,6 +138,6 @@ def _expert_linear(site: Match, w: Node, *, unsqueezed: int) -> None:
 
 def _transposed(w: Node) -> Node:
     """`w` with its last two dimensions exchanged; undoes a transpose rather than stacking a second one."""
-    if w.target is aten.transpose.int and {int(d) % 3 for d in w.args[1:]} == {1, 2}:  # type: ignore[call-overload]
-        return w.args[0]  # type: ignore[return-value]
+    if w.target is aten.transpose.int and {int_at(w, i) % 3 for i in (1, 2)} == {1, 2}:
+        return node_at(w, 0)
     return edit.call(w.graph, f"{w.name}_t", aten.transpose.int, w, 1, 2)

@@ -1,4 +1,5 @@
-"""lower: the calibrated graph becomes a checkpoint program: load, pack and store, one line a tensor, nothing else."""
+"""lower: the calibrated graph becomes a checkpoint program: load, pack and store, one line a tensor,
+nothing else."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,14 +10,25 @@ from torch.fx import Graph, Node
 from fxq import dialect, edit
 from fxq.errors import VerifyError
 from fxq.facts import Fact, amaxes_filled, amaxes_shared, is_weight_quantize, weights_quantized
+from fxq.nodes import int_at, node_at, nodes_at
 from fxq.pattern import Match, Miss
 from fxq.program import Program, Stored, TensorInfo
-from fxq.structure import ATTENTIONS, VIEWS, Frontiers, root, shape_of, strip, weight_matmuls
+from fxq.structure import (
+    ATTENTIONS,
+    VIEWS,
+    Frontiers,
+    latent_projection,
+    parameter_name,
+    shape_of,
+    strip,
+    weight_matmuls,
+)
 
 
 @dataclass(frozen=True)
 class Lower:
-    """Emit every quantized linear under its hub name, KV scales, and all other tensors of the source as they are."""
+    """Emit every quantized linear under its hub name, KV scales, and all other tensors of the source as
+    they are."""
 
     format: Literal["modelopt"] = "modelopt"
 
@@ -37,11 +49,11 @@ class Lower:
         emit = _Emitter(program)
         for matmul in weight_matmuls(program.graph):
             w, x = strip(matmul.w, VIEWS), strip(matmul.x, VIEWS)
-            input_amax = x.args[1] if x.target is dialect.QUANTIZE else None
-            pieces = w.args[0] if w.target is dialect.STACK else [w]
-            for quantize in pieces:  # type: ignore[union-attr]
-                if isinstance(quantize, Node) and quantize.target is dialect.QUANTIZE:
-                    emit.linear(quantize, input_amax)  # type: ignore[arg-type]
+            input_amax = node_at(x, 1) if x.target is dialect.QUANTIZE else None
+            for quantize in nodes_at(w, 0) if w.target is dialect.STACK else [w]:
+                if quantize.target is dialect.QUANTIZE:
+                    emit.linear(quantize, input_amax)
+        emit.check_complete()
         emit.kv_caches()
         emit.untouched()
         emit.graph.output(())
@@ -54,12 +66,14 @@ class _Emitter:
     program: Program
     graph: Graph = field(default_factory=Graph)
     copies: dict[Node, Node] = field(default_factory=dict)
-    replaced: set[str] = field(default_factory=set)
+    replaced: dict[str, str] = field(default_factory=dict)
+    stored: set[str] = field(default_factory=set)
     done: set[Node] = field(default_factory=set)
     count: int = 0
 
     def copy(self, node: Node) -> Node:
-        """The node in the new graph: weights and views as they are, an amax as the value calibrated for it."""
+        """The node in the new graph: weights and views as they are, an amax as the value calibrated for
+        it."""
         if node not in self.copies:
             if node.target is dialect.AMAX:
                 made = edit.call(self.graph, node.name, dialect.VALUE, node.name)
@@ -76,8 +90,7 @@ class _Emitter:
         if quantize in self.done:
             return
         self.done.add(quantize)
-        w, amax = quantize.args
-        assert isinstance(w, Node) and isinstance(amax, Node)
+        w, amax = node_at(quantize, 0), node_at(quantize, 1)
         shared = self.copy(input_amax) if input_amax is not None else None
         packed = edit.call(
             self.graph,
@@ -88,6 +101,9 @@ class _Emitter:
             scale=quantize.kwargs["scale"],
         )
         for key, start, end in self._targets(w):
+            if key in self.stored:
+                raise VerifyError(f"lower: {key} would be stored twice; the second time by %{quantize.name}")
+            self.stored.add(key)
             name = key.removesuffix(".weight")
             edit.call(
                 self.graph,
@@ -103,19 +119,22 @@ class _Emitter:
 
     def _targets(self, w: Node) -> list[tuple[str, int, int]]:
         """(hub tensor, first row, end row) for the rows of a weight [out, in]."""
-        parameter = root(w)
-        assert parameter is not None
-        name, rows = str(parameter.target), shape_of(w)[0]
-        stored = self.program.hub.stored.get(name, Stored(((name,),)))
-        self.replaced.update(key for part in stored.keys for key in part)
-        named = self.program.hub.names.get(name, stored)
+        name, rows = parameter_name(w), shape_of(w)[0]
         piece = strip(w, VIEWS)
-        expert = int(piece.args[1]) if piece.target is dialect.SLICE else None  # type: ignore[call-overload]
+        if piece.target is not dialect.SLICE and piece.op != "get_attr":
+            raise VerifyError(
+                f"lower: {name} is used in parts (%{piece.name}), which cannot be one quantized "
+                "tensor; skip it"
+            )
+        stored = self.program.hub.stored.get(name, Stored(((name,),)))
+        named = self.program.hub.names.get(name, stored)
+        self.replaced.update((key, name) for part in stored.keys for key in part)
+        expert = int_at(piece, 1) if piece.target is dialect.SLICE else None
         if expert is None and named.fused:
             return [(named.keys[0][0], 0, rows)]
         if expert is not None and not named.stacked:
             raise VerifyError(
-                f"lower: {name}: this family's checkpoints hold all experts in one {len(shape_of(parameter))}-D tensor "
+                f"lower: {name}: this family's checkpoints hold all experts in one tensor "
                 f"({named.keys[0][0]}), for which engines define no per-expert NVFP4 names"
             )
         ends = [sum(named.rows[: part + 1]) for part in range(len(named.rows))]
@@ -124,19 +143,47 @@ class _Emitter:
             for keys, end, part_rows in zip(named.keys, ends, named.rows, strict=True)
         ]
 
+    def check_complete(self) -> None:
+        """What the source holds of a quantized parameter is stored again in full, and nothing else reads
+        it."""
+        for node in self.program.graph.nodes:
+            if node.op == "get_attr" and node.target in self.replaced.values():
+                other = _other_reader(node)
+                if other is not None:
+                    raise VerifyError(
+                        f"lower: {node.target} is quantized where a linear reads it, but "
+                        f"%{other.name} reads it too; "
+                        "one tensor cannot be both"
+                    )
+        named = self.program.hub.names
+        for name in dict.fromkeys(self.replaced.values()):
+            for part in named[name].keys if name in named else ():
+                for expert, key in enumerate(part):
+                    if key not in self.stored:
+                        raise VerifyError(
+                            f"lower: {key} would be lost: the graph never reads expert {expert} of {name}"
+                        )
+
     def kv_caches(self) -> None:
         """One `store_kv` an attention whose keys are FP8: with its amaxes if calibrated, without if cast."""
         frontiers = Frontiers(self.program.graph)
         for node in self.program.graph.nodes:
             if node.op != "call_function" or node.target not in ATTENTIONS:
                 continue
-            k, v = node.args[1], node.args[2]
-            if k.target is dialect.QUANTIZE:
-                amaxes = [t.args[1] for t in (k, v)]
+            k, v = node_at(node, 1), node_at(node, 2)
+            latent = latent_projection(frontiers, node)
+            cached = [k, v] if latent is None else [_below_input_quantize(frontiers.matmuls[latent].x)]
+            if all(t.target is dialect.QUANTIZE and t.kwargs["format"] != "nvfp4" for t in cached):
+                amaxes = [node_at(t, 1) for t in cached] * (1 if latent is None else 2)
                 held = [self.copy(a) if a.target in (dialect.AMAX, dialect.SYNC) else None for a in amaxes]
                 module = self._attention_module(frontiers, k, v)
                 edit.call(
-                    self.graph, f"{node.name}_kv", dialect.STORE_KV, module, *held, format=k.kwargs["format"]
+                    self.graph,
+                    f"{node.name}_kv",
+                    dialect.STORE_KV,
+                    module,
+                    *held,
+                    format=cached[0].kwargs["format"],
                 )
 
     def _attention_module(self, frontiers: Frontiers, k: Node, v: Node) -> str:
@@ -169,3 +216,23 @@ class _Emitter:
                     self.graph, f"{name}_", dialect.LOAD, key, shape=list(info.shape), dtype=info.dtype
                 )
                 edit.call(self.graph, f"{name}_store", dialect.STORE, key, loaded)
+
+
+def _below_input_quantize(x: Node) -> Node:
+    """The operand of a linear's own input quantize node, or `x` itself."""
+    x = strip(x, VIEWS)
+    if x.target is dialect.QUANTIZE and x.kwargs["format"] == "nvfp4":
+        return strip(node_at(x, 0), VIEWS)
+    return x
+
+
+def _other_reader(parameter: Node) -> Node | None:
+    """A node that reads a quantized parameter (or a view or slice of it) other than to quantize it."""
+    stack = list(parameter.users)
+    while stack:
+        node = stack.pop()
+        if node.target in VIEWS or node.target is dialect.SLICE:
+            stack += node.users
+        elif node.target not in (dialect.AMAX, dialect.QUANTIZE):
+            return node
+    return None

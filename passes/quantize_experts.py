@@ -10,6 +10,7 @@ from torch.fx import Node
 from fxq import dialect, edit
 from fxq.errors import VerifyError
 from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused
+from fxq.nodes import node_at
 from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.pipeline import nothing_matched
@@ -28,10 +29,11 @@ RULES = EXPERTS + ONE_EXPERT
 
 @dataclass(frozen=True)
 class QuantizeExperts:
-    """Quantize every slice of every fused expert weight (2 x experts nodes in a gated layer) and what multiplies them.
+    """Quantize every slice of every fused expert weight (2 x experts nodes in a gated layer) and what
+    multiplies them.
 
-    weights: their format. inputs: the activations' format, or none for weight-only.
-    required: whether a model without experts is an error.
+    weights: their format. inputs: the activations' format, or none for weight-only. required: whether a
+    model without experts is an error.
     """
 
     weights: Literal["nvfp4"] = "nvfp4"
@@ -98,7 +100,7 @@ def _quantize(piece: Node, format: str) -> Node:
 def _quantize_input(site: Match, format: str) -> None:
     graph, x, name = site.node.graph, site["x"], f"{site['w'].name}_input"
     if site.rule == ONE_EXPERT.name:
-        name = f"{site.node.args[1].args[0].name}_input"  # type: ignore[union-attr]
+        name = f"{node_at(node_at(site.node, 1), 0).name}_input"
     amax = edit.call(graph, f"{name}_amax", dialect.AMAX, x)
     q = edit.call(graph, f"{name}_q", dialect.QUANTIZE, x, amax, format=format, scale="dynamic")
     edit.replace(x, q, [site.node])

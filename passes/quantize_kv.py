@@ -9,11 +9,12 @@ from torch.fx import Node
 
 from fxq import dialect, edit
 from fxq.facts import Fact, amaxes_filled
+from fxq.nodes import node_at
 from fxq.nvfp4 import E4M3_MAX
 from fxq.pattern import Bind, Call, Match, Miss, Rule
 from fxq.pipeline import nothing_matched
 from fxq.program import Program
-from fxq.structure import ATTENTIONS
+from fxq.structure import ATTENTIONS, VIEWS, Frontiers, latent_projection, strip
 
 ATTENTION = Rule("attention", Call(ATTENTIONS, Bind("q", rank=4), Bind("k", rank=4), Bind("v", rank=4)))
 
@@ -22,7 +23,8 @@ ATTENTION = Rule("attention", Call(ATTENTIONS, Bind("q", rank=4), Bind("k", rank
 class QuantizeKv:
     """FP8 keys and values, one scale each an attention.
 
-    scale: `calibrate` takes amax / 448 from data; `cast` fixes it at 1.0, which engines assume when none is stored.
+    scale: `calibrate` takes amax / 448 from data; `cast` fixes it at 1.0, which engines assume when none is
+    stored.
     """
 
     format: Literal["fp8"] = "fp8"
@@ -34,11 +36,12 @@ class QuantizeKv:
     breaks: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
-        """Every attention; one whose keys are quantized already misses."""
+        """Every attention; one whose cache is quantized already misses."""
+        done = _done(program)
         for node in list(program.graph.nodes):
             if node.op == "call_function" and node.target in ATTENTIONS:
                 site = ATTENTION.match(node)
-                if isinstance(site, Match) and site["k"].target is dialect.QUANTIZE:
+                if isinstance(site, Match) and node in done:
                     site = Miss(ATTENTION.name, node, "its keys are quantized already", depth=4)
                 yield site
 
@@ -46,29 +49,64 @@ class QuantizeKv:
         sites = list(self.sites(program))
         if not sites:
             raise nothing_matched(self, program, "an attention (scaled_dot_product_attention)")
+        frontiers = Frontiers(program.graph)
         count = 0
         for site in sites:
             if isinstance(site, Match):
-                for operand in ("k", "v"):
-                    self._quantize(site, operand)
+                latent = latent_projection(frontiers, site.node)
+                if latent is not None:
+                    self._quantize_latent(site.node, frontiers.matmuls[latent].x, program)
                     count += 1
+                else:
+                    count += self._quantize(site, "k", 1) + self._quantize(site, "v", 2)
         return count
 
-    def _quantize(self, site: Match, operand: str) -> None:
+    def _quantize(self, site: Match, operand: str, position: int) -> int:
         node, t = site.node, site[operand]
         name = f"{node.name}_{operand}"
-        if self.scale == "cast":
-            amax = edit.call(
-                node.graph,
-                f"{name}_amax",
-                torch.ops.aten.scalar_tensor.default,
-                E4M3_MAX,
-                dtype=torch.float32,
-            )
-        else:
-            amax = edit.call(node.graph, f"{name}_amax", dialect.AMAX, t)
-        q: Node = edit.call(
-            node.graph, f"{name}_q", dialect.QUANTIZE, t, amax, format=self.format, scale="max"
+        amax = (
+            _cast_amax(node, name)
+            if self.scale == "cast"
+            else edit.call(node.graph, f"{name}_amax", dialect.AMAX, t)
         )
-        position = {"k": 1, "v": 2}[operand]
+        q = edit.call(node.graph, f"{name}_q", dialect.QUANTIZE, t, amax, format=self.format, scale="max")
         node.args = (*node.args[:position], q, *node.args[position + 1 :])
+        return 1
+
+    def _quantize_latent(self, node: Node, x: Node, program: Program) -> None:
+        """Engines cache the latent that keys and values are expanded from, and read no stored scale for
+        it: cast."""
+        if self.scale == "calibrate":
+            program.notes.append(
+                f"%{node.name} caches a latent, for which engines load no scale: its FP8 scale is "
+                "1.0, not calibrated"
+            )
+        reader = strip(x, VIEWS)
+        latent = node_at(reader, 0) if reader.target is dialect.QUANTIZE else x
+        amax = _cast_amax(node, f"{node.name}_latent")
+        name = f"{node.name}_latent_q"
+        q = edit.call(node.graph, name, dialect.QUANTIZE, latent, amax, format=self.format, scale="max")
+        edit.replace(latent, q, [user for user in latent.users if user not in (q, amax)])
+
+
+def _cast_amax(node: Node, name: str) -> Node:
+    """The amax whose FP8 scale is 1.0."""
+    scalar = torch.ops.aten.scalar_tensor.default
+    return edit.call(node.graph, f"{name}_amax", scalar, E4M3_MAX, dtype=torch.float32)
+
+
+def _done(program: Program) -> set[Node]:
+    """Attentions whose keys, or whose latent, are quantized already."""
+    frontiers = Frontiers(program.graph)
+    done = set()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in ATTENTIONS:
+            latent = latent_projection(frontiers, node)
+            cached = node_at(node, 1) if latent is None else frontiers.matmuls[latent].x
+            while cached.target in VIEWS or (
+                cached.target is dialect.QUANTIZE and cached.kwargs["format"] != "fp8"
+            ):
+                cached = node_at(cached, 0)
+            if cached.target is dialect.QUANTIZE:
+                done.add(node)
+    return done

@@ -1,4 +1,5 @@
-"""quantize-linears: linears and their inputs; never routers or other gates, never the output head unless it is named."""
+"""quantize-linears: linears and their inputs; never routers or other gates, never the output head unless
+it is named."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w
 class QuantizeLinears:
     """Quantize the weight of every linear, and what it multiplies.
 
-    weights: their format. inputs: the activations' format, or none for weight-only.
-    only, skip: globs over module names (`*.mlp.*`); a linear is taken if it matches one of `only` and none of `skip`.
-    The output head is taken only if `only` names it without wildcards.
+    weights: their format. inputs: the activations' format, or none for weight-only. only, skip: globs over
+    module names (`*.mlp.*`); a linear is taken if it matches one of `only` and none of `skip`. The output
+    head is taken only if `only` names it without wildcards.
     """
 
     weights: Literal["nvfp4"] = "nvfp4"
@@ -94,7 +95,8 @@ class QuantizeLinears:
         )
 
     def _check_globs(self, program: Program) -> None:
-        """A glob that selects nothing is a spelling mistake, unless it is a wildcard meant for many families."""
+        """A glob that selects nothing is a spelling mistake, unless it is a wildcard meant for many
+        families."""
         modules = sorted({_module(m.parameter) for m in weight_matmuls(program.graph)})
         for glob in (*self.only, *self.skip):
             if not set("*?[") & set(glob) and glob not in modules:
@@ -112,7 +114,8 @@ def _check_blocks(w: Node) -> None:
     if width % BLOCK:
         name = (root(w) or w).target
         raise VerifyError(
-            f"{name}: its input dimension is {width}; NVFP4 needs a multiple of {BLOCK}. Leave it out with skip: [{_module(root(w) or w)!r}]"
+            f"{name}: its input dimension is {width}; NVFP4 needs a multiple of {BLOCK}. Leave it out "
+            f"with skip: [{_module(root(w) or w)!r}]"
         )
 
 

@@ -1,4 +1,5 @@
-"""ModelOpt NVFP4, as vLLM, SGLang and TensorRT-LLM read it: tensor names, scales as multipliers, two config files."""
+"""ModelOpt NVFP4, as vLLM, SGLang and TensorRT-LLM read it: tensor names, scales as multipliers, two
+config files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,7 +56,8 @@ def kv_tensors(attention: str, k_amax: Tensor, v_amax: Tensor) -> dict[str, Tens
 def configs(
     source: Mapping[str, Any], excluded: Sequence[str], *, has_inputs: bool, kv_format: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config.json, hf_quant_config.json): the source's own plus `quantization_config`, and the same facts again."""
+    """(config.json, hf_quant_config.json): the source's own plus `quantization_config`, and the same
+    facts again."""
     algorithm = "NVFP4" if has_inputs else "W4A16_NVFP4"
     floats = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
     quantization: dict[str, Any] = {

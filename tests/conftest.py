@@ -1,0 +1,16 @@
+"""Options of the test run."""
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update-golden` writes what the passes do now into tests/passes/*/*.fx; read the diff before committing it."""
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite the `--- after` sections of golden graphs"
+    )
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether golden sections are to be rewritten instead of compared."""
+    return bool(request.config.getoption("--update-golden"))

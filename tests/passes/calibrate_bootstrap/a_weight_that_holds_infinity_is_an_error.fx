@@ -1,0 +1,26 @@
+pass: calibrate-bootstrap
+weights: {experts.up_proj: [1.0, .inf, 1.0]}
+batches: []
+--- before
+%ids : i64[1,4] = placeholder()
+%table : bf16[3,16] = @embed.weight
+%x : bf16[1,4,16] = aten.embedding(%table, %ids)
+%tokens : bf16[4,16] = aten.view(%x, [4, 16])
+%which : i64[4] = aten.view(%ids, [4])
+%w_input_amax : f32[] = fxq.amax(%tokens)
+%w_input_q : bf16[4,16] = fxq.quantize(%tokens, %w_input_amax, format='nvfp4', scale='dynamic')
+%w : bf16[3,16,16] = @experts.up_proj
+%w_e0 : bf16[16,16] = fxq.slice(%w, 0)
+%w_e0_amax : f32[] = fxq.amax(%w_e0)
+%w_e0_q : bf16[16,16] = fxq.quantize(%w_e0, %w_e0_amax, format='nvfp4', scale='max')
+%w_e1 : bf16[16,16] = fxq.slice(%w, 1)
+%w_e1_amax : f32[] = fxq.amax(%w_e1)
+%w_e1_q : bf16[16,16] = fxq.quantize(%w_e1, %w_e1_amax, format='nvfp4', scale='max')
+%w_e2 : bf16[16,16] = fxq.slice(%w, 2)
+%w_e2_amax : f32[] = fxq.amax(%w_e2)
+%w_e2_q : bf16[16,16] = fxq.quantize(%w_e2, %w_e2_amax, format='nvfp4', scale='max')
+%w_q : bf16[3,16,16] = fxq.stack([%w_e0_q, %w_e1_q, %w_e2_q])
+%y : bf16[4,16] = fxq.expert_linear(%w_input_q, %w_q, %which)
+return [%y]
+--- error
+SourceError: experts.up_proj, expert 1: the weight holds Inf

@@ -1,0 +1,28 @@
+pass: calibrate-max
+rewrites: 2
+weights: {embed.weight: [1.0, -2.0, 3.0]}
+batches: [[[0, 1, 0, 1]]]
+--- before
+%ids : i64[1,4] = placeholder()
+%table : bf16[3,16] = @embed.weight
+%x : bf16[1,4,16] = aten.embedding(%table, %ids)
+%heads : bf16[1,1,4,16] = aten.unsqueeze(%x, 1)
+%twice : bf16[1,1,4,16] = aten.mul.Tensor(%heads, 2.0)
+%y_k_amax : f32[] = fxq.amax(%heads)
+%y_k_q : bf16[1,1,4,16] = fxq.quantize(%heads, %y_k_amax, format='fp8', scale='max')
+%y_v_amax : f32[] = fxq.amax(%twice)
+%y_v_q : bf16[1,1,4,16] = fxq.quantize(%twice, %y_v_amax, format='fp8', scale='max')
+%y : bf16[1,1,4,16] = aten.scaled_dot_product_attention(%heads, %y_k_q, %y_v_q)
+return [%y]
+--- after
+%ids : i64[1,4] = placeholder()
+%table : bf16[3,16] = @embed.weight
+%x : bf16[1,4,16] = aten.embedding(%table, %ids)
+%heads : bf16[1,1,4,16] = aten.unsqueeze(%x, 1)
+%twice : bf16[1,1,4,16] = aten.mul.Tensor(%heads, 2.0)
+%y_k_amax : f32[] = fxq.amax(%heads)  # = 2
+%y_k_q : bf16[1,1,4,16] = fxq.quantize(%heads, %y_k_amax, format='fp8', scale='max')
+%y_v_amax : f32[] = fxq.amax(%twice)  # = 4
+%y_v_q : bf16[1,1,4,16] = fxq.quantize(%twice, %y_v_amax, format='fp8', scale='max')
+%y : bf16[1,1,4,16] = aten.scaled_dot_product_attention(%heads, %y_k_q, %y_v_q)
+return [%y]

@@ -1,0 +1,9 @@
+pass: fuse-experts
+--- before
+%x : bf16[3,4,32] = placeholder()
+%b : bf16[3,1,16] = @experts.b
+%w : bf16[3,32,16] = @experts.w
+%y : bf16[3,4,16] = aten.baddbmm(%b, %x, %w)
+return [%y]
+--- error
+VerifyError: aten.baddbmm

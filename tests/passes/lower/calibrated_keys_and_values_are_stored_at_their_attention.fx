@@ -1,0 +1,67 @@
+pass: lower
+rewrites: 4
+--- before
+%x : bf16[1,4,32] = placeholder()
+%q_input_amax : f32[] = fxq.amax(%x)
+%q_input_q : bf16[1,4,32] = fxq.quantize(%x, %q_input_amax, format='nvfp4', scale='dynamic')
+%q : bf16[32,32] = @self_attn.q_proj.weight
+%q_amax : f32[] = fxq.amax(%q)
+%k : bf16[32,32] = @self_attn.k_proj.weight
+%k_amax : f32[] = fxq.amax(%k)
+%v : bf16[32,32] = @self_attn.v_proj.weight
+%v_amax : f32[] = fxq.amax(%v)
+%q_group_amax : f32[] = fxq.sync([%q_amax, %k_amax, %v_amax])
+%q_q : bf16[32,32] = fxq.quantize(%q, %q_group_amax, format='nvfp4', scale='max')
+%q_out : bf16[1,4,32] = aten.linear(%q_input_q, %q_q)
+%q_view : bf16[1,4,2,16] = aten.view(%q_out, [1, 4, 2, 16])
+%q_heads : bf16[1,2,4,16] = aten.transpose.int(%q_view, 1, 2)
+%k_q : bf16[32,32] = fxq.quantize(%k, %q_group_amax, format='nvfp4', scale='max')
+%k_out : bf16[1,4,32] = aten.linear(%q_input_q, %k_q)
+%k_view : bf16[1,4,2,16] = aten.view(%k_out, [1, 4, 2, 16])
+%k_heads : bf16[1,2,4,16] = aten.transpose.int(%k_view, 1, 2)
+%v_q : bf16[32,32] = fxq.quantize(%v, %q_group_amax, format='nvfp4', scale='max')
+%v_out : bf16[1,4,32] = aten.linear(%q_input_q, %v_q)
+%v_view : bf16[1,4,2,16] = aten.view(%v_out, [1, 4, 2, 16])
+%v_heads : bf16[1,2,4,16] = aten.transpose.int(%v_view, 1, 2)
+%attention_k_amax : f32[] = fxq.amax(%k_heads)
+%attention_k_q : bf16[1,2,4,16] = fxq.quantize(%k_heads, %attention_k_amax, format='fp8', scale='max')
+%attention_v_amax : f32[] = fxq.amax(%v_heads)
+%attention_v_q : bf16[1,2,4,16] = fxq.quantize(%v_heads, %attention_v_amax, format='fp8', scale='max')
+%attention : bf16[1,2,4,16] = aten.scaled_dot_product_attention(%q_heads, %attention_k_q, %attention_v_q)
+%heads : bf16[1,4,2,16] = aten.transpose.int(%attention, 1, 2)
+%merged : bf16[1,4,32] = aten.reshape(%heads, [1, 4, 32])
+%o_input_amax : f32[] = fxq.amax(%merged)
+%o_input_q : bf16[1,4,32] = fxq.quantize(%merged, %o_input_amax, format='nvfp4', scale='dynamic')
+%o : bf16[32,32] = @self_attn.o_proj.weight
+%o_amax : f32[] = fxq.amax(%o)
+%o_q : bf16[32,32] = fxq.quantize(%o, %o_amax, format='nvfp4', scale='max')
+%y : bf16[1,4,32] = aten.linear(%o_input_q, %o_q)
+%last : bf16[8,32] = @lm_head.weight
+%logits : bf16[1,4,8] = aten.linear(%y, %last)
+return [%logits]
+--- after
+%q_input_amax : f32[] = fxq.value('q_input_amax')
+%q_amax : f32[] = fxq.value('q_amax')
+%k_amax : f32[] = fxq.value('k_amax')
+%v_amax : f32[] = fxq.value('v_amax')
+%q_group_amax : f32[] = fxq.sync([%q_amax, %k_amax, %v_amax])
+%q : bf16[32,32] = @self_attn.q_proj.weight
+%q_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack_nvfp4(%q, %q_group_amax, scale='max')
+%q_packed_0 : none = fxq.store_linear('self_attn.q_proj', %q_packed, %q_input_amax, start=0, end=32)
+%k : bf16[32,32] = @self_attn.k_proj.weight
+%k_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack_nvfp4(%k, %q_group_amax, scale='max')
+%k_packed_0 : none = fxq.store_linear('self_attn.k_proj', %k_packed, %q_input_amax, start=0, end=32)
+%v : bf16[32,32] = @self_attn.v_proj.weight
+%v_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack_nvfp4(%v, %q_group_amax, scale='max')
+%v_packed_0 : none = fxq.store_linear('self_attn.v_proj', %v_packed, %q_input_amax, start=0, end=32)
+%o_input_amax : f32[] = fxq.value('o_input_amax')
+%o_amax : f32[] = fxq.value('o_amax')
+%o : bf16[32,32] = @self_attn.o_proj.weight
+%o_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack_nvfp4(%o, %o_amax, scale='max')
+%o_packed_0 : none = fxq.store_linear('self_attn.o_proj', %o_packed, %o_input_amax, start=0, end=32)
+%attention_k_amax : f32[] = fxq.value('attention_k_amax')
+%attention_v_amax : f32[] = fxq.value('attention_v_amax')
+%attention_kv : none = fxq.store_kv('self_attn', %attention_k_amax, %attention_v_amax, format='fp8')
+%lm_head_weight_ : bf16[8,32] = fxq.load('lm_head.weight', shape=[8, 32], dtype=torch.bfloat16)
+%lm_head_weight_store : none = fxq.store('lm_head.weight', %lm_head_weight_)
+return ()

@@ -1,0 +1,50 @@
+pass: lower
+rewrites: 4
+hub:
+  tensors:
+    mlp.experts.0.gate_proj.weight: bf16[16,32]
+    mlp.experts.0.up_proj.weight: bf16[16,32]
+    mlp.experts.1.gate_proj.weight: bf16[16,32]
+    mlp.experts.1.up_proj.weight: bf16[16,32]
+    mlp.gate.weight: bf16[2,32]
+  stored:
+    mlp.experts.gate_up_proj:
+      keys:
+        - [mlp.experts.0.gate_proj.weight, mlp.experts.1.gate_proj.weight]
+        - [mlp.experts.0.up_proj.weight, mlp.experts.1.up_proj.weight]
+      rows: [16, 16]
+      stacked: true
+    mlp.gate.weight: {keys: [[mlp.gate.weight]], fused: true}
+--- before
+%x : bf16[4,32] = placeholder()
+%router : bf16[2,32] = @mlp.gate.weight
+%r : bf16[4,2] = aten.linear(%x, %router)
+%ids : i64[4] = aten.argmax(%r, -1)
+%w_input_amax : f32[] = fxq.amax(%x)
+%w_input_q : bf16[4,32] = fxq.quantize(%x, %w_input_amax, format='nvfp4', scale='dynamic')
+%w : bf16[2,32,32] = @mlp.experts.gate_up_proj
+%w_e0 : bf16[32,32] = fxq.slice(%w, 0)
+%w_e0_amax : f32[] = fxq.amax(%w_e0)
+%w_e0_q : bf16[32,32] = fxq.quantize(%w_e0, %w_e0_amax, format='nvfp4', scale='max')
+%w_e1 : bf16[32,32] = fxq.slice(%w, 1)
+%w_e1_amax : f32[] = fxq.amax(%w_e1)
+%w_e1_q : bf16[32,32] = fxq.quantize(%w_e1, %w_e1_amax, format='nvfp4', scale='max')
+%w_q : bf16[2,32,32] = fxq.stack([%w_e0_q, %w_e1_q])
+%y : bf16[4,32] = fxq.expert_linear(%w_input_q, %w_q, %ids)
+return [%y]
+--- after
+%w_input_amax : f32[] = fxq.value('w_input_amax')
+%w : bf16[2,32,32] = @mlp.experts.gate_up_proj
+%w_e0 : bf16[32,32] = fxq.slice(%w, 0)
+%w_e0_amax : f32[] = fxq.value('w_e0_amax')
+%w_e0_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack_nvfp4(%w_e0, %w_e0_amax, scale='max')
+%w_e0_packed_0 : none = fxq.store_linear('mlp.experts.0.gate_proj', %w_e0_packed, %w_input_amax, start=0, end=16)
+%w_e0_packed_16 : none = fxq.store_linear('mlp.experts.0.up_proj', %w_e0_packed, %w_input_amax, start=16, end=32)
+%w_e1 : bf16[32,32] = fxq.slice(%w, 1)
+%w_e1_amax : f32[] = fxq.value('w_e1_amax')
+%w_e1_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack_nvfp4(%w_e1, %w_e1_amax, scale='max')
+%w_e1_packed_0 : none = fxq.store_linear('mlp.experts.1.gate_proj', %w_e1_packed, %w_input_amax, start=0, end=16)
+%w_e1_packed_16 : none = fxq.store_linear('mlp.experts.1.up_proj', %w_e1_packed, %w_input_amax, start=16, end=32)
+%mlp_gate_weight_ : bf16[2,32] = fxq.load('mlp.gate.weight', shape=[2, 32], dtype=torch.bfloat16)
+%mlp_gate_weight_store : none = fxq.store('mlp.gate.weight', %mlp_gate_weight_)
+return ()

@@ -1,0 +1,23 @@
+pass: lower
+rewrites: 1
+--- before
+%ids : i64[1,4] = placeholder()
+%table : bf16[4,16] = @embed.weight
+%x : bf16[1,4,16] = aten.embedding(%table, %ids)
+%a : bf16[16,16] = @a.weight
+%a_amax : f32[] = fxq.amax(%a)
+%a_q : bf16[16,16] = fxq.quantize(%a, %a_amax, format='nvfp4', scale='max')
+%y : bf16[1,4,16] = aten.linear(%x, %a_q)
+%last : bf16[8,16] = @lm_head.weight
+%logits : bf16[1,4,8] = aten.linear(%y, %last)
+return [%logits]
+--- after
+%a_amax : f32[] = fxq.value('a_amax')
+%a : bf16[16,16] = @a.weight
+%a_packed : [u8[16,8], f8e4m3[16,1], f32[]] = fxq.pack_nvfp4(%a, %a_amax, scale='max')
+%a_packed_0 : none = fxq.store_linear('a', %a_packed, None, start=0, end=16)
+%embed_weight_ : bf16[4,16] = fxq.load('embed.weight', shape=[4, 16], dtype=torch.bfloat16)
+%embed_weight_store : none = fxq.store('embed.weight', %embed_weight_)
+%lm_head_weight_ : bf16[8,16] = fxq.load('lm_head.weight', shape=[8, 16], dtype=torch.bfloat16)
+%lm_head_weight_store : none = fxq.store('lm_head.weight', %lm_head_weight_)
+return ()

@@ -1,0 +1,35 @@
+pass: quantize-experts
+options: {inputs: none}
+rewrites: 2
+--- before
+%x : bf16[4,32] = placeholder()
+%router : bf16[2,32] = @mlp.gate.weight
+%logits : bf16[4,2] = aten.linear(%x, %router)
+%ids : i64[4] = aten.argmax(%logits, -1)
+%w : bf16[2,16,32] = @mlp.experts.up_proj
+%y : bf16[4,16] = fxq.expert_linear(%x, %w, %ids)
+%shared : bf16[16,32] = @mlp.shared_expert.up_proj.weight
+%z : bf16[4,16] = aten.linear(%x, %shared)
+%total : bf16[4,16] = aten.add.Tensor(%y, %z)
+return [%total]
+--- after
+%x : bf16[4,32] = placeholder()
+%router : bf16[2,32] = @mlp.gate.weight
+%logits : bf16[4,2] = aten.linear(%x, %router)
+%ids : i64[4] = aten.argmax(%logits, -1)
+%w : bf16[2,16,32] = @mlp.experts.up_proj
+%w_e0 : bf16[16,32] = fxq.slice(%w, 0)
+%w_e0_amax : f32[] = fxq.amax(%w_e0)
+%w_e0_q : bf16[16,32] = fxq.quantize(%w_e0, %w_e0_amax, format='nvfp4', scale='max')
+%w_e1 : bf16[16,32] = fxq.slice(%w, 1)
+%w_e1_amax : f32[] = fxq.amax(%w_e1)
+%w_e1_q : bf16[16,32] = fxq.quantize(%w_e1, %w_e1_amax, format='nvfp4', scale='max')
+%w_q : bf16[2,16,32] = fxq.stack([%w_e0_q, %w_e1_q])
+%y : bf16[4,16] = fxq.expert_linear(%x, %w_q, %ids)
+%shared : bf16[16,32] = @mlp.shared_expert.up_proj.weight
+%z : bf16[4,16] = aten.linear(%x, %shared)
+%total : bf16[4,16] = aten.add.Tensor(%y, %z)
+return [%total]
+--- miss
+logits: expected fxq.slice, found get_attr at %router
+z: expected fxq.slice, found get_attr at %shared

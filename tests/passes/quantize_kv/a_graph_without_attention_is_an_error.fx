@@ -1,0 +1,8 @@
+pass: quantize-kv
+--- before
+%x : bf16[4,32] = placeholder()
+%w : bf16[16,32] = @mlp.up_proj.weight
+%y : bf16[4,16] = aten.linear(%x, %w)
+return [%y]
+--- error
+VerifyError: quantize-kv rewrote nothing: expected an attention

@@ -1,0 +1,23 @@
+pass: quantize-linears
+options: {inputs: none, skip: ["layers.0.in_proj"]}
+rewrites: 1
+--- before
+%x : bf16[4,24] = placeholder()
+%a : bf16[32,24] = @layers.0.in_proj.weight
+%b : bf16[4,32] = aten.linear(%x, %a)
+%c : bf16[32,32] = @layers.0.o_proj.weight
+%d : bf16[4,32] = aten.linear(%b, %c)
+%last : bf16[8,32] = @lm_head.weight
+%logits : bf16[4,8] = aten.linear(%d, %last)
+return [%logits]
+--- after
+%x : bf16[4,24] = placeholder()
+%a : bf16[32,24] = @layers.0.in_proj.weight
+%b : bf16[4,32] = aten.linear(%x, %a)
+%c : bf16[32,32] = @layers.0.o_proj.weight
+%c_amax : f32[] = fxq.amax(%c)
+%c_q : bf16[32,32] = fxq.quantize(%c, %c_amax, format='nvfp4', scale='max')
+%d : bf16[4,32] = aten.linear(%b, %c_q)
+%last : bf16[8,32] = @lm_head.weight
+%logits : bf16[4,8] = aten.linear(%d, %last)
+return [%logits]

@@ -1,0 +1,243 @@
+"""Writing: shards, side files, and an output that is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
+
+import fxq
+from fxq.weights import Directory
+from tests import reader
+from tests.families import Zoo, load, zoo
+
+__all__ = ["zoo"]
+
+WEIGHT_ONLY = "nvfp4_weight_only"
+GENERATION = '{"do_sample": false,   "temperature": 0.6, "top_p": 0.95, "eos_token_id": [1, 2]}\n'
+
+
+@pytest.fixture(scope="module")
+def source(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE directory with everything that hub directories have around the weights."""
+    path = Path(shutil.copytree(zoo("qwen3_moe"), tmp_path_factory.mktemp("source") / "model"))
+    (path / "generation_config.json").write_text(GENERATION)
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (path / "chat_template.jinja").write_text("{{ messages }}\n")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}\n")
+    (path / "modeling_mine.py").write_text("raise RuntimeError('never run')\n")
+    (path / "README.md").write_text("# mine\n")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "my_own_key": {"kept": [1, 2.5, None]}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def compiled(source: Path) -> fxq.Compiled:
+    return fxq.compile(source, WEIGHT_ONLY)
+
+
+@pytest.fixture(scope="module")
+def out(compiled: fxq.Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("out") / "model"
+    compiled.save(path)
+    return path
+
+
+def test_the_output_keeps_the_contract(out: Path, source: Path) -> None:
+    assert reader.check(out, source) == []
+
+
+SIDE_FILES = ["generation_config.json", "tokenizer_config.json", "chat_template.jinja", "modeling_mine.py"]
+
+
+@pytest.mark.parametrize("name", [*SIDE_FILES, "additional_chat_templates/tools.jinja"])
+def test_side_files_are_copied_byte_for_byte(name: str, out: Path, source: Path) -> None:
+    assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_generation_config_that_transformers_would_not_save_is_kept_and_loads(out: Path) -> None:
+    assert (out / "generation_config.json").read_text() == GENERATION
+    loaded = GenerationConfig.from_pretrained(out)
+    assert (loaded.do_sample, loaded.temperature, loaded.eos_token_id) == (False, 0.6, [1, 2])
+
+
+def test_unknown_keys_of_the_config_survive(out: Path, source: Path) -> None:
+    ours, theirs = (json.loads((p / "config.json").read_text()) for p in (out, source))
+    assert ours.pop("quantization_config")["quant_method"] == "modelopt"
+    assert ours == theirs
+
+
+def test_weights_of_the_source_are_not_copied(source: Path, compiled: fxq.Compiled, tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "model.safetensors.index.json.bak", "old.gguf", ".hidden"):
+        (source / name).write_text("{}")
+    try:
+        compiled.save(tmp_path / "out")
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert not names & {"pytorch_model.bin", "old.gguf", ".hidden"}
+        assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    finally:
+        for name in ("pytorch_model.bin", "model.safetensors.index.json.bak", "old.gguf", ".hidden"):
+            (source / name).unlink()
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 5_000, 40_000])
+def test_shards_hold_the_same_tensors(
+    shard_bytes: int, compiled: fxq.Compiled, out: Path, source: Path, tmp_path: Path
+) -> None:
+    compiled.save(tmp_path / "sharded", shard_bytes=shard_bytes)
+    shards = sorted(p.name for p in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert reader.check(tmp_path / "sharded", source) == []
+    ours, theirs = reader.read_checkpoint(tmp_path / "sharded"), reader.read_checkpoint(out)
+    assert set(ours.tensors) == set(theirs.tensors)
+    for name in theirs.tensors:
+        assert ours.raw(name).tobytes() == theirs.raw(name).tobytes(), name
+    largest = max(e.size for e in theirs.tensors.values()) * 2
+    for shard in shards:
+        assert (tmp_path / "sharded" / shard).stat().st_size <= shard_bytes + largest + 20_000
+
+
+def test_sharding_keeps_a_linear_s_tensors_together(compiled: fxq.Compiled, tmp_path: Path) -> None:
+    compiled.save(tmp_path / "sharded", shard_bytes=5_000)
+    checkpoint = reader.read_checkpoint(tmp_path / "sharded")
+    for name in checkpoint.quantized_linears():
+        parts = ("weight", "weight_scale", "weight_scale_2")
+        assert len({checkpoint.tensors[f"{name}.{part}"].shard for part in parts}) == 1
+
+
+def test_an_empty_directory_is_filled_and_a_deep_one_made(compiled: fxq.Compiled, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    compiled.save(tmp_path / "empty")
+    compiled.save(tmp_path / "a" / "b" / "c")
+    for path in (tmp_path / "empty", tmp_path / "a" / "b" / "c"):
+        assert (path / "model.safetensors").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"empty", "a"}
+
+
+def test_files_are_readable_as_any_other(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").write_text("x")
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    for path in out.iterdir():
+        if path.is_file():
+            assert path.stat().st_mode == (tmp_path / "plain" / "file").stat().st_mode, path.name
+
+
+def test_a_second_save_into_the_same_place_is_refused_and_harms_nothing(compiled: fxq.Compiled, tmp_path: Path) -> None:
+    compiled.save(tmp_path / "out")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(fxq.CheckpointError, match="empty"):
+        compiled.save(tmp_path / "out")
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("inside", ["", "sub", "sub/sub"])
+def test_saving_into_the_model_is_refused(inside: str, compiled: fxq.Compiled, source: Path) -> None:
+    before = sorted(source.rglob("*"))
+    with pytest.raises(fxq.CheckpointError):
+        compiled.save(source / inside)
+    assert sorted(source.rglob("*")) == before
+
+
+Fail = Callable[[int, BaseException], None]
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch) -> Fail:
+    """Makes the n-th read of a tensor of a directory raise."""
+
+    def arm(count: int, error: BaseException) -> None:
+        reads = iter(range(1, 1_000_000))
+        plain = Directory.read_hub
+
+        def read_hub(self: Directory, key: str) -> Tensor:
+            if next(reads) == count:
+                raise error
+            return plain(self, key)
+
+        monkeypatch.setattr(Directory, "read_hub", read_hub)
+
+    return arm
+
+
+@pytest.mark.parametrize("count", [1, 10, 40])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(fxq.SourceError("disk gone"), fxq.SourceError), (OSError(28, "No space left on device"), fxq.CheckpointError)]
+    + [(KeyboardInterrupt(), KeyboardInterrupt), (MemoryError(), MemoryError)],
+    ids=lambda v: type(v).__name__,
+)
+def test_a_failure_in_the_middle_leaves_nothing_behind(
+    count: int, error: BaseException, kind: type[BaseException], compiled: fxq.Compiled, tmp_path: Path, fail: Fail
+) -> None:
+    (tmp_path / "neighbour").write_text("keep me")
+    fail(count, error)
+    with pytest.raises(kind):
+        compiled.save(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["neighbour"]
+
+
+def test_a_failure_in_the_middle_leaves_an_empty_directory_empty(
+    compiled: fxq.Compiled, tmp_path: Path, fail: Fail
+) -> None:
+    (tmp_path / "out").mkdir()
+    fail(10, fxq.SourceError("disk gone"))
+    with pytest.raises(fxq.SourceError, match="disk gone"):
+        compiled.save(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").iterdir())
+
+
+def test_saving_works_after_a_failure(
+    compiled: fxq.Compiled, out: Path, tmp_path: Path, fail: Fail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail(10, fxq.SourceError("disk gone"))
+    with pytest.raises(fxq.SourceError):
+        compiled.save(tmp_path / "out")
+    monkeypatch.undo()
+    compiled.save(tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_writing_never_changes_the_source(compiled: fxq.Compiled, source: Path, tmp_path: Path) -> None:
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in source.rglob("*")}
+    compiled.save(tmp_path / "out")
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in source.rglob("*")} == before
+
+
+def test_a_spec_that_does_not_lower_has_nothing_to_write(zoo: Zoo, tmp_path: Path) -> None:
+    (tmp_path / "graph_only.yaml").write_text("passes:\n  - fuse-experts\n")
+    compiled = fxq.compile(zoo("qwen3_moe"), tmp_path / "graph_only.yaml")
+    with pytest.raises(fxq.CheckpointError, match="lower"):
+        compiled.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_is_no_source_to_quantize_again(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(fxq.FxqError) as caught:
+        fxq.compile(out, WEIGHT_ONLY, out=tmp_path / "again")
+    assert len(str(caught.value).splitlines()) <= 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_the_output_loads(zoo: Zoo, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path(shutil.copytree(zoo("llama"), tmp_path / "model"))
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 7, "world": 8}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    compiled = fxq.compile(path, "nvfp4_default-fp8_kv", calib=["hello world hello"], out=tmp_path / "out")
+    assert compiled.report.calibration_tokens == 3
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("world hello")["input_ids"] == [8, 7]
+    live = fxq.compile(load(path), "nvfp4_default-fp8_kv", calib=[{"text": "hello world hello"}])
+    assert all(torch.equal(live.scales[n], v) for n, v in compiled.scales.items())

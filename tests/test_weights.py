@@ -1,0 +1,270 @@
+"""A directory and a live model hold the same tensors, and what a directory gets wrong is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import fxq
+from fxq.weights import Directory, Live
+from tests import reader
+from tests.families import (
+    EXPERTS,
+    FAMILIES,
+    HIDDEN,
+    MOE,
+    MOE_LAYERS,
+    Zoo,
+    add_tensors,
+    drop_tensors,
+    load,
+    random_model,
+    zoo,
+)
+
+__all__ = ["zoo"]
+
+
+def _directory(path: Path, model: PreTrainedModel) -> Directory:
+    directory = Directory(path)
+    directory.attach(model)
+    return directory
+
+
+def _fused(model: PreTrainedModel) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_directory_and_a_live_model_read_alike(family: str, zoo: Zoo) -> None:
+    model = load(zoo(family))
+    directory, live = _directory(zoo(family), model), Live(model)
+    assert set(directory.hub.stored) == set(live.hub.stored) >= {n for n, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(directory.read(name), parameter.detach()), name
+        assert torch.equal(live.read(name), parameter.detach()), name
+    for name in _fused(model):
+        for expert in range(EXPERTS):
+            wanted = model.get_parameter(name)[expert]
+            assert torch.equal(directory.read_expert(name, expert), wanted)
+            assert torch.equal(live.read_expert(name, expert), wanted)
+    for key in live.hub.tensors:
+        assert torch.equal(live.read_hub(key), directory.read_hub(key)), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hub_names_are_those_of_the_files(family: str, zoo: Zoo) -> None:
+    stored = load_file(zoo(family) / "model.safetensors")
+    model = load(zoo(family))
+    directory = _directory(zoo(family), model)
+    assert set(directory.hub.tensors) == set(stored)
+    for key, tensor in stored.items():
+        info = directory.hub.tensors[key]
+        assert (info.shape, info.dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(directory.read_hub(key), tensor)
+    assert set(Live(model).hub.tensors) == set(stored) - set(directory.hub.extra)
+
+
+def test_extra_tensors_of_a_live_model_come_from_its_directory(zoo: Zoo) -> None:
+    model, origin = load(zoo("deepseek_v3")), Directory(zoo("deepseek_v3"))
+    live = Live(model, origin)
+    assert set(live.hub.tensors) == set(origin.infos)
+    extra = set(live.hub.extra)
+    assert len(extra) == 3 + 3 * EXPERTS + 2 and all(key.startswith("model.layers.3.") for key in extra)
+    for key in extra:
+        assert torch.equal(live.read_hub(key), origin.read_hub(key))
+
+
+def test_a_live_model_s_own_values_win_over_its_directory(zoo: Zoo) -> None:
+    model = load(zoo("qwen3_moe"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3].fill_(0.5)
+    live = Live(model, Directory(zoo("qwen3_moe")))
+    assert (live.read_hub("model.layers.1.mlp.experts.3.down_proj.weight") == 0.5).all()
+    assert (live.read_expert("model.layers.1.mlp.experts.down_proj", 3) == 0.5).all()
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_experts_map_to_their_own_tensors_gate_before_up(family: str, zoo: Zoo) -> None:
+    model = load(zoo(family))
+    directory = _directory(zoo(family), model)
+    fused = _fused(model)
+    assert len(fused) == 2 * MOE_LAYERS[family]
+    for name in fused:
+        stored = directory.hub.stored[name]
+        assert stored.stacked and not stored.fused
+        assert [len(part) for part in stored.keys] == [EXPERTS] * (2 if "gate_up" in name else 1)
+        for expert in range(EXPERTS):
+            assert all(f".experts.{expert}." in part[expert] for part in stored.keys)
+        whole = torch.cat([directory.read_hub(part[2]) for part in stored.keys])
+        assert torch.equal(whole, model.get_parameter(name)[2])
+
+
+def test_more_than_ten_experts_keep_their_numeric_order(tmp_path: Path) -> None:
+    config = FAMILIES["mixtral"]()
+    config.num_local_experts = 12
+    random_model(config).save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model")
+    directory = _directory(tmp_path / "model", model)
+    for name in _fused(model):
+        for expert in range(12):
+            assert torch.equal(directory.read_expert(name, expert), model.get_parameter(name)[expert])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama_tied"])
+def test_sharded_checkpoints_read_alike(family: str, zoo: Zoo, tmp_path: Path) -> None:
+    model = load(zoo(family))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    directory = _directory(tmp_path / "sharded", model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(directory.read(name), parameter.detach()), name
+
+
+def _fuse_experts(path: Path) -> dict[str, Tensor]:
+    """Rewrite a Qwen3-MoE checkpoint so that each layer's experts are stored in one piece, as in memory."""
+    tensors = load_file(path / "model.safetensors")
+    model = load(path)
+    kept = {key: tensor for key, tensor in tensors.items() if ".experts." not in key}
+    fused = {name: model.get_parameter(name).detach().clone() for name in _fused(model)}
+    save_file({**kept, **fused}, path / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def test_experts_stored_in_one_piece_are_read_slice_by_slice(zoo: Zoo, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(zoo("qwen3_moe"), tmp_path / "fused"))
+    tensors = _fuse_experts(path)
+    model = load(zoo("qwen3_moe"))
+    directory = _directory(path, model)
+    for name in _fused(model):
+        assert directory.hub.stored[name].fused
+        assert torch.equal(directory.read(name), model.get_parameter(name).detach())
+        for expert in range(EXPERTS):
+            assert torch.equal(directory.read_expert(name, expert), model.get_parameter(name)[expert])
+    names = {k for s in directory.hub.names.values() for part in s.keys for k in part}
+    assert names >= {key for key in tensors if ".experts." in key}
+
+
+@pytest.mark.slow
+def test_experts_stored_in_one_piece_are_written_one_by_one(zoo: Zoo, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(zoo("qwen3_moe"), tmp_path / "fused"))
+    _fuse_experts(path)
+    for source, out in ((path, "from_fused"), (zoo("qwen3_moe"), "from_single")):
+        fxq.compile(source, "nvfp4_weight_only", out=tmp_path / out)
+    ours, theirs = (reader.read_checkpoint(tmp_path / out) for out in ("from_fused", "from_single"))
+    assert reader.check(tmp_path / "from_fused") == []
+    assert set(ours.tensors) == set(theirs.tensors)
+    for name in theirs.tensors:
+        assert ours.raw(name).tobytes() == theirs.raw(name).tobytes(), name
+
+
+def test_read_expert_reads_no_other_expert(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = _directory(zoo("qwen3_moe"), load(zoo("qwen3_moe")))
+    reads: list[str] = []
+    plain = Directory.read_hub
+    monkeypatch.setattr(Directory, "read_hub", lambda self, key: reads.append(key) or plain(self, key))
+    directory.read_expert("model.layers.0.mlp.experts.gate_up_proj", 6)
+    assert reads == [f"model.layers.0.mlp.experts.6.{p}_proj.weight" for p in ("gate", "up")]
+
+
+def test_a_tied_head_has_no_tensor_of_its_own_but_is_a_module(zoo: Zoo) -> None:
+    model = load(zoo("llama_tied"))
+    directory = _directory(zoo("llama_tied"), model)
+    assert "lm_head.weight" not in directory.hub.tensors
+    assert "lm_head" in directory.hub.modules and "lm_head" in Live(model).hub.modules
+    assert torch.equal(directory.read("lm_head.weight"), model.get_input_embeddings().weight.detach())
+
+
+def test_a_checkpoint_of_the_base_model_alone_lends_its_tensors_to_the_prefix(zoo: Zoo, tmp_path: Path) -> None:
+    model = load(zoo("llama_tied"))
+    model.model.save_pretrained(tmp_path / "base")
+    directory = _directory(tmp_path / "base", model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(directory.read(name), model.get_parameter(name).detach())
+
+
+@pytest.fixture
+def broken(zoo: Zoo, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(zoo("qwen3_moe"), tmp_path / "broken"))
+
+
+def _refused(path: Path, model: PreTrainedModel, *words: str) -> None:
+    with pytest.raises(fxq.SourceError) as caught:
+        _directory(path, model)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_missing_tensor_is_named(broken: Path, zoo: Zoo) -> None:
+    drop_tensors(broken, "model.layers.0.self_attn.q_norm.weight")
+    _refused(broken, load(zoo("qwen3_moe")), "model.layers.0.self_attn.q_norm.weight")
+
+
+@pytest.mark.parametrize("projections", [("up",), ("gate", "up"), ("down",), ("gate", "up", "down")])
+@pytest.mark.parametrize("expert", [0, 4, EXPERTS - 1])
+def test_a_missing_expert_is_never_filled_by_its_neighbour(
+    projections: tuple[str, ...], expert: int, broken: Path, zoo: Zoo
+) -> None:
+    drop_tensors(broken, *(f"model.layers.1.mlp.experts.{expert}.{p}_proj.weight" for p in projections))
+    _refused(broken, load(zoo("qwen3_moe")), "model.layers.1.mlp.experts")
+
+
+def test_a_gap_in_expert_numbers_is_refused(broken: Path, zoo: Zoo) -> None:
+    """Eight experts numbered 0 to 6 and 8: stacking them in order would shift one into its neighbour's place."""
+    tensors = load_file(broken / "model.safetensors")
+    moved = {k: t for k, t in tensors.items() if k.startswith("model.layers.1.mlp.experts.7.")}
+    drop_tensors(broken, *moved)
+    add_tensors(broken, {k.replace("experts.7.", "experts.8."): t.clone() for k, t in moved.items()})
+    _refused(broken, load(zoo("qwen3_moe")), "model.layers.1.mlp.experts")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.experts.4.up_proj.weight"])
+def test_a_wrong_shape_is_named(name: str, broken: Path, zoo: Zoo) -> None:
+    tensor = load_file(broken / "model.safetensors")[name]
+    add_tensors(broken, {name: torch.zeros(tensor.shape[0] + 16, *tensor.shape[1:]).bfloat16()})
+    _refused(broken, load(zoo("qwen3_moe")), name, str(tensor.shape[0] + 16))
+
+
+def test_a_transposed_weight_is_a_wrong_shape(broken: Path, zoo: Zoo) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    add_tensors(broken, {name: load_file(broken / "model.safetensors")[name].T.contiguous()})
+    _refused(broken, load(zoo("qwen3_moe")), name, str(HIDDEN))
+
+
+def _index(path: Path, change: dict[str, str]) -> None:
+    names = load_file(path / "model.safetensors")
+    weight_map = dict.fromkeys(names, "model.safetensors") | change
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_a_shard_that_is_not_there_is_named(broken: Path, zoo: Zoo) -> None:
+    _index(broken, {"lm_head.weight": "model-00002.safetensors"})
+    _refused(broken, load(zoo("qwen3_moe")), "model-00002.safetensors", "index")
+
+
+@pytest.mark.parametrize("place", ["../model.safetensors", "/etc/model.safetensors", "sub/model.safetensors", ".."])
+def test_an_index_entry_that_leads_out_is_refused(place: str, broken: Path, zoo: Zoo) -> None:
+    shutil.copy(broken / "model.safetensors", broken.parent)
+    _index(broken, {"lm_head.weight": place})
+    _refused(broken, load(zoo("qwen3_moe")), place)
+
+
+def test_one_tensor_in_two_files_without_an_index_is_refused(broken: Path, zoo: Zoo) -> None:
+    save_file({"lm_head.weight": torch.zeros(16, 16)}, broken / "more.safetensors")
+    _refused(broken, load(zoo("qwen3_moe")), "lm_head.weight", "more.safetensors")
+
+
+def test_a_model_on_the_meta_device_is_refused_by_tensor(zoo: Zoo) -> None:
+    with pytest.raises(fxq.SourceError, match="model.embed_tokens.weight.*meta"):
+        Live(load(zoo("llama")).to("meta"))
+
+
+def test_a_parameter_nobody_has_is_an_error_of_ours(zoo: Zoo) -> None:
+    with pytest.raises(fxq.SourceError, match="no_such"):
+        Live(load(zoo("llama"))).read("no_such.weight")
