@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -32,14 +33,19 @@ from fxq.weights import Directory, Live
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model as fxq sees it: structure on fake tensors, weights behind a source, and the files around
-    them."""
+    """A model as fxq sees it: structure on fake tensors, weights behind a source, and its directory."""
 
     twin: Twin
     source: WeightSource
     config: Mapping[str, Any]
     directory: Path | None
-    program: Program
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The graph and where its parameters lie, traced when first asked for; no weight is read."""
+        program = trace(self.twin)
+        program.hub = self.source.hub
+        return program
 
 
 class Compiled:
@@ -158,10 +164,10 @@ def compile(
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     report = Report(chosen.name)
-    with _timed(report, "trace"):
-        opened = open_model(model, trust_remote_code=trust_remote_code)
+    opened = open_model(model, trust_remote_code=trust_remote_code)
     ids = _samples(opened, calib, samples, seq_len) if calib is not None else None
-    program = opened.program
+    with _timed(report, "trace"):
+        program = opened.program
     session = Session(opened.source, where, calibration.batches(ids) if ids is not None else None, progress)
     report.calibration_tokens = sum(map(len, ids or ()))
     with _timed(report, "passes"):
@@ -177,7 +183,7 @@ def compile(
 
 
 def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> Model:
-    """Trace a directory or live model, and find where each of its parameters lies; no weight is read."""
+    """A directory or live model, checked: config, twin, and where each parameter lies; no weight is read."""
     if isinstance(model, PreTrainedModel):
         return _open_live(model)
     path = Path(model)
@@ -190,9 +196,7 @@ def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool =
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(source)
     twin = twin_of_config(config, dtype, trust_remote_code=trust_remote_code)
     source.attach(twin.model)
-    program = trace(twin)
-    program.hub = source.hub
-    return Model(twin, source, json.loads((path / "config.json").read_text(encoding="utf-8")), path, program)
+    return Model(twin, source, json.loads((path / "config.json").read_text(encoding="utf-8")), path)
 
 
 def _open_live(model: PreTrainedModel) -> Model:
@@ -203,9 +207,7 @@ def _open_live(model: PreTrainedModel) -> Model:
     config = _plain_config(model)
     if directory is not None and load_config(directory).to_dict() == _comparable(model):
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    program = trace(twin)
-    program.hub = source.hub
-    return Model(twin, source, config, directory, program)
+    return Model(twin, source, config, directory)
 
 
 def _plain_config(model: PreTrainedModel) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxq.dialect import STORES
+from fxq.errors import VerifyError
 from fxq.verify import infer
 
 
@@ -60,13 +61,21 @@ def _is_unused(node: Node) -> bool:
 
 def _place(node: Node, placed: dict[Node, None]) -> None:
     """Depth first without recursion: graphs are tens of thousands of nodes deep."""
-    stack = [(node, iter(node.all_input_nodes))]
+    if node in placed:
+        return
+    stack, open_ = [(node, iter(node.all_input_nodes))], {node}
     while stack:
         current, inputs = stack[-1]
         for source in inputs:
+            if source in open_:
+                raise VerifyError(
+                    f"%{source.name} and %{current.name} need each other: the graph has a cycle"
+                )
             if source not in placed:
                 stack.append((source, iter(source.all_input_nodes)))
+                open_.add(source)
                 break
         else:
             placed[current] = None
+            open_.discard(current)
             stack.pop()

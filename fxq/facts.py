@@ -8,7 +8,17 @@ from torch.fx import Node
 from fxq import dialect
 from fxq.nodes import node_at, nodes_at
 from fxq.program import Program
-from fxq.structure import VIEWS, Frontiers, fused_by_engines, is_expert, root, strip, value_of, weight_matmuls
+from fxq.structure import (
+    VIEWS,
+    Frontiers,
+    fused_by_engines,
+    input_quantize,
+    is_expert,
+    root,
+    strip,
+    value_of,
+    weight_matmuls,
+)
 from fxq.text import format_target
 
 Fact = Callable[[Program], str | None]
@@ -79,12 +89,10 @@ Siblings = dict[tuple[Node, int | None], list[tuple[Node, Node | None]]]
 
 
 def quantized_siblings(program: Program) -> Siblings:
-    """(input value, expert or None) -> [(weight quantize, input quantize or None)] of the matmuls that
-    read it."""
+    """(input value, expert or None) -> (weight quantize, input quantize or None) of what reads it."""
     siblings: Siblings = {}
     for matmul in weight_matmuls(program.graph):
-        x, w = strip(matmul.x, VIEWS), strip(matmul.w, VIEWS)
-        x_quantize = x if x.target is dialect.QUANTIZE else None
+        w, x_quantize = strip(matmul.w, VIEWS), input_quantize(matmul.x)
         slices = nodes_at(w, 0) if w.target is dialect.STACK else [w]
         for expert, quantize in enumerate(slices):
             if quantize.target is dialect.QUANTIZE:

@@ -48,6 +48,7 @@ class Streaming(Interpreter):
     ) -> None:
         super().__init__(nn.Module(), graph=program.calibrated or program.graph)
         self.program, self.source, self.device, self.step, self.reduce = program, source, device, step, reduce
+        self.extra_traceback = False  # errors meant for users stay as they are worded
         self.results = {n for node in self.graph.nodes if node.op == "output" for n in node.all_input_nodes}
 
     @torch.no_grad()
@@ -171,14 +172,16 @@ class Max(Unquantized):
 
     def join(self, n: Node, lanes: list[Any]) -> Any:
         if n.target is dialect.AMAX:
-            self.values[n.name] = torch.stack(lanes).amax(0).cpu()
-            _check_finite(n, self.values[n.name])
+            reached = [lane for lane in lanes if lane is not None]
+            if reached:  # else bootstrap looks at its peers
+                self.values[n.name] = torch.stack(reached).amax(0).cpu()
+                _check_finite(n, self.values[n.name])
             return None
         return super().join(n, lanes)
 
     def _amax(self, n: Node, t: Tensor) -> Tensor | None:
         if root(node_at(n, 0)) is None:
-            return t.abs().amax().to(torch.float32) if t.numel() else t.new_zeros((), dtype=torch.float32)
+            return t.abs().amax().to(torch.float32) if t.numel() else None
         if _slice_of(n) is None:  # an expert's amax waits for a token to reach it
             self.values[n.name] = amax_of(t[None])[0].cpu()
             _check_finite(n, self.values[n.name])

@@ -77,17 +77,15 @@ def mse_scales(w: Tensor, scale_2: Tensor) -> Tensor:
     evaluated: with `a` the block's maximum and U the loss of the smallest candidate >= a/6, a candidate s
     below (a - sqrt U)/6 loses more than U by clipping alone, and one >= a/3.5 is no better than its half.
     """
-    rows = w.reshape(-1, w.shape[-1])
-    per_row = (
-        scale_2.reshape(-1, 1).expand(-1, w.shape[-2]).reshape(-1) if w.shape[-2] else scale_2.new_empty(0)
-    )
+    rows = _as_rows(w)
+    per_row = _per_row(scale_2, w)
     codes = torch.empty(rows.shape[0], rows.shape[1] // BLOCK, dtype=torch.uint8, device=w.device)
     candidates = e4m3_values(w.device)
     for part in _row_chunks(rows):
         blocks = _blocks(rows[part]).to(torch.float64).abs()
         g = per_row[part].to(torch.float64)[:, None].expand(blocks.shape[:-1])
         codes[part] = _search(blocks.reshape(-1, BLOCK), g.reshape(-1), candidates).reshape(blocks.shape[:-1])
-    return codes.reshape(*w.shape[:-1], -1).view(torch.float8_e4m3fn)
+    return codes.reshape(*w.shape[:-1], w.shape[-1] // BLOCK).view(torch.float8_e4m3fn)
 
 
 def _search(blocks: Tensor, g: Tensor, candidates: Tensor) -> Tensor:
@@ -140,7 +138,7 @@ def pack(w: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
         out.view(-1, out.shape[-1]),
         scale.reshape(-1, scale.shape[-1]),
     )
-    per_row = scale_2.reshape(-1, 1).expand(-1, w.shape[-2]).reshape(-1)
+    per_row = _per_row(scale_2, w)
     for part in _row_chunks(rows):
         blocks = _blocks(rows[part]).to(torch.float32)
         step = scales[part].to(torch.float32) * per_row[part][:, None]
@@ -183,9 +181,9 @@ def squared_error(w: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
                 for t in (packed.weight, packed.scale, packed.scale_2)
             )
         )
-        difference = dequantize(part).sub_(one)
-        error.append(difference.square_().sum(dtype=torch.float64))
-        energy.append(one.to(torch.float32).square().sum(dtype=torch.float64))
+        difference = dequantize(part).to(torch.float64).sub_(one)
+        error.append(difference.square_().sum())
+        energy.append(one.to(torch.float64).square_().sum())
     return torch.stack(error).reshape(lead), torch.stack(energy).reshape(lead)
 
 
@@ -205,6 +203,15 @@ def fake_quantize_fp8(x: Tensor, amax: Tensor) -> Tensor:
     scale = torch.where(amax > 0, amax, torch.full_like(amax, _ZERO_AMAX)).to(torch.float32) / E4M3_MAX
     q = (x.to(torch.float32) / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return (q.to(torch.float32) * scale).to(x.dtype)
+
+
+def _as_rows(w: Tensor) -> Tensor:
+    return w.reshape(w.shape[:-1].numel(), w.shape[-1])
+
+
+def _per_row(scale_2: Tensor, w: Tensor) -> Tensor:
+    """`scale_2` [...] repeated for every row of `w` [..., rows, K]: float32 [... * rows]."""
+    return scale_2[..., None].expand(w.shape[:-1]).reshape(-1)
 
 
 def _blocks(w: Tensor) -> Tensor:

@@ -68,10 +68,13 @@ class CalibrationPass(Pass, Protocol):
         ...
 
 
-def check_order(passes: Sequence[Pass], where: str) -> None:
-    """SpecError unless every fact a pass requires is ensured by an earlier pass and not broken in between."""
+def check_order(passes: Sequence[Pass], places: Sequence[str]) -> None:
+    """SpecError unless every fact a pass requires is ensured by an earlier pass and not broken in between.
+
+    places: where each pass stands, for the message.
+    """
     held: set[Fact] = set()
-    for position, step in enumerate(passes):
+    for number, (place, step) in enumerate(zip(places, passes, strict=True), 1):
         for fact in step.requires:
             if fact not in held:
                 makers = sorted({p.name for p in passes if fact in p.ensures})
@@ -80,9 +83,7 @@ def check_order(passes: Sequence[Pass], where: str) -> None:
                     if makers
                     else "no pass here ensures it"
                 )
-                raise SpecError(
-                    f"{where}: pass {position + 1}, {step.name}, requires {fact.__name__}; {late}"
-                )
+                raise SpecError(f"{place}: pass {number}, {step.name}, requires {fact.__name__}; {late}")
         held = (held - set(step.breaks)) | set(step.ensures)
 
 

@@ -6,6 +6,7 @@ the graph.
 """
 
 import operator
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,10 @@ CHOICES = frozenset(
 )
 
 
+# An attention reads three projections, an indexer's choice about as many; more are a residual stream.
+_MOST = 8
+
+
 def shape_of(node: Node) -> tuple[int, ...]:
     """The shape of a node's tensor at the example sizes; () if it has none."""
     val = node.meta.get("val")
@@ -75,6 +80,12 @@ def strip(node: Node, past: frozenset[object]) -> Node:
 def value_of(node: Node) -> Node:
     """The node that produced these numbers: views, casts and fake-quantization are looked through."""
     return strip(node, VIEWS | {dialect.QUANTIZE})
+
+
+def input_quantize(x: Node) -> Node | None:
+    """The node that quantizes a linear's input on the way to it; None if only a cache upstream is."""
+    x = strip(x, VIEWS)
+    return x if x.target is dialect.QUANTIZE and x.kwargs["scale"] == "dynamic" else None
 
 
 def _weight_path(node: Node) -> Iterator[Node]:
@@ -149,17 +160,22 @@ class Frontiers:
     def __init__(self, graph: Graph) -> None:
         self.matmuls = {m.node: m for m in weight_matmuls(graph)}
 
-    def of(self, *starts: Node) -> tuple[Node, ...]:
-        """The first weight matmuls met on each way up from `starts` (themselves included)."""
-        seen, found, stack = set(starts), dict[Node, None](), list(reversed(starts))
-        while stack:
-            node = stack.pop()
+    def of(self, *starts: Node, most: int = _MOST) -> tuple[Node, ...]:
+        """The first weight matmuls met on each way up from `starts` (themselves included), nearest first.
+
+        () if there are more than `most`: everything is upstream of a residual stream, which says nothing.
+        """
+        seen, found, queue = set(starts), dict[Node, None](), deque(starts)
+        while queue:
+            node = queue.popleft()
             if node in self.matmuls:
                 found[node] = None
+                if len(found) > most:
+                    return ()
                 continue
             new = [n for n in node.all_input_nodes if n not in seen]
             seen.update(new)
-            stack.extend(reversed(new))
+            queue.extend(new)
         return tuple(found)
 
     def input_of(self, matmul: Node) -> Node:
@@ -218,7 +234,9 @@ def fused_by_engines(graph: Graph, frontiers: Frontiers) -> Iterator[tuple[str, 
         elif node.target is _ATEN.mul.Tensor and all(isinstance(a, Node) for a in node.args[:2]):
             a, b = node_at(node, 0), node_at(node, 1)
             if shape_of(a) == shape_of(b):
-                yield from _one_input("gate/up", frontiers, [frontiers.of(a), frontiers.of(b)])
+                yield from _one_input(
+                    "gate/up", frontiers, [frontiers.of(a, most=1), frontiers.of(b, most=1)]
+                )
 
 
 def _one_input(

@@ -15,9 +15,9 @@ import ast
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -158,16 +158,32 @@ def _parse_line(graph: Graph, nodes: dict[str, Node], line: str) -> None:
     nodes[name] = node
 
 
+def is_operator(target: object) -> bool:
+    """True for what a node may call: a torch.ops overload, a function of operator or math, or torch.sym_*."""
+    if isinstance(target, torch._ops.OpOverload):
+        return True
+    name = getattr(target, "__name__", "")
+    return any(getattr(module, name, None) is target for module in _MODULES.values()) and (
+        not name.startswith("_") and (target is not getattr(torch, name, None) or name.startswith("sym_"))
+    )
+
+
 def resolve_target(name: str) -> Callable[..., object]:
     """The operator that `format_target` wrote as `name`; ValueError if there is none."""
     namespace, _, rest = name.partition(".")
+    if namespace in _MODULES:
+        found = getattr(_MODULES[namespace], rest, None)
+        if found is None or not is_operator(found):
+            raise ValueError(f"no operator is called {name}")
+        return cast(Callable[..., object], found)
     try:
-        if namespace in _MODULES:
-            return operator.attrgetter(rest)(_MODULES[namespace])
         op, _, overload = rest.partition(".")
-        return getattr(getattr(getattr(torch.ops, namespace), op), overload or "default")
+        found = getattr(getattr(getattr(torch.ops, namespace), op), overload or "default")
     except AttributeError:
         raise ValueError(f"no operator is called {name}") from None
+    if not is_operator(found):
+        raise ValueError(f"no operator is called {name}")
+    return cast(Callable[..., object], found)
 
 
 def parse_type(text: str) -> object:
@@ -183,9 +199,21 @@ def parse_type(text: str) -> object:
     if match := re.fullmatch(r"(int|bool|float)\((.+)\)", text):
         return float(match[2]) if match[1] == "float" else ast.literal_eval(match[2])
     if text[:1] + text[-1:] in ("()", "[]"):
-        items = [parse_type(part) for part in re.findall(r"\w+\[[^\]]*\]|\w+\([^)]*\)|none", text[1:-1])]
+        items = [parse_type(part) for part in _top_level(text[1:-1])]
         return tuple(items) if text[0] == "(" else items
     raise ValueError(f"expected a type such as bf16[3,17], found {text}")
+
+
+def _top_level(text: str) -> Iterator[str]:
+    """The parts of a comma-separated list whose items may hold brackets."""
+    depth, start = 0, 0
+    for i, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            yield text[start:i]
+            start = i + 1
+    if text[start:].strip():
+        yield text[start:]
 
 
 def _expression(text: str) -> ast.expr:

@@ -12,8 +12,8 @@ from torch.fx.node import map_arg
 
 from fxq import dialect
 from fxq.errors import VerifyError
-from fxq.nodes import int_at, nodes_at
-from fxq.text import format_node, format_target, format_type
+from fxq.nodes import int_at, node_at, nodes_at
+from fxq.text import format_node, format_target, format_type, is_operator
 
 _FXQ_SHAPES: dict[object, Callable[..., object]] = {
     getattr(torch.ops.fxq, name).default: rule for name, rule in dialect.SHAPES.items()
@@ -25,6 +25,8 @@ def verify(graph: Graph) -> None:
     seen: set[Node] = set()
     outputs = 0
     for node in graph.nodes:
+        if outputs:
+            raise _broken(node, "comes after the return")
         for source in node.all_input_nodes:
             if source not in seen:
                 raise _broken(node, f"reads %{source.name}, which comes later or is not in the graph")
@@ -42,8 +44,14 @@ def verify(graph: Graph) -> None:
 
 
 def _verify_call(node: Node) -> None:
+    if not is_operator(node.target):
+        raise _broken(node, f"expected an operator of torch.ops, operator or math, found {node.target!r}")
     for holds, rule in RULES.get(node.target, ()):
-        if not holds(node):
+        try:
+            good = holds(node)
+        except (IndexError, TypeError, AttributeError):
+            good = False
+        if not good:
             raise _broken(node, rule)
     expected = format_type(infer(node))
     found = format_type(node.meta.get("val"))
@@ -71,6 +79,11 @@ def _shape(node: object) -> tuple[int, ...] | None:
     return tuple(val.shape) if isinstance(val, torch.Tensor) else None
 
 
+def _is_index(node: Node) -> bool:
+    val = node_at(node, 2).meta["val"]
+    return len(val.shape) == 1 and val.dtype in (torch.int32, torch.int64)
+
+
 def _same_shapes(node: Node) -> bool:
     slices = node.args[0]
     return isinstance(slices, (list, tuple)) and len({_shape(s) for s in slices}) == 1
@@ -80,6 +93,7 @@ RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
     dialect.EXPERT_LINEAR: (
         (_rank(0, 2), "expected tokens x [T, in]"),
         (_rank(1, 3), "expected a fused weight w [E, out, in]"),
+        (_is_index, "expected expert_ids, integers [T]"),
         (
             lambda n: (_shape(n.args[0]) or (0, -1))[1] == (_shape(n.args[1]) or (0, 0, 0))[2],
             "x and w disagree on `in`",
@@ -113,15 +127,13 @@ def infer(node: Node) -> object:
     """The value's type (meta tensors, numbers) that the node's operator gives for its inputs' types."""
     args: Any = map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Any = map_arg(node.kwargs, lambda n: n.meta["val"])
-    rule = _FXQ_SHAPES.get(node.target)
-    if rule is not None:
-        return rule(*args, **kwargs)
-    if node.target is operator.getitem:
-        return args[0][args[1]]
-    key = _key((args, kwargs))
     try:
-        return _run(cast(Callable[..., object], node.target), key)
-    except (RuntimeError, TypeError, NotImplementedError, IndexError, ValueError) as error:
+        if (rule := _FXQ_SHAPES.get(node.target)) is not None:
+            return rule(*args, **kwargs)
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        return _run(cast(Callable[..., object], node.target), _key((args, kwargs)))
+    except (RuntimeError, TypeError, NotImplementedError, IndexError, ValueError, AttributeError) as error:
         raise _broken(
             node, f"{format_target(node.target)} rejects its arguments: {str(error).splitlines()[0]}"
         ) from error

@@ -9,7 +9,7 @@ under its hub name.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,10 @@ class Directory:
         return self._open[self.files[key]].get_slice(key)[expert]
 
     def _info(self, key: str) -> TensorInfo:
-        view = self._open[self.files[key]].get_slice(key)
+        try:
+            view = self._open[self.files[key]].get_slice(key)
+        except SafetensorError as error:
+            raise SourceError(f"{self.path / self.files[key]}: {_INDEX} puts {key} there: {error}") from error
         name = view.get_dtype()
         if name not in _DTYPES:
             raise SourceError(
@@ -160,9 +163,13 @@ def _shards(path: Path) -> dict[str, str]:
     index = path / _INDEX
     if index.is_file():
         try:
-            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"{index}: expected JSON with a weight_map: {error}") from error
+            files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SourceError(
+                f"{index}: expected JSON with a weight_map: {type(error).__name__} {error}"
+            ) from error
+        if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
+            raise SourceError(f"{index}: expected a weight_map from tensor names to file names")
         for name in sorted(set(files.values())):
             if Path(name).name != name:
                 raise SourceError(f"{index}: {name!r} leads out of the model directory")
@@ -281,6 +288,8 @@ def _one_stored(
         if len({len(part) for part in keys}) != 1 or len(keys) != len(converter.source_patterns):
             counts = ", ".join(f"{len(part)} like {part[0]}" for part in keys)
             raise SourceError(f"{name}: expected as many tensors of each projection, found {counts}")
+        for part in keys:
+            _check_numbering(part)
         return Stored(keys, rows, fused=False, stacked=True)
     if kinds == [Concatenate] and getattr(converter.operations[0], "dim", None) == 0:
         return Stored(keys, rows, fused=False)
@@ -288,6 +297,15 @@ def _one_stored(
     raise SourceError(
         f"{name}: its checkpoint tensors go through {names} on load, which fxq cannot read lazily yet"
     )
+
+
+def _check_numbering(keys: Sequence[str]) -> None:
+    """Experts are stacked in order of their numbers, so a gap would shift all that follow."""
+    columns = list(zip(*(key.split(".") for key in keys), strict=True))
+    numbers = next((column for column in columns if len(set(column)) > 1), ("0",))
+    for expected, (number, key) in enumerate(zip(numbers, keys, strict=False)):
+        if number != str(expected):
+            raise SourceError(f"{key}: expected expert {expected} here, found {number}; is a tensor missing?")
 
 
 def _check_shape(

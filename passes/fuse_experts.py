@@ -14,7 +14,7 @@ from fxq.facts import Fact, experts_fused
 from fxq.nodes import int_at, node_at
 from fxq.pattern import Bind, Call, Const, Listed, Match, Miss, PastViews, Rule, Weight
 from fxq.program import Program
-from fxq.structure import VIEWS, is_expert, shape_of, strip, weight_matmuls
+from fxq.structure import VIEWS, as_weight_matmul, is_expert, shape_of, strip, weight_matmuls
 
 aten = torch.ops.aten
 GROUPED = (aten._grouped_mm.default,)
@@ -67,8 +67,9 @@ class FuseExperts:
             # Matched again: the rewrite before may have replaced what this one reads.
             fresh = RULES.match(site.node)
             if isinstance(fresh, Miss):
+                where = f"{_parameter(fresh.node)}\n  {fresh}"
                 raise VerifyError(
-                    f"fuse-experts: a 3-D weight reaches a matmul in a form no pattern knows\n  {fresh}"
+                    f"fuse-experts: a 3-D weight reaches a matmul in a form no pattern knows: {where}"
                 )
             REWRITES[fresh.rule](fresh)
             count += 1
@@ -141,3 +142,8 @@ def _transposed(w: Node) -> Node:
     if w.target is aten.transpose.int and {int_at(w, i) % 3 for i in (1, 2)} == {1, 2}:
         return node_at(w, 0)
     return edit.call(w.graph, f"{w.name}_t", aten.transpose.int, w, 1, 2)
+
+
+def _parameter(node: Node) -> str:
+    matmul = as_weight_matmul(node)
+    return f"@{matmul.parameter.target}" if matmul is not None else f"%{node.name}"

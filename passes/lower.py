@@ -17,6 +17,7 @@ from fxq.structure import (
     ATTENTIONS,
     VIEWS,
     Frontiers,
+    input_quantize,
     latent_projection,
     parameter_name,
     shape_of,
@@ -47,12 +48,14 @@ class Lower:
         if (reason := weights_quantized(program)) is not None:
             raise VerifyError(f"lower: {reason}: there is nothing to emit")
         emit = _Emitter(program)
+        inputs: dict[Node, dict[Node, None]] = {}  # weight quantize -> amaxes of all it multiplies
         for matmul in weight_matmuls(program.graph):
-            w, x = strip(matmul.w, VIEWS), strip(matmul.x, VIEWS)
-            input_amax = node_at(x, 1) if x.target is dialect.QUANTIZE else None
+            w, x = strip(matmul.w, VIEWS), input_quantize(matmul.x)
             for quantize in nodes_at(w, 0) if w.target is dialect.STACK else [w]:
                 if quantize.target is dialect.QUANTIZE:
-                    emit.linear(quantize, input_amax)
+                    inputs.setdefault(quantize, {}).update({node_at(x, 1): None} if x is not None else {})
+        for quantize, amaxes in inputs.items():
+            emit.linear(quantize, list(amaxes))
         emit.check_complete()
         emit.kv_caches()
         emit.untouched()
@@ -68,7 +71,7 @@ class _Emitter:
     copies: dict[Node, Node] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
     stored: set[str] = field(default_factory=set)
-    done: set[Node] = field(default_factory=set)
+    caches: dict[str, list[Node | None]] = field(default_factory=dict)
     count: int = 0
 
     def copy(self, node: Node) -> Node:
@@ -85,13 +88,14 @@ class _Emitter:
             self.copies[node] = made
         return self.copies[node]
 
-    def linear(self, quantize: Node, input_amax: Node | None) -> None:
-        """Pack one weight and store each hub linear that its rows hold."""
-        if quantize in self.done:
-            return
-        self.done.add(quantize)
+    def linear(self, quantize: Node, input_amaxes: list[Node]) -> None:
+        """Pack one weight and store each hub linear that its rows hold; a weight that layers share has the
+        largest of their input amaxes (in the graph itself such a group would be a cycle)."""
         w, amax = node_at(quantize, 0), node_at(quantize, 1)
-        shared = self.copy(input_amax) if input_amax is not None else None
+        inputs = [self.copy(amax) for amax in input_amaxes]
+        shared = inputs[0] if inputs else None
+        if len(inputs) > 1:
+            shared = edit.call(self.graph, f"{w.name}_input_amaxes", dialect.SYNC, inputs)
         packed = edit.call(
             self.graph,
             f"{w.name}_packed",
@@ -166,7 +170,7 @@ class _Emitter:
 
     def kv_caches(self) -> None:
         """One `store_kv` an attention whose keys are FP8: with its amaxes if calibrated, without if cast."""
-        frontiers = Frontiers(self.program.graph)
+        frontiers, seen = Frontiers(self.program.graph), set[str]()
         for node in self.program.graph.nodes:
             if node.op != "call_function" or node.target not in ATTENTIONS:
                 continue
@@ -177,6 +181,13 @@ class _Emitter:
                 amaxes = [node_at(t, 1) for t in cached] * (1 if latent is None else 2)
                 held = [self.copy(a) if a.target in (dialect.AMAX, dialect.SYNC) else None for a in amaxes]
                 module = self._attention_module(frontiers, k, v)
+                if self.caches.setdefault(module, held) == held and module in seen:
+                    continue  # another attention reads the same cache
+                if module in seen:
+                    raise VerifyError(
+                        f"lower: two attentions with different caches would store scales at {module}"
+                    )
+                seen.add(module)
                 edit.call(
                     self.graph,
                     f"{node.name}_kv",
@@ -200,6 +211,11 @@ class _Emitter:
         shared = 0
         while all(shared < len(m) and m[shared] == modules[0][shared] for m in modules):
             shared += 1
+        if shared == 0:
+            raise VerifyError(
+                f"lower: {', '.join(keys)} make the keys and values of one attention but lie in no "
+                "common module, which would hold its scales"
+            )
         return ".".join(modules[0][:shared])
 
     def untouched(self) -> None:
@@ -220,10 +236,8 @@ class _Emitter:
 
 def _below_input_quantize(x: Node) -> Node:
     """The operand of a linear's own input quantize node, or `x` itself."""
-    x = strip(x, VIEWS)
-    if x.target is dialect.QUANTIZE and x.kwargs["format"] == "nvfp4":
-        return strip(node_at(x, 0), VIEWS)
-    return x
+    quantize = input_quantize(x)
+    return strip(x if quantize is None else node_at(quantize, 0), VIEWS)
 
 
 def _other_reader(parameter: Node) -> Node | None:

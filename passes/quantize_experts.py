@@ -9,13 +9,13 @@ from torch.fx import Node
 
 from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused
+from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, is_weight_quantize
 from fxq.nodes import node_at
 from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.pipeline import nothing_matched
 from fxq.program import Program
-from fxq.structure import VIEWS, root, shape_of, strip, weight_matmuls
+from fxq.structure import VIEWS, is_expert, root, shape_of, strip, weight_matmuls
 
 EXPERTS = Rule(
     "expert_linear", Call(dialect.EXPERT_LINEAR, Bind("x", rank=2), Weight("w", rank=3), Bind("ids"))
@@ -53,7 +53,7 @@ class QuantizeExperts:
 
     def run(self, program: Program) -> int:
         matches = [site for site in self.sites(program) if isinstance(site, Match)]
-        already = any(node.target is dialect.STACK for node in program.graph.nodes)
+        already = any(is_weight_quantize(n) and is_expert(node_at(n, 0)) for n in program.graph.nodes)
         if not matches and self.required and not already:
             raise nothing_matched(self, program, "fused expert weights (a 3-D parameter in a matmul)")
         count = 0

@@ -63,6 +63,12 @@ class QuantizeKv:
 
     def _quantize(self, site: Match, operand: str, position: int) -> int:
         node, t = site.node, site[operand]
+        shared = next(
+            (u for u in t.users if u.target is dialect.QUANTIZE and u.kwargs["format"] == self.format), None
+        )
+        if shared is not None:  # another attention reads the same cache
+            node.args = (*node.args[:position], shared, *node.args[position + 1 :])
+            return 0
         name = f"{node.name}_{operand}"
         amax = (
             _cast_amax(node, name)

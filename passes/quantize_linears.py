@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fxq import dialect, edit
 from fxq.errors import SpecError, VerifyError
-from fxq.facts import Fact, amaxes_filled, amaxes_shared, groups_whole
+from fxq.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, weights_quantized
 from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.pipeline import nothing_matched
@@ -69,8 +69,8 @@ class QuantizeLinears:
     def run(self, program: Program) -> int:
         self._check_globs(program)
         matches = [site for site in self.sites(program) if isinstance(site, Match)]
-        already = any(strip(m.w, VIEWS).target is dialect.QUANTIZE for m in weight_matmuls(program.graph))
-        if not matches and not already:
+        # A model whose linears are all experts leaves nothing to do here, which is no mistake.
+        if not matches and weights_quantized(program) is not None:
             raise nothing_matched(self, program, "linears to quantize")
         inputs: dict[Node, Node] = {}
         weights: dict[Node, Node] = {}
@@ -95,14 +95,14 @@ class QuantizeLinears:
         )
 
     def _check_globs(self, program: Program) -> None:
-        """A glob that selects nothing is a spelling mistake, unless it is a wildcard meant for many
-        families."""
+        """A name that no linear has is a spelling mistake, and so is an `only` whose globs fit none."""
         modules = sorted({_module(m.parameter) for m in weight_matmuls(program.graph)})
+        listed = ", ".join(modules[:6]) + (", ..." if modules[6:] else "")
         for glob in (*self.only, *self.skip):
             if not set("*?[") & set(glob) and glob not in modules:
-                raise SpecError(
-                    f"quantize-linears: no linear is called {glob!r}; there are {', '.join(modules[:6])}, ..."
-                )
+                raise SpecError(f"quantize-linears: no linear is called {glob!r}; there are {listed}")
+        if not any(fnmatchcase(module, glob) for module in modules for glob in self.only):
+            raise SpecError(f"quantize-linears: no linear fits only={list(self.only)}; there are {listed}")
 
 
 def _module(parameter: Node) -> str:

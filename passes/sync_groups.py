@@ -31,9 +31,8 @@ class SyncGroups:
                 if len(members) > 1:
                     yield Match("sibling", quantize, {"value": value})
                 else:
-                    yield Miss(
-                        "sibling", quantize, f"nothing else that is quantized reads %{value.name}", depth=1
-                    )
+                    reason = f"nothing else that is quantized reads %{value.name}"
+                    yield Miss("sibling", quantize, reason, depth=1)
 
     def run(self, program: Program) -> int:
         if (reason := weights_quantized(program)) is not None:

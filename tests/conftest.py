@@ -4,7 +4,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--update-golden` writes what the passes do now into tests/passes/*/*.fx; read the diff before committing it."""
+    """`--update-golden` writes what the passes do now into tests/passes/*/*.fx; read the diff then."""
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the `--- after` sections of golden graphs"
     )

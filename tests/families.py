@@ -1,7 +1,7 @@
-"""Tiny random models of real families, saved as the hub would have them; every dimension is a multiple of 16.
+"""Tiny random models of real families, saved as the hub would have them; dimensions are multiples of 16.
 
-`zoo` is a fixture: `zoo("mixtral")` is a directory, built once a test module. Rows with large outliers are in every
-matrix, so that block scales, global scales and clipping all matter.
+`zoo` is a fixture: `zoo("mixtral")` is a directory, built once a test module. Every linear has rows with
+large outliers, so that block scales, global scales and clipping all matter.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ _COMMON: dict[str, Any] = {
 
 
 def _qwen3_moe() -> PreTrainedConfig:
+    head: dict[str, Any] = {"head_dim": 16}
     return Qwen3MoeConfig(
-        **_COMMON, head_dim=16, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=32
+        **_COMMON, **head, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=32
     )
 
 
@@ -57,6 +58,7 @@ def _mixtral() -> PreTrainedConfig:
 
 
 def _deepseek_v3() -> PreTrainedConfig:
+    prediction: dict[str, Any] = {"num_nextn_predict_layers": 1}
     return DeepseekV3Config(
         **{**_COMMON, "num_hidden_layers": 3, "num_key_value_heads": 4},
         moe_intermediate_size=32,
@@ -71,7 +73,7 @@ def _deepseek_v3() -> PreTrainedConfig:
         qk_nope_head_dim=16,
         qk_rope_head_dim=16,
         v_head_dim=16,
-        num_nextn_predict_layers=1,
+        **prediction,
     )
 
 
@@ -96,7 +98,7 @@ Zoo = Callable[[str], Path]
 
 
 def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A bf16 model in eval mode: residual-sized normal weights, in linears some rows and elements far larger, norms near 1."""
+    """A bf16 model in eval mode: small normal weights with outliers in linears, norms near 1."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -108,21 +110,23 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
                 parameter.copy_((0.2 if "lm_head" in name or config.tie_word_embeddings else 0.6) * noise)
             else:
                 parameter.copy_(0.4 * with_outliers(noise, generator))
-        for name, buffer in model.named_buffers():
+        for name, buffer in list(model.named_buffers()):
             if name.endswith("e_score_correction_bias"):
-                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+                # float32, as the hub stores it and transformers loads it
+                bias = 0.1 * torch.randn(buffer.shape, generator=generator)
+                model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias
     return model.eval()
 
 
 def with_outliers(noise: Tensor, generator: torch.Generator) -> Tensor:
-    """Noise [..., rows, K] times K**-0.5, one row in sixteen 8 times larger and one element in a thousand 20 times."""
+    """Noise [..., rows, K] times K**-0.5; a row in 16 is 8 times larger, an element in 1000 20 times."""
     w = noise / noise.shape[-1] ** 0.5
     w[..., torch.randperm(w.shape[-2], generator=generator)[: max(1, w.shape[-2] // 16)], :] *= 8
     return torch.where(torch.rand(w.shape, generator=generator) < 1e-3, 20 * w, w)
 
 
 def save(model: PreTrainedModel, path: Path, **options: Any) -> Path:
-    """`save_pretrained`, and for DeepSeek-V3 a multi-token-prediction layer, which transformers does not model."""
+    """`save_pretrained`, and for DeepSeek-V3 a multi-token-prediction layer, unknown to transformers."""
     model.save_pretrained(path, **options)
     if model.config.model_type == "deepseek_v3":
         add_tensors(path, _mtp_layer(model.config))

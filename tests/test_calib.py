@@ -23,7 +23,9 @@ def _load(calib: object, *, samples: int = 100, length: int = 100) -> list[list[
 
 
 def test_text_and_token_ids_may_be_mixed_in_a_file(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "calib.jsonl", [{"text": "abc"}, {"input_ids": [7, 8]}, {"text": "d", "id": 9}])
+    file = write_lines(
+        tmp_path / "calib.jsonl", [{"text": "abc"}, {"input_ids": [7, 8]}, {"text": "d", "id": 9}]
+    )
     assert _load(file) == _load(str(file)) == [[0, 1, 2], [7, 8], [3]]
 
 
@@ -60,8 +62,22 @@ def test_windows_line_ends(tmp_path: Path) -> None:
     assert _load(tmp_path / "calib.jsonl") == [[0], [1]]
 
 
-BAD_LINES = ["text: hello", '{"text": ', '{"prompt": "hello"}', "7", "null", '{"text": 7}', '{"input_ids": "abc"}', "{}"]
-BAD_LINES += ['{"input_ids": [1, 2.5]}', '{"input_ids": [[1, 2]]}', '{"input_ids": [true]}', '{"input_ids": {"a": 1}}']
+BAD_LINES = [
+    "text: hello",
+    '{"text": ',
+    '{"prompt": "hello"}',
+    "7",
+    "null",
+    '{"text": 7}',
+    '{"input_ids": "abc"}',
+    "{}",
+]
+BAD_LINES += [
+    '{"input_ids": [1, 2.5]}',
+    '{"input_ids": [[1, 2]]}',
+    '{"input_ids": [true]}',
+    '{"input_ids": {"a": 1}}',
+]
 BAD_LINES += ["[" * 100_000, '{"input_ids": [NaN]}']
 
 
@@ -72,7 +88,8 @@ def test_a_line_that_cannot_be_used_is_named_with_its_number(line: str, tmp_path
     with pytest.raises(SourceError) as caught:
         _load(file)
     assert f"{file}:3" in str(caught.value)
-    assert len(str(caught.value).splitlines()) <= 3 and len(str(caught.value)) < 1000
+    assert len(str(caught.value).splitlines()) <= 3
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("item", [7, None, 2.5, {"text": None}, [1, None], object()], ids=str)

@@ -98,21 +98,24 @@ def _amax(w: Tensor) -> Tensor:
 
 
 def _assert_optimal(w: Tensor, codes: Array, amax: Tensor) -> None:
-    """Each block's scale loses no more than the best of 126 (1e-6 for float64 rounding), and no smaller one ties it."""
+    """No scale of the 126 loses less than a block's (by over 1e-6), and no smaller one ties it."""
     value = float(amax) or 1.0
     best = reference.search_all(_array(w), value)
     loss = reference.block_loss(_array(w), codes, value)
     assert (loss <= best.loss * (1 + 1e-6)).all()
     exact = best.loss == 0  # where losses are exact, so is the choice
     assert (codes[exact] == best.codes[exact]).all()
-    assert (codes <= best.codes).all() or np.allclose(loss[codes > best.codes], best.loss[codes > best.codes], rtol=1e-12)
+    assert (codes <= best.codes).all() or np.allclose(
+        loss[codes > best.codes], best.loss[codes > best.codes], rtol=1e-12
+    )
 
 
 @every_weight
 def test_the_global_scale_is_amax_times_the_float32_reciprocal(name: str, dtype: torch.dtype) -> None:
     amax = _amax(_weight(name, dtype))
     scale = nvfp4.global_scale(amax)
-    assert scale.dtype == torch.float32 and scale.shape == ()
+    assert scale.dtype == torch.float32
+    assert scale.shape == ()
     if amax > 0:
         assert scale.item() == reference.weight_scale_2(float(amax))
     else:
@@ -135,17 +138,19 @@ def test_searched_scales_are_the_best_of_all_126(name: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.7, 33.0, 5000.0])
-@pytest.mark.parametrize("name", ["gaussian", "student-t", "row-scaled", "denormal scales", "zero blocks", "grid"])
+@pytest.mark.parametrize(
+    "name", ["gaussian", "student-t", "row-scaled", "denormal scales", "zero blocks", "grid"]
+)
 def test_searched_scales_are_the_best_under_the_larger_amax_of_a_group(name: str, factor: float) -> None:
     w = _weight(name, torch.bfloat16)
     amax = _amax(w) * factor
     _assert_optimal(w, _bytes(nvfp4.mse_scales(w, nvfp4.global_scale(amax))), amax)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_searched_scales_are_the_best_on_many_gaussian_blocks(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    w = torch.from_numpy(generator.standard_normal((256, 512)) * 0.02).bfloat16()
+    w = torch.from_numpy(generator.standard_normal((128, 512)) * 0.02).bfloat16()
     _assert_optimal(w, _bytes(nvfp4.mse_scales(w, nvfp4.global_scale(_amax(w)))), _amax(w))
 
 
@@ -216,7 +221,8 @@ def test_dequantize_agrees_with_the_reference(name: str, dtype: torch.dtype) -> 
     w = _weight(name, dtype)
     packed = nvfp4.quantize_weight(w, _amax(w), "mse")
     found = nvfp4.dequantize(packed)
-    assert found.dtype == torch.float32 and found.shape == w.shape
+    assert found.dtype == torch.float32
+    assert found.shape == w.shape
     wanted = reference.dequantize(packed.weight.numpy(), _bytes(packed.scale), float(packed.scale_2))
     # Two float32 roundings; the exact product is the reference's.
     np.testing.assert_allclose(found.numpy(), wanted, rtol=2**-22, atol=1e-44)
@@ -229,7 +235,8 @@ def test_squared_error_agrees_with_the_reference(name: str, dtype: torch.dtype) 
     w = _weight(name, dtype)
     packed = nvfp4.quantize_weight(w, _amax(w), "mse")
     error, energy = nvfp4.squared_error(w, packed)
-    assert error.dtype == energy.dtype == torch.float64 and error.shape == ()
+    assert error.dtype == energy.dtype == torch.float64
+    assert error.shape == ()
     wanted = reference.block_loss(_array(w), _bytes(packed.scale), float(_amax(w)) or 1.0).sum()
     assert error.item() == pytest.approx(wanted, rel=1e-5, abs=1e-12 * float(energy))
     assert energy.item() == pytest.approx(np.square(_array(w)).sum(), rel=1e-5)
@@ -243,7 +250,8 @@ def test_a_batch_of_experts_gives_what_each_gives_alone(scale: str, dtype: torch
     amax = torch.stack([_amax(e) for e in w])
     batch = nvfp4.quantize_weight(w, amax, scale)
     error, energy = nvfp4.squared_error(w, batch)
-    assert batch.weight.shape == (6, ROWS, WIDTH // 2) and batch.scale.shape == (6, ROWS, WIDTH // 16)
+    assert batch.weight.shape == (6, ROWS, WIDTH // 2)
+    assert batch.scale.shape == (6, ROWS, WIDTH // 16)
     assert batch.scale_2.shape == error.shape == energy.shape == (6,)
     for e in range(len(w)):
         alone = nvfp4.quantize_weight(w[e], amax[e], scale)
@@ -259,7 +267,8 @@ def test_a_transposed_view_gives_what_its_copy_gives(scale: str) -> None:
     w = torch.randn(3, 64, 48, generator=torch.Generator().manual_seed(0)).bfloat16().transpose(1, 2)
     amax = w.abs().amax((1, 2)).float()
     view, copy = (nvfp4.quantize_weight(t, amax, scale) for t in (w, w.contiguous()))
-    assert torch.equal(view.weight, copy.weight) and (_bytes(view.scale) == _bytes(copy.scale)).all()
+    assert torch.equal(view.weight, copy.weight)
+    assert (_bytes(view.scale) == _bytes(copy.scale)).all()
 
 
 def test_a_large_weight_gives_what_its_rows_give() -> None:
@@ -287,7 +296,8 @@ def test_searching_never_loses_to_the_max_recipe(name: str) -> None:
     amax = float(_amax(w)) or 1.0
     scale_2 = nvfp4.global_scale(_amax(w))
     searched, largest = (
-        reference.block_loss(_array(w), _bytes(f(w, scale_2)), amax) for f in (nvfp4.mse_scales, nvfp4.max_scales)
+        reference.block_loss(_array(w), _bytes(f(w, scale_2)), amax)
+        for f in (nvfp4.mse_scales, nvfp4.max_scales)
     )
     assert (searched <= largest * (1 + 1e-6)).all()
 
@@ -308,21 +318,24 @@ def _fake_quantized_activation(x: Array, amax: float) -> Array:
             block = x[row, start : start + 16]
             ratio = np.float32(np.abs(block).max()) / np.float32(6) / scale_2
             code = 0 if ratio <= 2.0**-10 else int(reference.e4m3_codes(np.minimum(ratio, 448))[()])
-            step = np.float32(reference.e4m3_decode(np.uint8(code))) * scale_2
+            step = np.float32(reference.e4m3_decode(np.array(code, dtype=np.uint8))) * scale_2
             if step > 0:
-                grid = reference.SIGNED_E2M1[reference.quantize_codes(block, step, np.float32)]
+                grid = reference.SIGNED_E2M1[reference.quantize_codes(block, np.array(step), np.float32)]
                 out[row, start : start + 16] = grid * step
     return out
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["gaussian", "student-t", "zero blocks", "row-scaled", "one outlier", "uniform"])
+@pytest.mark.parametrize(
+    "name", ["gaussian", "student-t", "zero blocks", "row-scaled", "one outlier", "uniform"]
+)
 @pytest.mark.parametrize("clip", [1.0, 0.25])
 def test_activations_are_rounded_as_a_kernel_does(name: str, dtype: torch.dtype, clip: float) -> None:
     x = _weight(name, dtype)
     amax = _amax(x) * clip
     found = nvfp4.fake_quantize_activation(x, amax)
-    assert found.dtype == dtype and found.shape == x.shape
+    assert found.dtype == dtype
+    assert found.shape == x.shape
     wanted = _fake_quantized_activation(x.to(torch.float32).numpy(), float(amax))
     np.testing.assert_array_equal(found.float().numpy(), torch.from_numpy(wanted).to(dtype).float().numpy())
 

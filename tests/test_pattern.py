@@ -130,7 +130,8 @@ def test_a_rule_matches_with_what_it_bound(nodes: dict[str, Node]) -> None:
 
 def test_a_rule_that_misses_names_itself_the_node_and_the_reason(nodes: dict[str, Node]) -> None:
     found = Rule("a linear", Call(LINEAR)).match(nodes["y"])
-    assert isinstance(found, Miss) and found.depth == 0
+    assert isinstance(found, Miss)
+    assert found.depth == 0
     assert str(found) == "%y: a linear: expected aten.linear, found aten.bmm at %y"
 
 
@@ -140,7 +141,9 @@ def test_depth_counts_the_parts_that_fitted(nodes: dict[str, Node]) -> None:
     deep = Rule("deep", Call(BMM, Call(INDEX, Weight("w", rank=3), Listed(Bind("ids", rank=2))))).match(
         nodes["y"]
     )
-    assert isinstance(shallow, Miss) and isinstance(middle, Miss) and isinstance(deep, Miss)
+    assert isinstance(shallow, Miss)
+    assert isinstance(middle, Miss)
+    assert isinstance(deep, Miss)
     assert shallow.depth < middle.depth < deep.depth
 
 
@@ -149,7 +152,8 @@ def test_rules_report_the_deepest_miss_whatever_the_order(nodes: dict[str, Node]
     deep = Rule("deep", Call(BMM, Call(INDEX, Weight("w", rank=2))))
     for rules in (shallow + deep, deep + shallow):
         found = rules.match(nodes["y"])
-        assert isinstance(found, Miss) and found.rule == "deep"
+        assert isinstance(found, Miss)
+        assert found.rule == "deep"
 
 
 def test_the_first_rule_that_fires_wins(nodes: dict[str, Node]) -> None:
@@ -161,7 +165,8 @@ def test_the_first_rule_that_fires_wins(nodes: dict[str, Node]) -> None:
 def test_a_match_keeps_nothing_from_a_rule_that_missed(nodes: dict[str, Node]) -> None:
     broken = Rule("broken", Call(BMM, Bind("a"), Const((1,))))
     found = (broken + Rule("whole", Call(BMM, Bind("b")))).match(nodes["y"])
-    assert isinstance(found, Match) and dict(found.bound) == {"b": nodes["picked"]}
+    assert isinstance(found, Match)
+    assert dict(found.bound) == {"b": nodes["picked"]}
 
 
 def test_matching_changes_nothing_in_the_graph(nodes: dict[str, Node]) -> None:

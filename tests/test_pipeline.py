@@ -115,7 +115,7 @@ def steps(*found: Step) -> list[Pass]:
 
 
 def test_order_is_right_when_a_pass_before_ensures_what_is_required() -> None:
-    check_order(steps(Step(ensures=(holds,)), Step(), Step(requires=(holds,))), "s.yaml")
+    check_order(steps(Step(ensures=(holds,)), Step(), Step(requires=(holds,))), ["s.yaml"] * 3)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_order_is_right_when_a_pass_before_ensures_what_is_required() -> None:
 )
 def test_a_wrong_order_is_an_error(passes: list[Step], message: str) -> None:
     with pytest.raises(SpecError) as caught:
-        check_order(steps(*passes), "s.yaml")
+        check_order(steps(*passes), ["s.yaml"] * len(passes))
     assert message in str(caught.value)
 
 
 def test_a_pass_may_ensure_again_what_it_breaks() -> None:
-    check_order(steps(Step(breaks=(holds,), ensures=(holds,)), Step(requires=(holds,))), "s.yaml")
+    check_order(steps(Step(breaks=(holds,), ensures=(holds,)), Step(requires=(holds,))), ["s.yaml"] * 2)
 
 
 def test_a_pass_that_does_not_do_what_it_ensures_is_an_error() -> None:
@@ -199,7 +199,8 @@ def test_the_pass_that_needs_data_is_named() -> None:
 @pytest.mark.parametrize("name", list(PASSES))
 def test_every_pass_keeps_the_protocol(name: str) -> None:
     step = PASSES[name]()
-    assert isinstance(step, Pass) and step.name == name
+    assert isinstance(step, Pass)
+    assert step.name == name
     assert isinstance(step, CalibrationPass) == (name in ("calibrate-max", "calibrate-bootstrap"))
     with pytest.raises(AttributeError):
         step.name = "other"  # type: ignore[misc]
@@ -207,7 +208,7 @@ def test_every_pass_keeps_the_protocol(name: str) -> None:
 
 @pytest.fixture(params=list(shipped()))
 def spec(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield request.param
+    return request.param
 
 
 def test_every_shipped_spec_runs_over_a_small_graph_without_weights(spec: str) -> None:

@@ -113,7 +113,8 @@ def test_a_router_is_what_a_choice_reads(graph: Graph) -> None:
 
 def test_the_head_is_the_single_matmul_behind_the_output(graph: Graph) -> None:
     found = head(graph, Frontiers(graph))
-    assert found is not None and found.name == "logits"
+    assert found is not None
+    assert found.name == "logits"
 
 
 def test_a_graph_with_two_heads_has_no_single_one() -> None:
@@ -123,9 +124,9 @@ def test_a_graph_with_two_heads_has_no_single_one() -> None:
 
 def test_frontiers_stop_at_the_nearest_matmuls_and_go_around_none(graph: Graph) -> None:
     frontiers = Frontiers(graph)
-    assert names(frontiers.of(named(graph, "attention"))) == ["q_out", "k_out", "v_out"]
+    assert sorted(names(frontiers.of(named(graph, "attention")))) == ["k_out", "q_out", "v_out"]
     assert names(frontiers.of(named(graph, "h"))) == ["o_out"]
-    assert names(frontiers.of(named(graph, "gu"))) == ["g", "u"]
+    assert sorted(names(frontiers.of(named(graph, "gu")))) == ["g", "u"]
     assert names(frontiers.of(named(graph, "g"))) == ["g"], "a matmul is its own frontier"
     assert names(frontiers.of(named(graph, "x"))) == []
     assert sorted(names(frontiers.of(named(graph, "y")))) == ["d", "e", "s"]
@@ -137,8 +138,10 @@ def test_engines_fuse_q_k_v_and_gate_up_and_nothing_else(graph: Graph) -> None:
 
 
 def test_keys_of_another_value_leave_no_group() -> None:
-    other = LAYER.replace("%k_out : bf16[1,4,16] = aten.linear(%x_cast, %k)", "%k_neg : bf16[1,4,32] = aten.neg(%x)\n"
-                          "%k_out : bf16[1,4,16] = aten.linear(%k_neg, %k)")  # fmt: skip
+    keys = "%k_out : bf16[1,4,16] = aten.linear(%{}, %k)"
+    negated = "%k_neg : bf16[1,4,32] = aten.neg(%x)\n" + keys.format("k_neg")
+    assert keys.format("x_cast") in LAYER
+    other = LAYER.replace(keys.format("x_cast"), negated)
     graph = parse(other)
     assert [kind for kind, _ in fused_by_engines(graph, Frontiers(graph))] == ["gate/up"]
 
@@ -183,9 +186,11 @@ return [%y]
     )
     w = named(graph, "w")
     assert all(root(named(graph, name)) is w for name in ("w", "t", "e", "q", "s"))
-    assert root(named(graph, "x")) is None and root(named(graph, "y")) is None
+    assert root(named(graph, "x")) is None
+    assert root(named(graph, "y")) is None
     matmul = as_weight_matmul(named(graph, "y"))
-    assert matmul is not None and (matmul.x.name, matmul.w.name, matmul.parameter.name) == ("x", "s", "w")
+    assert matmul is not None
+    assert (matmul.x.name, matmul.w.name, matmul.parameter.name) == ("x", "s", "w")
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,8 @@ return [%y]
 """
     )
     found = as_weight_matmul(named(graph, "y"))
-    assert found is not None and (found.x.name, found.parameter.name) == (x, parameter)
+    assert found is not None
+    assert (found.x.name, found.parameter.name) == (x, parameter)
 
 
 @pytest.mark.parametrize(
@@ -219,13 +225,14 @@ return [%y]
 )
 def test_what_is_no_matmul_by_a_matrix_of_weights_is_not(call: str) -> None:
     graph = parse(
-        f"%x : bf16[32,32] = placeholder()\n%w : bf16[32,32] = @w\n%v : bf16[32] = @v\n%y : bf16[32,32] = {call}\nreturn [%y]\n"
+        f"%x : bf16[32,32] = placeholder()\n%w : bf16[32,32] = @w\n"
+        f"%v : bf16[32] = @v\n%y : bf16[32,32] = {call}\nreturn [%y]\n"
     )
     assert as_weight_matmul(named(graph, "y")) is None
 
 
 def chain(layers: int, *, stream: bool = False) -> Graph:
-    """A gate/up MLP and a router a layer, on a residual stream; `stream`: products and choices read the stream itself."""
+    """A gate/up MLP and a choice a layer; `stream`: products and choices read the residual stream itself."""
     lines = ["%x0 : bf16[4,16] = placeholder()"]
     for i in range(layers):
         lines += [

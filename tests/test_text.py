@@ -76,19 +76,21 @@ def test_the_example_of_the_docs_comes_back_word_for_word() -> None:
     assert nodes["y"].args == (nodes["x"], nodes["w"])
     assert nodes["y"].target is torch.ops.aten.linear.default
     assert nodes["w"].target == "model.layers.0.mlp.up_proj.weight"
-    assert nodes["w"].meta["val"].shape == (32, 64) and nodes["w"].meta["val"].dtype is torch.bfloat16
+    assert nodes["w"].meta["val"].shape == (32, 64)
+    assert nodes["w"].meta["val"].dtype is torch.bfloat16
 
 
 @given(ARGUMENTS)
 @settings(max_examples=150, deadline=None)
 def test_any_argument_comes_back(value: object) -> None:
     graph = Graph()
-    node = graph.create_node("call_function", torch.ops.aten.relu.default, (value,), {"key": value}, "n")  # type: ignore[arg-type]
+    node = graph.create_node("call_function", torch.ops.aten.relu.default, (value,), {"key": value}, "n")  # type: ignore[arg-type, dict-item]
     node.meta["val"] = None
     graph.output((node,))
     text = dump(graph)
     back = next(iter(parse(text).nodes))
-    assert same(back.args[0], value) and same(back.kwargs["key"], value)
+    assert same(back.args[0], value)
+    assert same(back.kwargs["key"], value)
     assert dump(parse(text)) == text
 
 
@@ -103,7 +105,8 @@ def test_any_float_comes_back(value: float) -> None:
     graph = Graph()
     graph.output([value])
     back = next(iter(parse(dump(graph)).nodes)).args[0]
-    assert isinstance(back, (list, tuple)) and same(back[0], value)
+    assert isinstance(back, (list, tuple))
+    assert same(back[0], value)
 
 
 def test_nodes_nest_in_lists_tuples_and_dicts() -> None:
@@ -172,7 +175,8 @@ def test_a_line_that_cannot_be_read_is_named(line: str, reason: str) -> None:
     with pytest.raises(VerifyError) as caught:
         parse(text)
     assert str(caught.value).startswith("line 4: ")
-    assert reason in str(caught.value) and line in str(caught.value)
+    assert reason in str(caught.value)
+    assert line in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +191,7 @@ def test_only_operators_can_be_called(target: str) -> None:
 
 def test_nesting_without_end_is_an_error_and_no_crash() -> None:
     deep = "[" * 5000 + "]" * 5000
-    with pytest.raises(VerifyError, match="^line 1: "):
+    with pytest.raises(VerifyError, match=r"^line 1: "):
         parse(f"return {deep}\n")
 
 

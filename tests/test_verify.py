@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from fxq import edit
 from fxq.errors import VerifyError
@@ -140,7 +140,7 @@ def test_an_input_from_another_graph_is_refused() -> None:
 @pytest.mark.parametrize("returns", [0, 2])
 def test_a_graph_has_one_output(returns: int) -> None:
     text = GOOD.replace("return [%half, %best]\n", "return [%half]\n" * returns)
-    with pytest.raises(VerifyError, match=f"expected one `return`, found {returns}"):
+    with pytest.raises(VerifyError, match="return"):
         verify(parse(text))
 
 
@@ -158,10 +158,15 @@ def test_a_node_without_a_type_is_refused() -> None:
 
 def test_a_call_of_something_that_is_no_operator_is_refused_without_calling_it() -> None:
     called: list[object] = []
+
+    def spy(t: torch.Tensor) -> torch.Tensor:
+        called.append(t)
+        return t
+
     graph = Graph()
     x = graph.placeholder("x")
     x.meta["val"] = torch.empty(2, device="meta")
-    y = graph.call_function(lambda t: called.append(t) or t, (x,))
+    y = graph.call_function(spy, (x,))
     y.meta["val"] = x.meta["val"]
     graph.output([y])
     with pytest.raises(VerifyError):
@@ -183,30 +188,36 @@ def test_calls_of_methods_and_modules_are_refused(op: str) -> None:
 
 def test_inference_agrees_with_running_on_real_tensors() -> None:
     graph = parse(GOOD)
-    values: dict[str, object] = {
+    values = {
         "x": torch.zeros(4, 32),
         "ids": torch.zeros(4, dtype=torch.long),
         "w": torch.ones(2, 16, 32),
     }
+    compared = 0
     for node in graph.nodes:
-        if node.op == "call_function" and node.name not in ("packed", "stored", "best", "parts"):
-            args = torch.fx.node.map_arg(node.args, lambda n: values[n.name])
-            values[node.name] = node.target(*args, **node.kwargs)  # type: ignore[operator]
-            inferred = infer(node)
-            assert isinstance(inferred, torch.Tensor) and inferred.shape == values[node.name].shape  # type: ignore[attr-defined]
+        if node.op != "call_function" or node.name in ("packed", "stored", "best", "parts"):
+            continue
+        args = torch.fx.node.map_aggregate(node.args, lambda a: values[a.name] if isinstance(a, Node) else a)
+        values[node.name] = node.target(*args, **node.kwargs)  # type: ignore[operator, misc]
+        inferred = infer(node)
+        assert isinstance(inferred, torch.Tensor)
+        assert inferred.shape == values[node.name].shape
+        compared += 1
+    assert compared > 8
 
 
 def test_an_edit_is_typed_when_it_is_made() -> None:
     graph = parse("%w : bf16[16,32] = @w\nreturn [%w]\n")
     w = next(iter(graph.nodes))
     assert edit.call(graph, "a", torch.ops.fxq.amax.default, w).meta["val"].shape == ()
-    with pytest.raises(VerifyError, match="%b: aten.mm rejects its arguments"):
+    with pytest.raises(VerifyError, match=r"%b: aten\.mm rejects its arguments"):
         edit.call(graph, "b", torch.ops.aten.mm.default, w, w)
 
 
 def test_tidy_orders_nodes_and_drops_every_unused_one() -> None:
     graph = parse(
-        "%x : bf16[4,32] = placeholder()\n%w : bf16[16,32] = @w\n%y : bf16[4,16] = aten.linear(%x, %w)\nreturn [%y]\n"
+        "%x : bf16[4,32] = placeholder()\n%w : bf16[16,32] = @w\n"
+        "%y : bf16[4,16] = aten.linear(%x, %w)\nreturn [%y]\n"
     )
     nodes = {node.name: node for node in graph.nodes}
     a = edit.call(graph, "a", torch.ops.aten.relu.default, nodes["x"])

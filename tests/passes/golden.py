@@ -8,12 +8,12 @@
     --- after
     ...
 
-Header keys (YAML): `pass`; `options`; `rewrites` (how many the pass reports); `hub` (`tensors` as `name: bf16[2,3]`,
-`stored`, `names`, `extra`, `modules`); `values` (amax node -> number, known before); `weights` (parameter -> values,
-broadcast from the left, else random); `inputs` (placeholder -> values, else random); `batches` (calibration data: a
-list of token id batches, which opens a session). Sections: `before`; `after`, the exact dump, with calibrated values
-as comments; `error`, a line `Class: part of the message`, then more parts; `miss`, lines `node: part of the reason`,
-checked against `sites` of the graph before.
+Header keys (YAML): `pass`; `options`; `rewrites` (how many the pass reports); `hub` (`tensors` as
+`name: bf16[2,3]`, `stored`, `names`, `extra`, `modules`); `values` (amax node -> number, known before);
+`weights` (parameter -> values, broadcast from the left, else random); `inputs` (placeholder -> values, else
+random); `batches` (calibration data: a list of token id batches, which opens a session). Sections: `before`;
+`after`, the exact dump, with calibrated values as comments; `error`, a line `Class: part of the message`,
+then more parts; `miss`, lines `node: part of the reason`, checked against `sites` of the graph before.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ class Case:
         self.path.write_text(head + body, encoding="utf-8")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tensors:
     """A WeightSource over tensors in memory."""
 

@@ -21,9 +21,9 @@ return [%y]
 %ids : i64[4] = placeholder()
 %w1 : bf16[48,32] = @ffn.experts.mlp.w1
 %w1_3d : bf16[3,16,32] = aten.view(%w1, [3, 16, 32])
-%up_experts : bf16[4,16] = fxq.expert_linear(%x, %w1_3d, %ids)
 %w2 : bf16[48,32] = @ffn.experts.mlp.w2
 %w2_3d : bf16[3,16,32] = aten.view(%w2, [3, 16, 32])
+%up_experts : bf16[4,16] = fxq.expert_linear(%x, %w1_3d, %ids)
 %w2_3d_t : bf16[3,32,16] = aten.transpose.int(%w2_3d, 1, 2)
 %down_experts : bf16[4,32] = fxq.expert_linear(%up_experts, %w2_3d_t, %ids)
 return [%down_experts]

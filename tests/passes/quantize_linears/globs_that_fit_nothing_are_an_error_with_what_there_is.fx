@@ -8,5 +8,5 @@ options: {only: ["*.mlp.*"]}
 %logits : bf16[4,8] = aten.linear(%b, %last)
 return [%logits]
 --- error
-VerifyError: quantize-linears rewrote nothing
-%b: layers.0.o_proj is not selected by only=['*.mlp.*']
+SpecError: quantize-linears: no linear fits only=['*.mlp.*']
+layers.0.o_proj
