@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import networkx
 import pytest
@@ -88,7 +89,7 @@ def test_dump_graph_narrows_to_a_cone_or_a_glob(model: Path, capsys: pytest.Capt
     names = [line.split()[0] for line in only.splitlines()]
     assert names
     cone = json.loads(printed(capsys, "dump-graph", model, "--cone", names[0], "--format", "json"))
-    network = networkx.node_link_graph(cone, edges="edges")
+    network: Any = networkx.node_link_graph(cone, edges="edges")
     assert networkx.is_directed_acyclic_graph(network)
     assert {node for node, degree in network.out_degree() if degree == 0} == {names[0][1:]}
     dot = printed(capsys, "dump-graph", model, "--cone", names[0], "--format", "dot")
