@@ -185,7 +185,7 @@ def compile(
 def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> Model:
     """A directory or live model, checked: config, twin, and where each parameter lies; no weight is read."""
     if isinstance(model, PreTrainedModel):
-        return _open_live(model)
+        return _open_live(model, trust_remote_code)
     path = Path(model)
     if not path.is_dir():
         raise SourceError(
@@ -199,13 +199,15 @@ def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool =
     return Model(twin, source, json.loads((path / "config.json").read_text(encoding="utf-8")), path)
 
 
-def _open_live(model: PreTrainedModel) -> Model:
+def _open_live(model: PreTrainedModel, trust_remote_code: bool) -> Model:
     twin = twin_of_model(model)
     directory = _directory_of(model)
     origin = Directory(directory) if directory is not None else None
     source = Live(model, origin)
     config = _plain_config(model)
-    if directory is not None and load_config(directory).to_dict() == _comparable(model):
+    if directory is not None and load_config(
+        directory, trust_remote_code=trust_remote_code
+    ).to_dict() == _comparable(model):
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return Model(twin, source, config, directory)
 

@@ -57,18 +57,20 @@ class Directory:
         self._open = {name: _open(path / name) for name in dict.fromkeys(self.files.values())}
         self.infos = {key: self._info(key) for key in self.files}
         self.hub = Hub(tensors=self.infos)
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def attach(self, model: PreTrainedModel) -> None:
         """Learn where each parameter of `model` (its twin; no values needed) lies; SourceError if one is
         missing."""
         self.hub = hub_of(model, self.infos, str(self.path))
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def read(self, name: str) -> Tensor:
         stored = self.hub.stored[name]
         if stored.fused:
-            return self.read_hub(stored.keys[0][0])
+            return self.read_hub(stored.keys[0][0]).to(self._dtypes[name])
         if not stored.stacked:
-            return torch.cat([self.read_hub(keys[0]) for keys in stored.keys])
+            return torch.cat([self.read_hub(keys[0]) for keys in stored.keys]).to(self._dtypes[name])
         first = self.read_expert(name, 0)
         out = first.new_empty(len(stored.keys[0]), *first.shape)
         for expert in range(len(out)):
@@ -78,8 +80,8 @@ class Directory:
     def read_expert(self, name: str, expert: int) -> Tensor:
         stored = self.hub.stored[name]
         if stored.fused:
-            return self._slice(stored.keys[0][0], expert)
-        parts = [self.read_hub(keys[expert]) for keys in stored.keys]
+            return self._slice(stored.keys[0][0], expert).to(self._dtypes[name])
+        parts = [self.read_hub(keys[expert]).to(self._dtypes[name]) for keys in stored.keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _read_expert_into(self, stored: Stored, expert: int, out: Tensor) -> None:
