@@ -4,6 +4,7 @@ for the rest."""
 import argparse
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -264,8 +265,18 @@ def _dump(arguments: argparse.Namespace) -> int:
     elif narrowed:
         print("".join(format_node(node) + "\n" for node in nodes), end="")
     else:
-        print(dump(graph) if arguments.full else view.fold(graph), end="")
+        print(dump(graph) if arguments.full else _fitted(view.fold(graph)), end="")
     return 0
+
+
+def _fitted(text: str) -> str:
+    """Lines cut to the terminal's width; as they are where there is none."""
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "".join(
+        (line if len(line) <= width else line[: width - 1] + "…") + "\n" for line in text.splitlines()
+    )
 
 
 def _specs(arguments: argparse.Namespace) -> int:

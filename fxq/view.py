@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from fxq import dialect
 from fxq.errors import SpecError
 from fxq.nodes import nodes_at
-from fxq.structure import MATMULS, VIEWS
+from fxq.structure import MATMULS, VIEWS, shape_of
 from fxq.text import format_argument, format_node, format_target, format_type
 
 _NUMBER = re.compile(r"\d+")
@@ -52,7 +52,7 @@ def _lines(graph: Graph) -> Iterable[str]:
     for node in graph.nodes:
         if node.op == "get_attr":
             inlined[node] = f"@{node.target}"
-        elif node.op == "call_function" and node.target not in _LANDMARKS and _hidden(node):
+        elif node.op == "call_function" and node.target not in _LANDMARKS and _hidden(node, inlined):
             inlined[node] = _inline(node, inlined)
         elif node.op == "placeholder":
             yield format_node(node)
@@ -63,10 +63,21 @@ def _lines(graph: Graph) -> Iterable[str]:
             yield f"%{node.name} : {val} = {_call(node, inlined)}"
 
 
-def _hidden(node: Node) -> bool:
-    """Sizes always; a value with one user; and a view, however many read it."""
+def _hidden(node: Node, inlined: dict[Node, str]) -> bool:
+    """Sizes always; a value with one user, but for the residual stream; and a view, however many read it."""
     tensor = isinstance(node.meta.get("val"), torch.Tensor)
-    return not tensor or len(node.users) <= 1 or node.target in VIEWS
+    return not tensor or node.target in VIEWS or (len(node.users) <= 1 and not _is_residual(node, inlined))
+
+
+def _is_residual(node: Node, inlined: dict[Node, str]) -> bool:
+    """A sum of two values of one shape, one of which has a line of its own: every layer ends in one."""
+    operands = [a for a in node.args[:2] if isinstance(a, Node)]
+    return (
+        node.target is torch.ops.aten.add.Tensor
+        and len(operands) == 2
+        and shape_of(operands[0]) == shape_of(operands[1])
+        and any(operand not in inlined for operand in operands)
+    )
 
 
 def _inline(node: Node, inlined: dict[Node, str]) -> str:
