@@ -84,6 +84,8 @@ def _ids(item: Any, encode: Encode, where: str) -> list[int]:
     if isinstance(item, dict):
         if isinstance(item.get("text"), str):
             return list(encode(item["text"]))
+        if "text" in item and "input_ids" not in item:
+            raise SourceError(f"{where}: expected text, found {str(item['text'])[:60]!r}")
         if "input_ids" not in item:
             raise SourceError(
                 f'{where}: expected a key "text" or "input_ids", found '

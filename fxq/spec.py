@@ -4,7 +4,7 @@ by its line."""
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -188,8 +188,3 @@ def _plain(node: yaml.Node, where: str, depth: int = 0) -> object:
 
 def _at(where: str, node: yaml.Node) -> str:
     return f"{where}:{node.start_mark.line + 1}"
-
-
-def options_of(step: Pass) -> Sequence[tuple[str, object]]:
-    """(option, value) of a pass, in order of its fields."""
-    return [(f.name, getattr(step, f.name)) for f in dataclasses.fields(cast(Any, step))]

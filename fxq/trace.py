@@ -274,13 +274,13 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Library chatter is not the user's business; failures come as exceptions."""
-    level, torch_level = transformers_logging.get_verbosity(), logging.getLogger("torch").level
+    level, disabled = transformers_logging.get_verbosity(), logging.root.manager.disable
     transformers_logging.set_verbosity_error()
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    logging.disable(logging.CRITICAL)  # a failed export logs its whole graph
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(level)
-        logging.getLogger("torch").setLevel(torch_level)
+        logging.disable(disabled)

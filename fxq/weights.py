@@ -7,9 +7,8 @@ under its hub name.
 """
 
 import json
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -332,9 +331,3 @@ def _check_shape(
         raise SourceError(
             f"{stored.keys[0][0]}: config.json makes {name} {list(expected)}, the checkpoint {list(shape)}"
         )
-
-
-def weight_modules(keys: Iterable[str], infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Modules whose `.weight` is a matrix (or a stack of them): what an exclude list must name if it is
-    not quantized."""
-    return [re.sub(r"\.weight$", "", k) for k in keys if k.endswith(".weight") and len(infos[k].shape) >= 2]

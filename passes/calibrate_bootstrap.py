@@ -14,8 +14,7 @@ from fxq.program import Program
 
 @dataclass(frozen=True)
 class CalibrateBootstrap:
-    """A weight's amax comes from the weight itself; an input's from the same layer's inputs, or a mid-
-    range constant."""
+    """A weight's amax comes from the weight; an input's from its layer's inputs, else a constant."""
 
     name: ClassVar[str] = "calibrate-bootstrap"
     requires: ClassVar[tuple[Fact, ...]] = ()

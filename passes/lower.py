@@ -150,17 +150,17 @@ class _Emitter:
     def check_complete(self) -> None:
         """What the source holds of a quantized parameter is stored again in full, and nothing else reads
         it."""
+        quantized = dict.fromkeys(self.replaced.values())
         for node in self.program.graph.nodes:
-            if node.op == "get_attr" and node.target in self.replaced.values():
+            if node.op == "get_attr" and node.target in quantized:
                 other = _other_reader(node)
                 if other is not None:
                     raise VerifyError(
                         f"lower: {node.target} is quantized where a linear reads it, but "
-                        f"%{other.name} reads it too; "
-                        "one tensor cannot be both"
+                        f"%{other.name} reads it too; one tensor cannot be both"
                     )
         named = self.program.hub.names
-        for name in dict.fromkeys(self.replaced.values()):
+        for name in quantized:
             for part in named[name].keys if name in named else ():
                 for expert, key in enumerate(part):
                     if key not in self.stored:
@@ -170,7 +170,7 @@ class _Emitter:
 
     def kv_caches(self) -> None:
         """One `store_kv` an attention whose keys are FP8: with its amaxes if calibrated, without if cast."""
-        frontiers, seen = Frontiers(self.program.graph), set[str]()
+        frontiers = Frontiers(self.program.graph)
         for node in self.program.graph.nodes:
             if node.op != "call_function" or node.target not in ATTENTIONS:
                 continue
@@ -181,13 +181,11 @@ class _Emitter:
                 amaxes = [node_at(t, 1) for t in cached] * (1 if latent is None else 2)
                 held = [self.copy(a) if a.target in (dialect.AMAX, dialect.SYNC) else None for a in amaxes]
                 module = self._attention_module(frontiers, k, v)
-                if self.caches.setdefault(module, held) == held and module in seen:
-                    continue  # another attention reads the same cache
-                if module in seen:
-                    raise VerifyError(
-                        f"lower: two attentions with different caches would store scales at {module}"
-                    )
-                seen.add(module)
+                if module in self.caches:
+                    if self.caches[module] == held:
+                        continue  # another attention reads the same cache
+                    raise VerifyError(f"lower: two attentions with different caches share {module}'s scales")
+                self.caches[module] = held
                 edit.call(
                     self.graph,
                     f"{node.name}_kv",
