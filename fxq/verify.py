@@ -19,6 +19,17 @@ _FXQ_SHAPES: dict[object, Callable[..., object]] = {
     getattr(torch.ops.fxq, name).default: rule for name, rule in dialect.SHAPES.items()
 }
 
+# What torch's shape rules raise for arguments they cannot take; which one differs by operator and version.
+_REJECTIONS = (
+    RuntimeError,
+    TypeError,
+    NotImplementedError,
+    IndexError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+)
+
 
 def verify(graph: Graph) -> None:
     """Raise VerifyError, naming the node, unless the graph keeps every rule."""
@@ -133,7 +144,7 @@ def infer(node: Node) -> object:
         if node.target is operator.getitem:
             return args[0][args[1]]
         return _run(cast(Callable[..., object], node.target), _key((args, kwargs)))
-    except (RuntimeError, TypeError, NotImplementedError, IndexError, ValueError, AttributeError) as error:
+    except _REJECTIONS as error:
         raise _broken(
             node, f"{format_target(node.target)} rejects its arguments: {str(error).splitlines()[0]}"
         ) from error
