@@ -5,7 +5,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,10 +56,14 @@ def batches(samples: Iterable[Sequence[int]]) -> list[Tensor]:
 
 
 def _items(calib: object) -> Iterable[tuple[str, Any]]:
+    if not isinstance(calib, (str, Path, Iterable)):
+        raise SourceError(
+            f"calib: expected a .jsonl path or an iterable of samples, found {type(calib).__name__}"
+        )
     if not isinstance(calib, (str, Path)):
-        yield from ((f"calib[{i}]", item) for i, item in enumerate(cast(Iterable[Any], calib)))
+        yield from ((f"calib[{i}]", item) for i, item in enumerate(calib))
         return
-    path = Path(calib)
+    path = Path(calib).expanduser()
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):

@@ -257,6 +257,8 @@ def _dump(arguments: argparse.Namespace) -> int:
         print(view.difference(kept["before"], text, arguments.diff, last), end="")
         return 0
     nodes = view.select(graph, only=arguments.only, cone=arguments.cone)
+    if not nodes:
+        raise SpecError(f"--only: no node's name, operator or parameter fits {arguments.only!r}")
     narrowed = arguments.only is not None or arguments.cone is not None
     if arguments.format == "json":
         print(json.dumps(view.as_json(graph, nodes), indent=1))

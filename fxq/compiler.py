@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from fxq import calib as calibration
 from fxq import checkpoint, pipeline
-from fxq.errors import CheckpointError, SourceError, SpecError, choices
+from fxq.errors import CheckpointError, SourceError, SpecError, TraceError, choices
 from fxq.interpret import Simulate, Streaming, Unquantized
 from fxq.passes import PASSES
 from fxq.pipeline import Progress, Session, no_progress
@@ -39,6 +39,7 @@ class Model:
     source: WeightSource
     config: Mapping[str, Any]
     directory: Path | None
+    trust_remote_code: bool = False
 
     @functools.cached_property
     def program(self) -> Program:
@@ -75,7 +76,7 @@ class Compiled:
             raise CheckpointError(
                 f"{self.report.spec}: the spec has no `lower` pass, so there is nothing to write"
             )
-        out = Path(out)
+        out = Path(out).expanduser()
         check_output(out, self._model.directory)
         nodes = len(self.program.graph.nodes)
         with _timed(self.report, "write"), self._session.progress("pack and write", nodes) as step:
@@ -104,7 +105,7 @@ class Compiled:
         calibrated graph.
         """
         ids = _samples(self._model, text, samples, seq_len)
-        batches = calibration.batches(s for s in ids if len(s) > 1)
+        batches = _batches(self.program, [s for s in ids if len(s) > 1])
         if not batches:
             raise SourceError("perplexity needs samples of two tokens or more")
         with _timed(self.report, "evaluate"):
@@ -155,7 +156,7 @@ def compile(
         raise SpecError(f"samples and seq_len are at least 1; found {samples} and {seq_len}")
     directory = _directory_of(model)
     if out is not None:
-        check_output(Path(out), directory)
+        check_output(Path(out).expanduser(), directory)
     needing = pipeline.needs_data(chosen.passes)
     if needing is not None and calib is None:
         raise SpecError(
@@ -168,8 +169,9 @@ def compile(
     ids = _samples(opened, calib, samples, seq_len) if calib is not None else None
     with _timed(report, "trace"):
         program = opened.program
-    session = Session(opened.source, where, calibration.batches(ids) if ids is not None else None, progress)
-    report.calibration_tokens = sum(map(len, ids or ()))
+    batches = _batches(program, ids) if ids is not None else None
+    session = Session(opened.source, where, batches, progress)
+    report.calibration_tokens = sum(batch.numel() for batch in batches or ())
     with _timed(report, "passes"):
         pipeline.run(chosen.passes, program, session)
     report.count(program.calibrated or program.graph, program)
@@ -186,7 +188,7 @@ def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool =
     """A directory or live model, checked: config, twin, and where each parameter lies; no weight is read."""
     if isinstance(model, PreTrainedModel):
         return _open_live(model, trust_remote_code)
-    path = Path(model)
+    path = Path(model).expanduser()
     if not path.is_dir():
         raise SourceError(
             f"{path}: no such directory; expected a Hugging Face model with config.json and safetensors"
@@ -196,7 +198,8 @@ def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool =
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(source)
     twin = twin_of_config(config, dtype, trust_remote_code=trust_remote_code)
     source.attach(twin.model)
-    return Model(twin, source, json.loads((path / "config.json").read_text(encoding="utf-8")), path)
+    plain = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return Model(twin, source, plain, path, trust_remote_code)
 
 
 def _open_live(model: PreTrainedModel, trust_remote_code: bool) -> Model:
@@ -209,7 +212,7 @@ def _open_live(model: PreTrainedModel, trust_remote_code: bool) -> Model:
         directory, trust_remote_code=trust_remote_code
     ).to_dict() == _comparable(model):
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return Model(twin, source, config, directory)
+    return Model(twin, source, config, directory, trust_remote_code)
 
 
 def _plain_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -225,7 +228,7 @@ def _comparable(model: PreTrainedModel) -> dict[str, Any]:
 def _directory_of(model: str | Path | PreTrainedModel) -> Path | None:
     """The model's directory: the path itself, or where a live model was loaded from, if it is still there."""
     if not isinstance(model, PreTrainedModel):
-        return Path(model)
+        return Path(model).expanduser()
     name = model.config._name_or_path
     return Path(name) if name and (Path(name) / "config.json").is_file() else None
 
@@ -248,12 +251,29 @@ def _samples(model: Model, text: object, samples: int, seq_len: int) -> list[lis
                 raise SourceError(
                     "calibration text needs a tokenizer; a model without a directory takes input_ids"
                 )
-            tokenizer.append(load_tokenizer(model.directory))
+            tokenizer.append(load_tokenizer(model.directory, trust_remote_code=model.trust_remote_code))
         return tokenizer[0](line)["input_ids"]
 
     return calibration.load_samples(
         text, encode, vocabulary=text_config.vocab_size, samples=samples, length=min(seq_len, limit)
     )
+
+
+def _batches(program: Program, samples: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Batches of sizes that the trace holds for; what is too long for it is cut, and a note says so."""
+    fitting: dict[int, int] = {}
+    for length in {len(ids) for ids in samples}:
+        reason = program.accepts(1, length)
+        fitting[length] = next((n for n in range(length, 0, -1) if program.accepts(1, n) is None), 0)
+        if fitting[length] == 0:
+            raise TraceError(f"the trace holds for no sample of up to {length} tokens: {reason}")
+        note = f"the trace holds up to {fitting[length]} tokens ({reason}); longer samples were cut"
+        if reason is not None and note not in program.notes:
+            program.notes.append(note)
+    made = calibration.batches([ids[: fitting[len(ids)]] for ids in samples])
+    if all(program.accepts(*batch.shape) is None for batch in made):
+        return made
+    return [row[None] for batch in made for row in batch]
 
 
 def check_output(out: Path, model: Path | None) -> None:

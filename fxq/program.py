@@ -1,7 +1,7 @@
 """What the passes work on: a graph, where its parameters lie in the hub's checkpoint, and what
 calibration found."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,6 +51,9 @@ class Hub:
     modules: tuple[str, ...] = ()
 
 
+Accepts = Callable[[int, int], str | None]
+
+
 @dataclass
 class Program:
     """A graph under compilation.
@@ -59,6 +62,7 @@ class Program:
     tokens: fused weight name -> int64 [experts], the tokens each expert saw while calibrating.
     constants: small tensors the trace lifted out of the model, by the name of the node that reads them.
     bootstrapped: names of the amax nodes that calibrate-bootstrap filled.
+    accepts: (batch, length) -> None if the graph holds for inputs of that size, else why not.
     notes: what the user should know about decisions that passes took.
     calibrated: the graph that was lowered, which simulates the deployed model; None until then.
     """
@@ -70,6 +74,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     bootstrapped: set[str] = field(default_factory=set)
     calibrated: Graph | None = None
+    accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
 
 

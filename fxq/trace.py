@@ -9,12 +9,14 @@ scale.
 
 import contextlib
 import copy
+import dataclasses
+import io
 import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +50,14 @@ class Twin:
     """A model of the user's class and config on fake tensors: structure, names and types without weights.
 
     buffers: the values of the non-persistent buffers (rotary frequencies and the like), which no checkpoint
-    holds.
+    holds. longest: the length beyond which rotary embeddings would change; None if they do not.
     """
 
     model: PreTrainedModel
     config: PreTrainedConfig
     mode: FakeTensorMode
     buffers: dict[str, Tensor]
+    longest: int | None = None
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -98,9 +101,7 @@ def twin_of_model(model: PreTrainedModel) -> Twin:
         model.config,
         lambda c: type(model)._from_config(c, dtype=model.dtype, experts_implementation="batched_mm"),
     )
-    return Twin(
-        twin.model, twin.config, twin.mode, {name: model.get_buffer(name).detach() for name in twin.buffers}
-    )
+    return dataclasses.replace(twin, buffers={name: model.get_buffer(name).detach() for name in twin.buffers})
 
 
 def _twin(config: PreTrainedConfig, build: Any) -> Twin:
@@ -116,7 +117,8 @@ def _twin(config: PreTrainedConfig, build: Any) -> Twin:
                 f"{config.model_type}: transformers cannot build a causal language model: "
                 f"{_first_line(error)}"
             ) from error
-        return Twin(model, config, mode, _buffer_values(model))
+        buffers = _buffer_values(model)
+        return Twin(model, config, mode, buffers, _freeze_rotary_updates(model))
 
 
 def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -136,6 +138,26 @@ def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
         for leaf, value in buffers.items():
             values[f"{owner}.{leaf}".lstrip(".")] = value
     return values
+
+
+def _freeze_rotary_updates(model: PreTrainedModel) -> int | None:
+    """Keep rotary embeddings that change with the length (longrope, dynamic) as they are for short inputs.
+
+    The switch depends on data, which cannot be traced. Returns the length up to which nothing switches; None
+    if no module of this twin does.
+    """
+    limits: list[int] = []
+    for module in cast(Iterator[Any], model.modules()):
+        kinds = getattr(module, "rope_type", None)
+        for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind != "longrope" and "dynamic" not in str(kind):
+                continue
+            parameters = module.config.rope_parameters
+            parameters = parameters if layer is None else parameters[layer]
+            original = parameters.get("original_max_position_embeddings")
+            limits.append(original or module.config.max_position_embeddings)
+            module.rope_type = "default" if layer is None else {**module.rope_type, layer: "default"}
+    return min(limits, default=None)
 
 
 def _owner_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
@@ -168,15 +190,29 @@ def trace(twin: Twin) -> Program:
                 exported = torch.export.export(
                     _Logits(twin.model), (ids,), dynamic_shapes=({0: size, 1: size},), strict=False
                 )
+            guards = getattr(exported.module(), "_guards_fn", None)
             exported = exported.run_decompositions({})
         except Exception as error:
             raise TraceError(
                 f"{twin.config.model_type}: torch.export failed: {_first_line(error)}"
             ) from error
-    program = Program(Graph())
+    program = Program(Graph(), accepts=lambda batch, length: _refusal(twin, guards, batch, length))
     _copy_graph(exported, twin, program)
     _check_buffers(program, twin)
     return program
+
+
+def _refusal(twin: Twin, guards: Any, batch: int, length: int) -> str | None:
+    """Why the trace does not hold for [batch, length]: export notes what it assumed about the sizes."""
+    if twin.longest is not None and length > twin.longest:
+        return f"rotary embeddings change beyond {twin.longest} tokens"
+    if guards is None:
+        return None
+    try:
+        guards(torch.empty(batch, length, dtype=torch.long, device="meta"))
+    except AssertionError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def _copy_graph(exported: ExportedProgram, twin: Twin, program: Program) -> None:
@@ -276,9 +312,10 @@ def _quiet() -> Iterator[None]:
     """Library chatter is not the user's business; failures come as exceptions."""
     level, disabled = transformers_logging.get_verbosity(), logging.root.manager.disable
     transformers_logging.set_verbosity_error()
-    logging.disable(logging.CRITICAL)  # a failed export logs its whole graph
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        # A failed export prints its whole graph, past the loggers.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

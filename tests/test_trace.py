@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, ViTConfig, ViTModel
+from transformers import (
+    AutoModelForCausalLM,
+    NemotronHConfig,
+    Phi3Config,
+    PreTrainedModel,
+    ViTConfig,
+    ViTModel,
+)
 
 import fxq
 from fxq import dialect, pipeline, text
@@ -21,7 +28,7 @@ from fxq.passes.fuse_experts import FuseExperts
 from fxq.trace import EXAMPLE_BATCH, EXAMPLE_LENGTH
 from fxq.verify import verify
 from fxq.weights import Directory
-from tests.families import FAMILIES, MOE, MOE_LAYERS, VOCABULARY, Zoo, load, random_model, zoo
+from tests.families import FAMILIES, MOE, MOE_LAYERS, VOCABULARY, Zoo, load, random_model, save, zoo
 
 __all__ = ["zoo"]
 
@@ -182,3 +189,67 @@ def test_a_model_that_is_no_causal_language_model_is_refused_with_a_reason(tmp_p
     ViTModel(config).save_pretrained(tmp_path / "vit")
     with pytest.raises(fxq.TraceError, match=r"vit: .*causal language model"):
         open_model(tmp_path / "vit")
+
+
+@pytest.mark.slow
+def test_a_chunked_scan_is_used_only_at_lengths_its_trace_holds_for(tmp_path: Path) -> None:
+    """Mamba-2 counts its chunks in python, so the trace bakes the number: beyond, results would be wrong."""
+    config = NemotronHConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=2,
+        ssm_state_size=16,
+        chunk_size=32,
+        layers_block_type=["mamba", "attention"],
+    )
+    model = open_model(save(random_model(config), tmp_path / "model"))
+    eager = load(tmp_path / "model")
+    for length in (1, 17, 24, 31):
+        assert model.program.accepts(2, length) is None
+        ids = torch.randint(3, VOCABULARY, (2, length))
+        (found,) = Streaming(model.program, model.source, CPU).run_batches([ids])
+        with torch.no_grad():
+            assert torch.equal(found, eager(input_ids=ids, use_cache=False).logits)
+    assert model.program.accepts(2, 33) is not None
+    compiled = fxq.compile(
+        tmp_path / "model", "nvfp4_default-fp8_cast_kv", calib=[list(range(3, 63)), [5, 6]]
+    )
+    assert any("longer samples were cut" in warning for warning in compiled.report.warnings)
+
+
+def test_rotary_embeddings_that_switch_with_the_length_are_used_below_the_switch(tmp_path: Path) -> None:
+    config = Phi3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        original_max_position_embeddings=32,
+        pad_token_id=0,
+        eos_token_id=0,
+        bos_token_id=0,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.1] * 8,
+            "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 32,
+            "factor": 8.0,
+        },
+    )
+    model = open_model(save(random_model(config), tmp_path / "model"))
+    eager = load(tmp_path / "model")
+    ids = torch.randint(3, VOCABULARY, (2, 32))
+    assert model.program.accepts(2, 32) is None
+    (found,) = Streaming(model.program, model.source, CPU).run_batches([ids])
+    with torch.no_grad():
+        assert torch.equal(found, eager(input_ids=ids, use_cache=False).logits)
+    assert "32 tokens" in str(model.program.accepts(1, 33))
