@@ -106,6 +106,7 @@ class Compiled:
         """
         ids = _samples(self._model, text, samples, seq_len)
         batches = _batches(self.program, [s for s in ids if len(s) > 1])
+        self.report.warnings += [n for n in self.program.notes if n not in self.report.warnings]
         if not batches:
             raise SourceError("perplexity needs samples of two tokens or more")
         with _timed(self.report, "evaluate"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxq.edit import tidy
 from fxq.errors import SpecError, VerifyError
-from fxq.facts import Fact
+from fxq.facts import Fact, amaxes_filled
 from fxq.pattern import Match, Miss
 from fxq.program import Program, WeightSource
 from fxq.verify import verify
@@ -103,7 +103,7 @@ def run(
     stage."""
     verify(program.graph)
     for step in passes:
-        _hold(step.requires, step, program, "requires")
+        _hold(step.requires, step, program, "requires", session)
         if isinstance(step, CalibrationPass):
             count = step.calibrate(program, session) if session is not None else 0
         else:
@@ -111,15 +111,15 @@ def run(
         tidy(program.graph)
         verify(program.graph)
         if session is not None or not isinstance(step, CalibrationPass):
-            _hold(step.ensures, step, program, "ensures")
+            _hold(step.ensures, step, program, "ensures", session)
         after(step, program, count)
     return program
 
 
-def _hold(facts: Iterable[Fact], step: Pass, program: Program, verb: str) -> None:
+def _hold(facts: Iterable[Fact], step: Pass, program: Program, verb: str, session: Session | None) -> None:
     for fact in facts:
         # Values exist only when the pipeline calibrates; a graph-only run has nothing to hold.
-        if fact.__name__ == "amaxes_filled" and not program.values:
+        if fact is amaxes_filled and session is None and not program.values:
             continue
         if (reason := fact(program)) is not None:
             raise VerifyError(f"{step.name} {verb} {fact.__name__}: {reason}")

@@ -82,11 +82,11 @@ class QuantizeKv:
     def _quantize_latent(self, node: Node, x: Node, program: Program) -> None:
         """Engines cache the latent that keys and values are expanded from, and read no stored scale for
         it: cast."""
-        if self.scale == "calibrate":
-            program.notes.append(
-                f"%{node.name} caches a latent, for which engines load no scale: its FP8 scale is "
-                "1.0, not calibrated"
-            )
+        note = (
+            "attentions cache a latent, for which engines load no scale: its FP8 scale is 1.0, not calibrated"
+        )
+        if self.scale == "calibrate" and note not in program.notes:
+            program.notes.append(note)
         reader = strip(x, VIEWS)
         latent = node_at(reader, 0) if reader.target is dialect.QUANTIZE else x
         amax = _cast_amax(node, f"{node.name}_latent")

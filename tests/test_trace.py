@@ -253,3 +253,8 @@ def test_rotary_embeddings_that_switch_with_the_length_are_used_below_the_switch
     with torch.no_grad():
         assert torch.equal(found, eager(input_ids=ids, use_cache=False).logits)
     assert "32 tokens" in str(model.program.accepts(1, 33))
+    compiled = fxq.compile(tmp_path / "model", "nvfp4_weight_only")
+    assert compiled.report.warnings == []
+    compiled.perplexity([list(range(3, 63))])
+    (warning,) = compiled.report.warnings
+    assert "up to 32 tokens" in warning
