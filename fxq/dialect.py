@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fxq import nvfp4
+from fxq import leaves, nvfp4
 
 FORMATS = ("nvfp4", "fp8")
 SCALES = ("max", "mse", "dynamic")
@@ -25,8 +25,13 @@ _LIB.define("value(str name) -> Tensor")
 _LIB.define("load(str key, *, int[] shape, ScalarType dtype) -> Tensor")
 _LIB.define("pack_nvfp4(Tensor w, Tensor amax, *, str scale) -> Tensor[]")
 _LIB.define("store_linear(str name, Tensor[] packed, Tensor? input_amax, *, int start, int end) -> ()")
+_LIB.define(
+    "store_rows(str key, Tensor[] packed, Tensor? input_amax, *, int start, int end, int[] rows, "
+    "int[] shape, int expert, int experts, bool transposed) -> ()"
+)
 _LIB.define("store_kv(str attention, Tensor? k_amax, Tensor? v_amax, *, str format) -> ()")
 _LIB.define("store(str key, Tensor t) -> ()")
+_LIB.define("leaf(str function, Tensor[] tensors, SymInt[] sizes, *, str arguments) -> Tensor[]")
 
 
 def _expert_linear(x: Tensor, w: Tensor, expert_ids: Tensor) -> Tensor:
@@ -90,8 +95,10 @@ _EAGER: dict[str, Callable[..., object]] = {
     "load": _load,
     "pack_nvfp4": _pack_nvfp4,
     "store_linear": _store,
+    "store_rows": _store,
     "store_kv": _store,
     "store": _store,
+    "leaf": lambda function, tensors, sizes, *, arguments: leaves.run(function, tensors, sizes, arguments),
 }
 
 
@@ -118,8 +125,10 @@ SHAPES: dict[str, Callable[..., object]] = {
         _meta(w.shape[:-2], torch.float32),
     ],
     "store_linear": lambda *args, **kwargs: None,
+    "store_rows": lambda *args, **kwargs: None,
     "store_kv": lambda *args, **kwargs: None,
     "store": lambda *args, **kwargs: None,
+    "leaf": lambda function, tensors, sizes, *, arguments: leaves.shapes(function, tensors, sizes, arguments),
 }
 
 for _name, _function in _EAGER.items():
@@ -139,6 +148,11 @@ VALUE = torch.ops.fxq.value.default
 LOAD = torch.ops.fxq.load.default
 PACK_NVFP4 = torch.ops.fxq.pack_nvfp4.default
 STORE_LINEAR = torch.ops.fxq.store_linear.default
+# A weight that shares a tensor of the checkpoint with others: rows [start, end) of `packed` become rows
+# range(*rows) of expert `expert` of the tensor `key`. That tensor has `shape` before packing, seen as
+# [experts, out, in], or as [experts, in, out] if `transposed`; all that is stored into it has one amax.
+STORE_ROWS = torch.ops.fxq.store_rows.default
 STORE_KV = torch.ops.fxq.store_kv.default
 STORE = torch.ops.fxq.store.default
-STORES = frozenset({STORE_LINEAR, STORE_KV, STORE})
+LEAF = torch.ops.fxq.leaf.default
+STORES = frozenset({STORE_LINEAR, STORE_ROWS, STORE_KV, STORE})

@@ -10,10 +10,12 @@ scale.
 import contextlib
 import copy
 import dataclasses
+import functools
+import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,15 +26,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from fxq import dialect, sizes
 from fxq.edit import parameter, tidy
 from fxq.errors import SourceError, TraceError
+from fxq.leaves import opaque
+from fxq.normalize import linears
 from fxq.program import Program
+from fxq.structure import root, shape_of
 
 # Unlikely sizes, so that a dimension in a dump tells where it comes from.
-EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 17
+EXAMPLE_BATCH, EXAMPLE_LENGTH, EXAMPLE_UNKNOWN = 3, 17, 5
 _ASSERTIONS = frozenset(
     {
         torch.ops.aten._assert_tensor_metadata.default,
@@ -85,13 +101,27 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def twin_of_config(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Twin:
-    """The twin of a checkpoint: `AutoModelForCausalLM` of its config on fake CPU tensors."""
+    """The twin of a checkpoint on fake CPU tensors: of the class that its config names if that makes text (a
+    multimodal model is kept whole), else of `AutoModelForCausalLM`."""
+    options: dict[str, Any] = {"dtype": dtype, "experts_implementation": "batched_mm"}
+    multimodal = _multimodal_class(config)
+    if multimodal is not None:
+        return _twin(config, lambda c: multimodal._from_config(c, **options))
     return _twin(
         config,
-        lambda c: AutoModelForCausalLM.from_config(
-            c, dtype=dtype, experts_implementation="batched_mm", trust_remote_code=trust_remote_code
-        ),
+        lambda c: AutoModelForCausalLM.from_config(c, trust_remote_code=trust_remote_code, **options),
     )
+
+
+def _multimodal_class(config: PreTrainedConfig) -> Any:
+    """The multimodal class of a checkpoint: its only one, or the one `architectures` asks for; else None."""
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            if not causal or found.__name__ in (config.architectures or ()):
+                return found
+    return None
 
 
 def twin_of_model(model: PreTrainedModel) -> Twin:
@@ -106,7 +136,9 @@ def twin_of_model(model: PreTrainedModel) -> Twin:
 
 def _twin(config: PreTrainedConfig, build: Any) -> Twin:
     config = copy.deepcopy(config)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = (
+        None  # the one transformers prefers for this class, not what a user once set
+    )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _quiet():
         try:
@@ -171,35 +203,86 @@ def _owner_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 class _Logits(nn.Module):
+    """`input_ids -> logits` of the whole model."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        takes = inspect.signature(model.forward).parameters.values()
+        caches = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in takes)
+        self.options = {"use_cache": False} if caches else {}
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        return self.model(input_ids=input_ids, **self.options).logits
+
+
+class _EveryItem(TorchFunctionMode):
+    """A python loop over `mask.nonzero()` visits every index, hit or not.
+
+    Loops over the experts that some token chose do nothing for the others, and a trace must hold all of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hits: dict[int, tuple[Tensor, int]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.unbind and id(args[0]) in self.hits:
+            return tuple(torch.tensor([index]) for index in range(self.hits[id(args[0])][1]))
+        result = func(*args, **(kwargs or {}))
+        if (
+            func in (Tensor.nonzero, torch.nonzero)
+            and args[0].dim() == 1
+            and isinstance(args[0].shape[0], int)
+        ):
+            self.hits[id(result)] = (result, args[0].shape[0])
+        return result
 
 
 def trace(twin: Twin) -> Program:
     """Export `input_ids [B, S] -> logits [B, S, vocab]` as a functional aten graph whose parameters are
-    `@fqn` nodes."""
+    `@fqn` nodes and whose matmuls by a matrix of weights are all `aten.linear`."""
+    hiding: set[str] = set()
+    while True:
+        exported, guards = _export(twin, hiding)
+        program = Program(Graph(), accepts=functools.partial(_refusal, twin, guards))
+        _copy_graph(exported, twin, program)
+        found = {
+            str(node.args[0])
+            for node in program.graph.nodes
+            if node.target is dialect.LEAF and any(map(_is_matrix, node.all_input_nodes))
+        }
+        if not found:
+            break
+        hiding |= found
+    linears(program.graph)
+    _check_buffers(program, twin)
+    return program
+
+
+def _export(twin: Twin, hiding: Container[str]) -> tuple[ExportedProgram, Any]:
+    """The functional graph and the guards it came with; `hiding` names leaves to look into."""
     size: Any = Dim.AUTO
     with _quiet(), torch.no_grad():
         try:
-            with twin.mode:
+            with twin.mode, opaque(twin.model, but=hiding), _EveryItem():
                 ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.long)
                 exported = torch.export.export(
                     _Logits(twin.model), (ids,), dynamic_shapes=({0: size, 1: size},), strict=False
                 )
             guards = getattr(exported.module(), "_guards_fn", None)
-            exported = exported.run_decompositions({})
+            return exported.run_decompositions({}), guards
         except Exception as error:
             raise TraceError(
                 f"{twin.config.model_type}: torch.export failed: {_first_line(error)}"
             ) from error
-    program = Program(Graph(), accepts=lambda batch, length: _refusal(twin, guards, batch, length))
-    _copy_graph(exported, twin, program)
-    _check_buffers(program, twin)
-    return program
+
+
+def _is_matrix(node: Node) -> bool:
+    parameter = root(node)
+    return parameter is not None and len(shape_of(parameter)) > 1
 
 
 def _refusal(twin: Twin, guards: Any, batch: int, length: int) -> str | None:
@@ -217,12 +300,13 @@ def _refusal(twin: Twin, guards: Any, batch: int, length: int) -> str | None:
 
 def _copy_graph(exported: ExportedProgram, twin: Twin, program: Program) -> None:
     aliases = _canonical_names(twin.model)
-    graph, made = program.graph, dict[Node, Any]()
+    graph, made, examples = program.graph, dict[Node, Any](), _Examples(exported)
+    parameters: dict[str, Node] = {}
     inputs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             spec = inputs[node.name]
-            val = _example(node.meta["val"], node)
+            val = examples.of(node.meta["val"], node)
             if spec.kind is InputKind.USER_INPUT:
                 made[node] = graph.create_node("placeholder", node.name, (), {}, node.name)
                 made[node].meta["val"] = val
@@ -231,41 +315,63 @@ def _copy_graph(exported: ExportedProgram, twin: Twin, program: Program) -> None
             if spec.kind is InputKind.CONSTANT_TENSOR:
                 program.constants[name] = exported.constants[str(spec.target)]
             name = aliases.get(name, name)
-            if name not in program.constants and name in {
-                n.target for n in made.values() if isinstance(n, Node)
-            }:
-                made[node] = next(n for n in made.values() if n.target == name)
-            else:
-                made[node] = parameter(graph, name, val.shape, val.dtype)
+            if name not in parameters:
+                parameters[name] = parameter(graph, name, val.shape, val.dtype)
+            made[node] = parameters[name]
         elif node.target in _ASSERTIONS:
             continue
         elif (same := _no_op(node)) is not None:
             made[node] = made[same]
+        elif node.op == "get_attr":
+            raise TraceError(
+                f"%{node.name}: the trace holds a nested graph ({node.target}), which fxq cannot read"
+            )
+        elif node.op == "output":
+            # A model that changes its own weights while running returns them too, before its result.
+            graph.output(tuple(made[n] for n in node.args[0][-len(exported.graph_signature.user_outputs) :]))
         else:
-            if node.op == "get_attr":
-                raise TraceError(
-                    f"%{node.name}: the trace holds a nested graph ({node.target}), which fxq cannot read"
-                )
             made[node] = graph.node_copy(node, made.__getitem__)
-            made[node].meta = {"val": _example(node.meta["val"], node)} if "val" in node.meta else {}
+            made[node].meta = {"val": examples.of(node.meta["val"], node)} if "val" in node.meta else {}
     tidy(graph)
 
 
-def _example(val: Any, node: Node) -> Any:
-    """The concrete type a symbolic value has at the example sizes."""
-    try:
-        match val:
-            case Tensor():
-                return torch.empty([int(_hint(s)) for s in val.shape], dtype=val.dtype, device="meta")
-            case list() | tuple():
-                return type(val)(_example(v, node) for v in val)
-        return _hint(val)
-    except (TypeError, AttributeError, ValueError) as error:
-        raise TraceError(f"%{node.name}: its size depends on the data: {node.format_node()}") from error
+class _Examples:
+    """The concrete type that a symbolic value has at the example sizes.
 
+    A number that only the data knows (how many tokens an expert gets) has no example; it is given one such
+    that the sizes of every split add up.
+    """
 
-def _hint(value: Any) -> Any:
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+    def __init__(self, exported: ExportedProgram) -> None:
+        self.unknown: dict[Any, int] = {}
+        for node in exported.graph.nodes:
+            if node.target is torch.ops.aten.split_with_sizes.default:
+                whole = node.args[0].meta["val"].shape[node.args[2] if len(node.args) > 2 else 0]
+                self._share_out(
+                    self.of(whole, node), [getattr(n, "meta", {}).get("val", n) for n in node.args[1]]
+                )
+
+    def _share_out(self, whole: int, parts: list[Any]) -> None:
+        free = [s for part in parts for s in sizes.data_symbols(part) if s not in self.unknown]
+        rest = whole - sum(self.unknown.get(s, 0) for part in parts for s in sizes.data_symbols(part))
+        for i, symbol in enumerate(free):
+            self.unknown[symbol] = rest // len(free) + (i < rest % len(free))
+
+    def of(self, val: Any, node: Node) -> Any:
+        try:
+            match val:
+                case Tensor():
+                    return torch.empty([self.of(s, node) for s in val.shape], dtype=val.dtype, device="meta")
+                case list() | tuple():
+                    return type(val)(self.of(v, node) for v in val)
+                case torch.SymInt() if unknown := sizes.data_symbols(val):
+                    examples = {s: self.unknown.setdefault(s, EXAMPLE_UNKNOWN) for s in unknown}
+                    return sizes.value(val, {**sizes.symbols([val]), **examples})
+                case torch.SymInt() | torch.SymFloat() | torch.SymBool():
+                    return val.node.hint
+        except (TypeError, AttributeError, ValueError) as error:
+            raise TraceError(f"%{node.name}: its size depends on the data: {node.format_node()}") from error
+        return val
 
 
 def _no_op(node: Node) -> Node | None:

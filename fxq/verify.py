@@ -1,6 +1,7 @@
 """Every rule a graph must keep between passes: order, known operators, and types that the operators
 really give."""
 
+import math
 import operator
 from collections.abc import Callable
 from functools import lru_cache
@@ -18,6 +19,9 @@ from fxq.text import format_node, format_target, format_type, is_operator
 _FXQ_SHAPES: dict[object, Callable[..., object]] = {
     getattr(torch.ops.fxq, name).default: rule for name, rule in dialect.SHAPES.items()
 }
+
+# Operators whose result's size or value only the data knows: its recorded example is all there is.
+_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 # What torch's shape rules raise for arguments they cannot take; which one differs by operator and version.
 _REJECTIONS = (
@@ -100,6 +104,17 @@ def _same_shapes(node: Node) -> bool:
     return isinstance(slices, (list, tuple)) and len({_shape(s) for s in slices}) == 1
 
 
+def _fits_tensor(node: Node) -> bool:
+    """Whether rows [start, end) of a packed weight fit range(*rows) of one expert of the stored tensor."""
+    kwargs = cast(dict[str, Any], node.kwargs)
+    out, half = node_at(node, 1).meta["val"][0].shape
+    sizes = math.prod(kwargs["shape"]), kwargs["shape"][-1], kwargs["experts"]
+    rows, width = sizes[0] // sizes[1] // sizes[2], sizes[1]
+    tall, wide = (width, rows) if kwargs["transposed"] else (rows, width)
+    last = range(*kwargs["rows"])[-1]
+    return wide == 2 * half and last < tall and kwargs["end"] <= out and rows * width * sizes[2] == sizes[0]
+
+
 RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
     dialect.EXPERT_LINEAR: (
         (_rank(0, 2), "expected tokens x [T, in]"),
@@ -131,6 +146,14 @@ RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
     ),
     dialect.STACK: ((_same_shapes, "the slices differ in shape"),),
     dialect.PACK_NVFP4: ((lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),),
+    dialect.STORE_ROWS: (
+        (lambda n: 0 <= n.kwargs["expert"] < n.kwargs["experts"], "the expert index is out of range"),
+        (
+            lambda n: len(range(*n.kwargs["rows"])) == n.kwargs["end"] - n.kwargs["start"],
+            "expected as many rows of the tensor as of the weight",
+        ),
+        (_fits_tensor, "the rows lie outside of the tensor"),
+    ),
 }
 
 
@@ -143,6 +166,8 @@ def infer(node: Node) -> object:
             return rule(*args, **kwargs)
         if node.target is operator.getitem:
             return args[0][args[1]]
+        if node.target is torch.ops.aten.where.default or _DATA & set(getattr(node.target, "tags", ())):
+            return node.meta.get("val")
         return _run(cast(Callable[..., object], node.target), _key((args, kwargs)))
     except _REJECTIONS as error:
         raise _broken(
