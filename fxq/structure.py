@@ -54,7 +54,33 @@ MATMULS = frozenset(
         dialect.EXPERT_LINEAR,
     }
 )
-ATTENTIONS = frozenset({_ATEN.scaled_dot_product_attention.default})
+_SDPA = _ATEN.scaled_dot_product_attention.default
+_SOFTMAXES = frozenset({_ATEN.softmax.int, _ATEN._softmax.default})
+_PRODUCTS = frozenset({_ATEN.matmul.default, _ATEN.bmm.default, _ATEN.baddbmm.default, _ATEN.einsum.default})
+# What may lie between the product of queries and keys and its softmax, or between that and the values: masks,
+# scales, caps, sinks (joined as a column and cut off again), dropout.
+_BETWEEN = frozenset(
+    {
+        *VIEWS,
+        _ATEN.add.Tensor,
+        _ATEN.sub.Tensor,
+        _ATEN.mul.Tensor,
+        _ATEN.mul.Scalar,
+        _ATEN.div.Tensor,
+        _ATEN.div.Scalar,
+        _ATEN.tanh.default,
+        _ATEN.where.self,
+        _ATEN.masked_fill.Scalar,
+        _ATEN.masked_fill.Tensor,
+        _ATEN.clamp.default,
+        _ATEN.maximum.default,
+        _ATEN.expand.default,
+        _ATEN.slice.Tensor,
+        _ATEN.cat.default,
+        _ATEN.dropout.default,
+        _ATEN.nan_to_num.default,
+    }
+)
 CHOICES = frozenset(
     {_ATEN.topk.default, _ATEN.argmax.default, _ATEN.sort.default, _ATEN.sort.stable, _ATEN.argsort.default}
 )
@@ -207,12 +233,64 @@ def head(graph: Graph, frontiers: Frontiers) -> Node | None:
     return found[0] if len(found) == 1 else None
 
 
-def latent_projection(frontiers: Frontiers, attention: Node) -> Node | None:
+@dataclass(frozen=True)
+class Attention:
+    """A softmax attention: `node` multiplies by the values; keys and values enter at `(node, argument)` each."""
+
+    node: Node
+    q: Node
+    k_at: tuple[Node, int]
+    v_at: tuple[Node, int]
+
+    @property
+    def k(self) -> Node:
+        return node_at(*self.k_at)
+
+    @property
+    def v(self) -> Node:
+        return node_at(*self.v_at)
+
+
+def attentions(graph: Graph) -> Iterator[Attention]:
+    """Every attention, in graph order: fused ones, and a softmax between two products of activations."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is _SDPA:
+            yield Attention(node, node_at(node, 0), (node, 1), (node, 2))
+        elif node.target in _SOFTMAXES:
+            scores, output = _nearest_product(node, up=True), _nearest_product(node, up=False)
+            if scores is not None and output is not None:
+                first, last = _operands(scores), _operands(output)
+                yield Attention(output, node_at(scores, first[0]), (scores, first[1]), (output, last[1]))
+
+
+def _operands(product: Node) -> tuple[int, int]:
+    """The argument positions of a product's two factors."""
+    return (1, 2) if product.target is _ATEN.baddbmm.default else (0, 1)
+
+
+def _nearest_product(softmax: Node, *, up: bool) -> Node | None:
+    """The product of two activations that a softmax's input comes from, or that its result goes into."""
+    seen, queue = {softmax}, deque(softmax.all_input_nodes if up else softmax.users)
+    while queue:
+        node = queue.popleft()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.target in _PRODUCTS and as_weight_matmul(node) is None:
+            return node
+        if node.target in _BETWEEN:
+            queue.extend(node.all_input_nodes if up else node.users)
+    return None
+
+
+def latent_projection(frontiers: Frontiers, attention: Attention) -> Node | None:
     """The matmul that expands a cached latent into keys and values (multi-head latent attention), or None.
 
     K and V share it, and what it reads is not what the queries are made from: engines cache its input.
     """
-    q, k, v = (frontiers.of(node_at(attention, i)) for i in range(3))
+    q, k, v = (frontiers.of(node) for node in (attention.q, attention.k, attention.v))
     shared = [node for node in k if node in v and node not in q]
     query_inputs = {frontiers.input_of(node) for node in q}
     found = [node for node in shared if frontiers.input_of(node) not in query_inputs]
@@ -222,16 +300,14 @@ def latent_projection(frontiers: Frontiers, attention: Node) -> Node | None:
 def fused_by_engines(graph: Graph, frontiers: Frontiers) -> Iterator[tuple[str, tuple[Node, ...]]]:
     """Linears that serving engines merge into one: q/k/v of an attention (with a latent one level up: q_a
     and kv_a), and two that meet in a product (gate and up)."""
+    for attention in attentions(graph):
+        operands = [attention.q, attention.k, attention.v]
+        if latent_projection(frontiers, attention) is None:
+            yield from _one_input("q/k/v", frontiers, [frontiers.of(operand) for operand in operands])
+        else:
+            yield from _latent_group(frontiers, operands)
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target in ATTENTIONS:
-            operands = [node_at(node, i) for i in range(3)]
-            if latent_projection(frontiers, node) is None:
-                yield from _one_input("q/k/v", frontiers, [frontiers.of(operand) for operand in operands])
-            else:
-                yield from _latent_group(frontiers, operands)
-        elif node.target is _ATEN.mul.Tensor and all(isinstance(a, Node) for a in node.args[:2]):
+        if node.target is _ATEN.mul.Tensor and all(isinstance(a, Node) for a in node.args[:2]):
             a, b = node_at(node, 0), node_at(node, 1)
             if shape_of(a) == shape_of(b):
                 yield from _one_input(

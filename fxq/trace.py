@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -142,8 +143,9 @@ def _twin(config: PreTrainedConfig, build: Any) -> Twin:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _quiet():
         try:
-            with mode:
+            with mode, no_init_weights():  # an initializer may look at values, which fake tensors do not have
                 model = build(config).eval()
+                model.tie_weights()
         except Exception as error:
             raise TraceError(
                 f"{config.model_type}: transformers cannot build a causal language model: "

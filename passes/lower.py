@@ -1,7 +1,10 @@
-"""lower: the calibrated graph becomes a checkpoint program: load, pack and store, one line a tensor,
-nothing else."""
+"""lower: the calibrated graph becomes a checkpoint program: load, pack and store, nothing else.
 
-from collections.abc import Iterator
+A weight is stored as the hub holds it: alone (`store_linear`), or as rows of a tensor that holds more than it
+(`store_rows`): all experts of a layer, or several linears.
+"""
+
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -9,14 +12,22 @@ from torch.fx import Graph, Node
 
 from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import Fact, amaxes_filled, amaxes_shared, is_weight_quantize, weights_quantized
-from fxq.nodes import int_at, node_at, nodes_at
+from fxq.facts import (
+    Fact,
+    amaxes_filled,
+    amaxes_shared,
+    is_weight_quantize,
+    tensors_whole,
+    weights_quantized,
+)
+from fxq.nodes import node_at, nodes_at
 from fxq.pattern import Match, Miss
+from fxq.places import Place, named, places
 from fxq.program import Program, Stored, TensorInfo
 from fxq.structure import (
-    ATTENTIONS,
     VIEWS,
     Frontiers,
+    attentions,
     input_quantize,
     latent_projection,
     parameter_name,
@@ -34,7 +45,7 @@ class Lower:
     format: Literal["modelopt"] = "modelopt"
 
     name: ClassVar[str] = "lower"
-    requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared, amaxes_filled)
+    requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared, tensors_whole, amaxes_filled)
     ensures: ClassVar[tuple[Fact, ...]] = ()
     breaks: ClassVar[tuple[Fact, ...]] = ()
 
@@ -59,6 +70,7 @@ class Lower:
         emit.check_complete()
         emit.kv_caches()
         emit.untouched()
+        program.notes += emit.notes()
         emit.graph.output(())
         program.calibrated, program.graph = program.graph, emit.graph
         return emit.count
@@ -69,9 +81,13 @@ class _Emitter:
     program: Program
     graph: Graph = field(default_factory=Graph)
     copies: dict[Node, Node] = field(default_factory=dict)
+    joined: dict[tuple[Node, ...], Node] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
-    stored: set[str] = field(default_factory=set)
+    stored: dict[tuple[str, int], dict[range, Node]] = field(default_factory=dict)
+    experts: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, tuple[Node, Node | None]] = field(default_factory=dict)
     caches: dict[str, list[Node | None]] = field(default_factory=dict)
+    turned: dict[str, None] = field(default_factory=dict)
     count: int = 0
 
     def copy(self, node: Node) -> Node:
@@ -89,13 +105,13 @@ class _Emitter:
         return self.copies[node]
 
     def linear(self, quantize: Node, input_amaxes: list[Node]) -> None:
-        """Pack one weight and store each hub linear that its rows hold; a weight that layers share has the
+        """Pack one weight and store its rows where the hub holds them; a weight that layers share has the
         largest of their input amaxes (in the graph itself such a group would be a cycle)."""
         w, amax = node_at(quantize, 0), node_at(quantize, 1)
-        inputs = [self.copy(amax) for amax in input_amaxes]
-        shared = inputs[0] if inputs else None
-        if len(inputs) > 1:
-            shared = edit.call(self.graph, f"{w.name}_input_amaxes", dialect.SYNC, inputs)
+        name = parameter_name(w)
+        held = self.program.hub.stored.get(name, Stored.whole(name, ()))
+        self.replaced.update((key, name) for keys in held.keys for key in keys)
+        shared = self._largest(f"{w.name}_input_amaxes", [self.copy(amax) for amax in input_amaxes])
         packed = edit.call(
             self.graph,
             f"{w.name}_packed",
@@ -104,66 +120,77 @@ class _Emitter:
             self.copy(amax),
             scale=quantize.kwargs["scale"],
         )
-        for key, start, end in self._targets(w):
-            if key in self.stored:
-                raise VerifyError(f"lower: {key} would be stored twice; the second time by %{quantize.name}")
-            self.stored.add(key)
-            name = key.removesuffix(".weight")
-            edit.call(
-                self.graph,
-                f"{packed.name}_{start}",
-                dialect.STORE_LINEAR,
-                name,
-                packed,
-                shared,
-                start=start,
-                end=end,
-            )
-            self.count += 1
+        for place in places(self.program.hub, w):
+            held_by = self.stored.setdefault((place.key, place.expert), {})
+            if place.rows in held_by:
+                raise VerifyError(
+                    f"lower: {place.key} would be stored twice: by %{held_by[place.rows].name} and "
+                    f"by %{quantize.name}"
+                )
+            held_by[place.rows] = quantize
+            self._check_scales(place.key, quantize, self.copy(amax), shared)
+            self._store(place, packed, shared)
 
-    def _targets(self, w: Node) -> list[tuple[str, int, int]]:
-        """(hub tensor, first row, end row) for the rows of a weight [out, in]."""
-        name, rows = parameter_name(w), shape_of(w)[0]
-        piece = strip(w, VIEWS)
-        if piece.target is not dialect.SLICE and piece.op != "get_attr":
-            raise VerifyError(
-                f"lower: {name} is used in parts (%{piece.name}), which cannot be one quantized "
-                "tensor; skip it"
-            )
-        stored = self.program.hub.stored.get(name, Stored(((name,),)))
-        named = self.program.hub.names.get(name, stored)
-        self.replaced.update((key, name) for part in stored.keys for key in part)
-        expert = int_at(piece, 1) if piece.target is dialect.SLICE else None
-        if expert is None and named.fused:
-            return [(named.keys[0][0], 0, rows)]
-        if expert is not None and not named.stacked:
-            raise VerifyError(
-                f"lower: {name}: this family's checkpoints hold all experts in one tensor "
-                f"({named.keys[0][0]}), for which engines define no per-expert NVFP4 names"
-            )
-        ends = [sum(named.rows[: part + 1]) for part in range(len(named.rows))]
-        return [
-            (keys[expert or 0], end - part_rows, end)
-            for keys, end, part_rows in zip(named.keys, ends, named.rows, strict=True)
-        ]
+    def _largest(self, name: str, amaxes: list[Node]) -> Node | None:
+        if len(amaxes) < 2:
+            return amaxes[0] if amaxes else None
+        if tuple(amaxes) not in self.joined:
+            self.joined[tuple(amaxes)] = edit.call(self.graph, name, dialect.SYNC, amaxes)
+        return self.joined[tuple(amaxes)]
+
+    def _check_scales(self, key: str, quantize: Node, amax: Node, input_amax: Node | None) -> None:
+        """All that one tensor holds decodes with one global scale and reads with one input scale."""
+        first = self.scales.setdefault(key, (amax, input_amax))
+        for what, here, there in zip(("weight", "input"), (amax, input_amax), first, strict=True):
+            if here is not there:
+                raise VerifyError(
+                    f"lower: {key} has one {what} scale, but %{quantize.name} brings "
+                    f"{'none' if here is None else f'%{here.name}'} where another of its weights has "
+                    f"{'none' if there is None else f'%{there.name}'}; run sync-groups before"
+                )
+
+    def _store(self, place: Place, packed: Node, input_amax: Node | None) -> None:
+        name = f"{packed.name}_{place.start}"
+        self.count += 1
+        if place.is_linear:
+            if place.transposed:
+                self.turned[place.key] = None
+            module = place.key.removesuffix(".weight")
+            rows = {"start": place.start, "end": place.end}
+            edit.call(self.graph, name, dialect.STORE_LINEAR, module, packed, input_amax, **rows)
+            return
+        self.experts[place.key] = place.experts
+        edit.call(
+            self.graph,
+            name,
+            dialect.STORE_ROWS,
+            place.key,
+            packed,
+            input_amax,
+            start=place.start,
+            end=place.end,
+            rows=[place.rows.start, place.rows.stop, place.rows.step],
+            shape=list(place.shape),
+            expert=place.expert,
+            experts=place.experts,
+            transposed=place.transposed,
+        )
 
     def check_complete(self) -> None:
         """What the source holds of a quantized parameter is stored again in full, and nothing else reads
         it."""
-        quantized = dict.fromkeys(self.replaced.values())
-        for node in self.program.graph.nodes:
-            if node.op == "get_attr" and node.target in quantized:
-                other = _other_reader(node)
-                if other is not None:
-                    raise VerifyError(
-                        f"lower: {node.target} is quantized where a linear reads it, but "
-                        f"%{other.name} reads it too; one tensor cannot be both"
-                    )
-        named = self.program.hub.names
-        for name in quantized:
-            for part in named[name].keys if name in named else ():
-                for expert, key in enumerate(part):
-                    if key not in self.stored:
+        parameters = {str(n.target): n for n in self.program.graph.nodes if n.op == "get_attr"}
+        for name in dict.fromkeys(self.replaced.values()):
+            if (other := _other_reader(parameters[name])) is not None:
+                raise VerifyError(
+                    f"lower: {name} is quantized where a linear reads it, but "
+                    f"%{other.name} reads it too; one tensor cannot be both"
+                )
+            for keys in named(self.program.hub, name, shape_of(parameters[name])).keys:
+                experts = self.experts.get(keys[0], 1)
+                held = [(key, 0) for key in keys] if len(keys) > 1 else [(keys[0], e) for e in range(experts)]
+                for expert, (key, place) in enumerate(held):
+                    if (key, place) not in self.stored:
                         raise VerifyError(
                             f"lower: {key} would be lost: the graph never reads expert {expert} of {name}"
                         )
@@ -171,11 +198,9 @@ class _Emitter:
     def kv_caches(self) -> None:
         """One `store_kv` an attention whose keys are FP8: with its amaxes if calibrated, without if cast."""
         frontiers = Frontiers(self.program.graph)
-        for node in self.program.graph.nodes:
-            if node.op != "call_function" or node.target not in ATTENTIONS:
-                continue
-            k, v = node_at(node, 1), node_at(node, 2)
-            latent = latent_projection(frontiers, node)
+        for attention in attentions(self.program.graph):
+            k, v = attention.k, attention.v
+            latent = latent_projection(frontiers, attention)
             cached = [k, v] if latent is None else [_below_input_quantize(frontiers.matmuls[latent].x)]
             if all(t.target is dialect.QUANTIZE and t.kwargs["format"] != "nvfp4" for t in cached):
                 amaxes = [node_at(t, 1) for t in cached] * (1 if latent is None else 2)
@@ -188,7 +213,7 @@ class _Emitter:
                 self.caches[module] = held
                 edit.call(
                     self.graph,
-                    f"{node.name}_kv",
+                    f"{attention.node.name}_kv",
                     dialect.STORE_KV,
                     module,
                     *held,
@@ -200,7 +225,7 @@ class _Emitter:
         keys = []
         for matmul in frontiers.of(k, v):
             name = str(frontiers.matmuls[matmul].parameter.target)
-            keys.append(self.program.hub.stored.get(name, Stored(((name,),))).keys[0][0])
+            keys.append(self.program.hub.stored.get(name, Stored.whole(name, ())).keys[0][0])
         if not keys:
             raise VerifyError(
                 f"lower: %{k.name}: no projection makes the keys of this attention; where would its scale go?"
@@ -230,6 +255,25 @@ class _Emitter:
                     self.graph, f"{name}_", dialect.LOAD, key, shape=list(info.shape), dtype=info.dtype
                 )
                 edit.call(self.graph, f"{name}_store", dialect.STORE, key, loaded)
+
+    def notes(self) -> Iterator[str]:
+        """What engines do with forms that are not one linear a tensor, once a model."""
+        if fused := [key for key, experts in self.experts.items() if experts > 1]:
+            yield (
+                f"{fused[0]}{_others(fused)}: this family's checkpoints hold all experts of a layer in one "
+                "tensor, and so does this one; of vLLM 0.32 it is known that it fails to load such NVFP4 "
+                "weights, and no engine is known that does"
+            )
+        if self.turned:
+            yield (
+                f"{next(iter(self.turned))}{_others(self.turned)}: this family's checkpoints hold it as "
+                "[in, out]; NVFP4 is defined for [out, in], which is written, so an engine that transposes "
+                "such weights on load cannot read it"
+            )
+
+
+def _others(keys: Collection[str]) -> str:
+    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
 
 
 def _below_input_quantize(x: Node) -> Node:

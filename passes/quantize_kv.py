@@ -11,12 +11,10 @@ from fxq import dialect, edit
 from fxq.facts import Fact, amaxes_filled
 from fxq.nodes import node_at
 from fxq.nvfp4 import E4M3_MAX
-from fxq.pattern import Bind, Call, Match, Miss, Rule
+from fxq.pattern import Match, Miss
 from fxq.pipeline import nothing_matched
 from fxq.program import Program
-from fxq.structure import ATTENTIONS, VIEWS, Frontiers, latent_projection, strip
-
-ATTENTION = Rule("attention", Call(ATTENTIONS, Bind("q", rank=4), Bind("k", rank=4), Bind("v", rank=4)))
+from fxq.structure import VIEWS, Attention, Frontiers, attentions, latent_projection, strip
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,12 @@ class QuantizeKv:
     """FP8 keys and values, one scale each an attention.
 
     scale: `calibrate` takes amax / 448 from data; `cast` fixes it at 1.0, which engines assume when none is
-    stored.
+    stored. required: whether a model without attention is an error.
     """
 
     format: Literal["fp8"] = "fp8"
     scale: Literal["calibrate", "cast"] = "calibrate"
+    required: bool = True
 
     name: ClassVar[str] = "quantize-kv"
     requires: ClassVar[tuple[Fact, ...]] = ()
@@ -37,39 +36,42 @@ class QuantizeKv:
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every attention; one whose cache is quantized already misses."""
-        done = _done(program)
-        for node in list(program.graph.nodes):
-            if node.op == "call_function" and node.target in ATTENTIONS:
-                site = ATTENTION.match(node)
-                if isinstance(site, Match) and node in done:
-                    site = Miss(ATTENTION.name, node, "its keys are quantized already", depth=4)
-                yield site
+        frontiers = Frontiers(program.graph)
+        for attention in attentions(program.graph):
+            if _is_cached_fp8(attention, frontiers):
+                yield Miss("attention", attention.node, "its keys are quantized already", depth=1)
+            else:
+                yield Match(
+                    "attention", attention.node, {"q": attention.q, "k": attention.k, "v": attention.v}
+                )
 
     def run(self, program: Program) -> int:
-        sites = list(self.sites(program))
-        if not sites:
-            raise nothing_matched(self, program, "an attention (scaled_dot_product_attention)")
-        frontiers = Frontiers(program.graph)
+        found, frontiers = list(attentions(program.graph)), Frontiers(program.graph)
+        if not found and self.required:
+            raise nothing_matched(self, program, "an attention (softmax of a product of activations)")
+        if not found:
+            program.notes.append("no attention was found: there is no KV cache to quantize")
+        fresh = [attention for attention in found if not _is_cached_fp8(attention, frontiers)]
         count = 0
-        for site in sites:
-            if isinstance(site, Match):
-                latent = latent_projection(frontiers, site.node)
-                if latent is not None:
-                    self._quantize_latent(site.node, frontiers.matmuls[latent].x, program)
-                    count += 1
-                else:
-                    count += self._quantize(site, "k", 1) + self._quantize(site, "v", 2)
+        for attention in fresh:
+            latent = latent_projection(frontiers, attention)
+            if latent is not None:
+                self._quantize_latent(attention.node, frontiers.matmuls[latent].x, program)
+                count += 1
+            else:
+                count += self._quantize(attention.node, "k", *attention.k_at)
+                count += self._quantize(attention.node, "v", *attention.v_at)
         return count
 
-    def _quantize(self, site: Match, operand: str, position: int) -> int:
-        node, t = site.node, site[operand]
+    def _quantize(self, attention: Node, operand: str, node: Node, position: int) -> int:
+        t = node_at(node, position)
         shared = next(
             (u for u in t.users if u.target is dialect.QUANTIZE and u.kwargs["format"] == self.format), None
         )
         if shared is not None:  # another attention reads the same cache
             node.args = (*node.args[:position], shared, *node.args[position + 1 :])
             return 0
-        name = f"{node.name}_{operand}"
+        name = f"{attention.name}_{operand}"
         amax = (
             _cast_amax(node, name)
             if self.scale == "cast"
@@ -101,18 +103,10 @@ def _cast_amax(node: Node, name: str) -> Node:
     return edit.call(node.graph, f"{name}_amax", scalar, E4M3_MAX, dtype=torch.float32)
 
 
-def _done(program: Program) -> set[Node]:
-    """Attentions whose keys, or whose latent, are quantized already."""
-    frontiers = Frontiers(program.graph)
-    done = set()
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in ATTENTIONS:
-            latent = latent_projection(frontiers, node)
-            cached = node_at(node, 1) if latent is None else frontiers.matmuls[latent].x
-            while cached.target in VIEWS or (
-                cached.target is dialect.QUANTIZE and cached.kwargs["format"] != "fp8"
-            ):
-                cached = node_at(cached, 0)
-            if cached.target is dialect.QUANTIZE:
-                done.add(node)
-    return done
+def _is_cached_fp8(attention: Attention, frontiers: Frontiers) -> bool:
+    """Whether an attention's keys, or its latent, are quantized already."""
+    latent = latent_projection(frontiers, attention)
+    cached = attention.k if latent is None else frontiers.matmuls[latent].x
+    while cached.target in VIEWS or (cached.target is dialect.QUANTIZE and cached.kwargs["format"] != "fp8"):
+        cached = node_at(cached, 0)
+    return cached.target is dialect.QUANTIZE
