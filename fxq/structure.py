@@ -235,7 +235,7 @@ def head(graph: Graph, frontiers: Frontiers) -> Node | None:
 
 @dataclass(frozen=True)
 class Attention:
-    """A softmax attention: `node` multiplies by the values; keys and values enter at `(node, argument)` each."""
+    """A softmax attention: `node` makes its output, keys and values enter at `(node, argument)` each."""
 
     node: Node
     q: Node
