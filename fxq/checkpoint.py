@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from fxq.interpret import WeightCone, amax_value
 from fxq.nodes import int_at, node_at
 from fxq.nvfp4 import Packed
 from fxq.output import Shards, appearing, nbytes, write_json
-from fxq.program import Program, TensorInfo, WeightSource
+from fxq.plan import plan as planned
+from fxq.program import Program, WeightSource
 
 FORMATS: dict[str, ModuleType] = {"modelopt": modelopt}
 SHARD_BYTES = 5_000_000_000
@@ -50,17 +51,6 @@ class Written:
     quantized_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Every output tensor, known from the program's types alone."""
-
-    infos: dict[str, TensorInfo]
-    linears: tuple[str, ...]
-    excluded: tuple[str, ...]
-    has_inputs: bool
-    kv_format: str | None
-
-
 def write(
     program: Program,
     source: WeightSource,
@@ -79,63 +69,27 @@ def write(
     are copied as they are. Raises CheckpointError if `out` holds something, or if what would be written
     breaks the contract.
     """
-    plan = _plan(program, FORMATS[format])
+    plan = planned(program, FORMATS[format])
     with appearing(out) as work:
         shards = Shards(work, plan.infos, shard_bytes)
         writer = _Writer(program, source, FORMATS[format], shards, device or torch.device("cpu"), step)
         writer.run()
         shards.finish()
         ours, nested = FORMATS[format].configs(
-            config, plan.excluded, has_inputs=plan.has_inputs, kv_format=plan.kv_format
+            config, plan.excluded, has_inputs=all(plan.linears.values()), kv_format=plan.kv_format
         )
         write_json(work / "config.json", ours)
         write_json(work / "hf_quant_config.json", nested)
         if side_files is not None:
             _copy_side_files(side_files, work)
     written = writer.written
-    written.excluded, written.linears = plan.excluded, plan.linears
+    written.excluded = plan.excluded
+    written.linears = tuple(key.removesuffix(".weight") for key in plan.linears)
     written.bytes = sum(nbytes(info) for info in plan.infos.values())
     written.source_bytes = sum(nbytes(info) for info in program.hub.tensors.values())
-    written.quantized_bytes = sum(
-        nbytes(info) for name, info in plan.infos.items() if name.rpartition(".")[0] in set(plan.linears)
-    )
+    names = (name for key in plan.linears for name in FORMATS[format].tensor_names(key).values())
+    written.quantized_bytes = sum(nbytes(plan.infos[name]) for name in names if name in plan.infos)
     return written
-
-
-def _plan(program: Program, format: ModuleType) -> _Plan:
-    infos: dict[str, TensorInfo] = {}
-    linears: dict[str, bool] = {}
-    kv_formats: set[str] = set()
-    for node in program.graph.nodes:
-        new: dict[str, TensorInfo] = {}
-        if node.target is dialect.STORE_LINEAR:
-            name, packed, amax = node.args
-            rows, width = node.kwargs["end"] - node.kwargs["start"], packed.meta["val"][0].shape[-1] * 2
-            linears[name] = amax is not None
-            new = format.linear_infos(name, rows, width, has_input=amax is not None)
-        elif node.target is dialect.STORE_KV:
-            kv_formats.add(node.kwargs["format"])
-            if node.args[1] is not None:
-                new = format.kv_infos(node.args[0])
-        elif node.target is dialect.STORE:
-            val = node.args[1].meta["val"]
-            new = {node.args[0]: TensorInfo(tuple(val.shape), val.dtype)}
-        for key in new:
-            if key in infos:
-                raise CheckpointError(f"{key}: two nodes of the program store it, the second is %{node.name}")
-        infos.update(new)
-    if len(set(linears.values())) > 1:
-        with_input = next(n for n, has in linears.items() if has)
-        without = next(n for n, has in linears.items() if not has)
-        raise CheckpointError(
-            f"{with_input} has quantized inputs and {without} has not: one checkpoint declares one "
-            "algorithm; "
-            "give quantize-linears and quantize-experts the same `inputs`"
-        )
-    matrices = [k for k, i in infos.items() if k.endswith(".weight") and len(i.shape) >= 2]
-    unquantized = {k.removesuffix(".weight") for k in matrices} - set(linears)
-    excluded = sorted(unquantized | set(program.hub.modules))
-    return _Plan(infos, tuple(linears), tuple(excluded), all(linears.values()), next(iter(kv_formats), None))
 
 
 class _Writer:
@@ -154,18 +108,19 @@ class _Writer:
         self.program, self.source, self.format, self.shards, self.step = program, source, format, shards, step
         self.cone = WeightCone(program, source, device)
         self.written = Written()
+        self.scalars: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def run(self) -> None:
         stores: dict[Node, list[Node]] = {}
         for node in self.program.graph.nodes:
-            if node.target is dialect.STORE_LINEAR:
+            if node.target in (dialect.STORE_LINEAR, dialect.STORE_ROWS):
                 stores.setdefault(node.args[1], []).append(node)
             elif node.target is dialect.STORE_KV and node.args[1] is not None:
                 amaxes = [amax_value(a, self.program.values) for a in node.args[1:]]
-                self._emit(self.format.kv_tensors(node.args[0], *amaxes))
+                self._put(self.format.kv_tensors(node.args[0], *amaxes))
             elif node.target is dialect.STORE:
-                self._emit({node.args[0]: self.source.read_hub(str(node.args[1].args[0]))})
+                self.shards.put(node.args[0], self.source.read_hub(str(node.args[1].args[0])))
                 self.step()
         packs: dict[Node, list[Node]] = {}
         for pack in stores:
@@ -184,13 +139,33 @@ class _Writer:
             self.written.weights += values[i].numel()
             for store in stores[pack]:
                 rows = slice(store.kwargs["start"], store.kwargs["end"])
-                part = Packed(packed.weight[i, rows], packed.scale[i, rows], packed.scale_2[i])
-                held = store.args[2]
-                input_amax = amax_value(held, self.program.values) if isinstance(held, Node) else None
-                self._emit(self.format.linear_tensors(str(store.args[0]), part, input_amax))
+                self._store(store, Packed(packed.weight[i, rows], packed.scale[i, rows], packed.scale_2[i]))
                 self.step()
 
-    def _emit(self, tensors: Mapping[str, Tensor]) -> None:
+    def _store(self, store: Node, packed: Packed) -> None:
+        held = store.args[2]
+        input_amax = amax_value(held, self.program.values) if isinstance(held, Node) else None
+        if store.target is dialect.STORE_LINEAR:
+            key = f"{store.args[0]}.weight"
+            self._put(self.format.weight_tensors(key, packed))
+            self._put(self.format.scalar_tensors(key, packed, input_amax))
+            return
+        key, options = str(store.args[0]), cast(dict[str, Any], store.kwargs)
+        for name, block in self.format.weight_tensors(key, packed).items():
+            _check_value(name, block)
+            turned = block.T if options["transposed"] else block
+            rows = range(len(turned)) if options["transposed"] else range(*options["rows"])
+            self.shards.put_rows(name, turned, rows, expert=options["expert"], experts=options["experts"])
+        scalars = self.format.scalar_tensors(key, packed, input_amax)
+        if key not in self.scalars:
+            self._put(scalars)
+        for name, value in self.scalars.setdefault(key, scalars).items():
+            if not torch.equal(value, scalars[name]):
+                raise CheckpointError(
+                    f"{name}: %{store.name} brings {float(scalars[name])}, another of its rows {float(value)}"
+                )
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
         for key, tensor in tensors.items():
             _check_value(key, tensor)
             self.shards.put(key, tensor)
@@ -207,7 +182,7 @@ def _weight_name(w: Node) -> tuple[str, int | None]:
 
 
 def _check_value(key: str, tensor: Tensor) -> None:
-    """Engines trust scales blindly: a zero, negative or NaN one never leaves."""
+    """Engines trust scales blindly: a zero, negative or NaN one of ours never leaves."""
     if not key.endswith(("_scale", "_scale_2")):
         return
     if tensor.dtype == torch.float8_e4m3fn:

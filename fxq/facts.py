@@ -1,7 +1,8 @@
 """Facts that passes require and ensure: each answers None when it holds for a program, else why it does
 not."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 from torch.fx import Node
 
@@ -14,6 +15,7 @@ from fxq.structure import (
     fused_by_engines,
     input_quantize,
     is_expert,
+    parameter_name,
     root,
     strip,
     value_of,
@@ -60,15 +62,36 @@ def groups_whole(program: Program) -> str | None:
 
 
 def amaxes_shared(program: Program) -> str | None:
-    """Quantized weights that read one value have one weight amax and one input amax."""
-    for members in quantized_siblings(program).values():
+    """Quantized weights that read one value, or lie in one tensor of the checkpoint, have one weight amax
+    and one input amax."""
+    groups = [("reads the same value as", members) for members in quantized_siblings(program).values()]
+    groups += [
+        (f"lies in the checkpoint's {key} like", members) for key, members in tensor_mates(program).items()
+    ]
+    for why, members in groups:
         first = members[0]
         for member in members[1:]:
             for what, mine, theirs in zip(("a weight", "an input"), member, first, strict=True):
                 if mine is not None and theirs is not None and mine.args[1] is not theirs.args[1]:
-                    return (
-                        f"%{mine.name} reads the same value as %{theirs.name} but has {what} amax of its own"
-                    )
+                    return f"%{mine.name} {why} %{theirs.name} but has {what} amax of its own"
+    return None
+
+
+def tensors_whole(program: Program) -> str | None:
+    """Of the parameters that lie in one tensor of the checkpoint, all are quantized or none."""
+    quantized = {parameter_name(node): node for node in program.graph.nodes if is_weight_quantize(node)}
+    names, owners = program.hub.names, dict[str, str]()
+    for name in quantized:
+        if name in names and not names[name].stacked:
+            owners |= {part.keys[0]: name for part in names[name].parts}
+    for name, stored in names.items():
+        for part in () if stored.stacked or name in quantized else stored.parts:
+            owner = owners.get(part.keys[0])
+            if owner is not None and names[owner] is not stored:  # one parameter may have several names
+                return (
+                    f"the checkpoint's {part.keys[0]} holds both {owner}, which is quantized, and {name}, "
+                    "which is not; change `only` or `skip` so that both are or neither"
+                )
     return None
 
 
@@ -85,7 +108,8 @@ def is_weight_quantize(node: Node) -> bool:
     return node.target is dialect.QUANTIZE and root(node_at(node, 0)) is not None
 
 
-Siblings = dict[tuple[Node, int | None], list[tuple[Node, Node | None]]]
+Member = tuple[Node, Node | None]  # a weight's quantize node, and its input's
+Siblings = dict[tuple[Node, int | None], list[Member]]
 
 
 def quantized_siblings(program: Program) -> Siblings:
@@ -99,3 +123,38 @@ def quantized_siblings(program: Program) -> Siblings:
                 key = (value_of(matmul.x), expert if matmul.node.target is dialect.EXPERT_LINEAR else None)
                 siblings.setdefault(key, []).append((quantize, x_quantize))
     return siblings
+
+
+def tensor_mates(program: Program) -> dict[str, list[Member]]:
+    """Tensor of the checkpoint -> the quantized weights that lie in it and so have one global scale: all
+    experts of a fused tensor, linears whose rows it joins. An expert with a tensor of its own has none.
+
+    A weight that layers share brings no input: theirs may depend on each other.
+    """
+    members = [member for group in quantized_siblings(program).values() for member in group]
+    uses = Counter(quantize for quantize, _ in members)
+    mates: dict[str, list[Member]] = {}
+    for quantize, x in members:
+        stored = program.hub.names.get(parameter_name(quantize))
+        for part in stored.parts if stored is not None and not stored.stacked else ():
+            mates.setdefault(part.keys[0], []).append((quantize, x if uses[quantize] == 1 else None))
+    return mates
+
+
+def joined(sets: Iterable[Sequence[Node]]) -> list[list[Node]]:
+    """Sets of nodes, those that overlap made one, in order of their first node."""
+    parent: dict[Node, Node] = {}
+
+    def head(node: Node) -> Node:
+        while (above := parent.setdefault(node, node)) is not node:
+            parent[node] = parent[above]
+            node = above
+        return node
+
+    for nodes in sets:
+        for node in nodes:
+            parent[head(node)] = head(nodes[0])
+    groups: dict[Node, list[Node]] = {}
+    for node in parent:
+        groups.setdefault(head(node), []).append(node)
+    return list(groups.values())

@@ -46,7 +46,7 @@ class Shards:
         self.files: list[BinaryIO] = []
         for index, keys in enumerate(groups):
             self.files.append(self._start(index, keys))
-        self.left = set(infos)
+        self.left = {key: nbytes(info) for key, info in infos.items()}
 
     def _start(self, index: int, keys: list[str]) -> BinaryIO:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -73,18 +73,41 @@ class Shards:
     def put(self, key: str, tensor: Tensor) -> None:
         """Write one tensor where the header says it is."""
         info = self.infos[key]
-        if TensorInfo(tuple(tensor.shape), tensor.dtype) != info or key not in self.left:
+        if TensorInfo(tuple(tensor.shape), tensor.dtype) != info or self.left[key] != nbytes(info):
             raise CheckpointError(f"{key}: expected {info} once, found {tuple(tensor.shape)} {tensor.dtype}")
+        self._write(key, 0, tensor)
+
+    def put_rows(self, key: str, block: Tensor, rows: range, *, expert: int, experts: int) -> None:
+        """Write `block` [n, width] as rows `rows` of one expert of a tensor seen as [experts, ., width]."""
+        info = self.infos[key]
+        width = info.shape[-1]
+        tall = torch.Size(info.shape).numel() // width // experts
+        if block.shape != (len(rows), width) or block.dtype != info.dtype or rows[-1] >= tall:
+            raise CheckpointError(
+                f"{key}: expected {info}, found {tuple(block.shape)} {block.dtype} for {rows} of expert "
+                f"{expert} of {experts}"
+            )
+        row = width * info.dtype.itemsize
+        first = expert * tall
+        if rows.step == 1:
+            self._write(key, (first + rows.start) * row, block)
+        else:
+            for number, values in zip(rows, block, strict=True):
+                self._write(key, (first + number) * row, values)
+
+    def _write(self, key: str, start: int, values: Tensor) -> None:
         index, offset = self.place[key]
-        self.files[index].seek(offset)
-        self.files[index].write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self.left.discard(key)
+        self.files[index].seek(offset + start)
+        self.files[index].write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.left[key] -= values.nbytes
+        if self.left[key] < 0:
+            raise CheckpointError(f"{key}: written more than once")
 
     def finish(self) -> None:
-        """Flush to the disk and write the index; CheckpointError if a promised tensor never came."""
-        if self.left:
+        """Flush to the disk and write the index; CheckpointError if a promised tensor is not all there."""
+        if missing := [key for key, left in self.left.items() if left]:
             raise CheckpointError(
-                f"{sorted(self.left)[0]}: planned but never written ({len(self.left)} such tensors)"
+                f"{missing[0]}: planned but not fully written ({len(missing)} such tensors)"
             )
         for file in self.files:
             file.flush()

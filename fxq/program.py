@@ -1,9 +1,9 @@
 """What the passes work on: a graph, where its parameters lie in the hub's checkpoint, and what
 calibration found."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,19 +18,59 @@ class TensorInfo:
     dtype: torch.dtype
 
 
+class Convert(Protocol):
+    """transformers' own conversion of whole tensors into a parameter."""
+
+    @property
+    def operations(self) -> str:
+        """What it does, for messages."""
+        ...
+
+    def __call__(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The parameter, from the tensors of the checkpoint that `read` gives."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one tensor of the checkpoint, or of one tensor an expert.
+
+    keys: the tensor; if the parameter is stacked, `keys[e]` holds expert e alone. rows: which rows of it,
+    counted along the second to last dimension (the only one of a vector); a range may have a step.
+    """
+
+    keys: tuple[str, ...]
+    rows: range
+
+
 @dataclass(frozen=True)
 class Stored:
     """Where one parameter of the model lies in the hub's checkpoint.
 
-    `keys[p][e]` is the tensor that holds part `p` (gate, then up) of expert `e`; parts have `rows[p]` rows
-    each and are concatenated along them, experts stacked if `stacked`. `fused` says that the checkpoint
-    holds the parameter in one piece: `keys == ((key,),)`.
+    The rows of its parts follow one another (gate, then up); experts that are tensors of their own are
+    `stacked`; then the last two dimensions are swapped if `transposed`. With `convert` no rows describe the
+    parameter: its parts name every tensor that it is made of.
     """
 
-    keys: tuple[tuple[str, ...], ...]
-    rows: tuple[int, ...] = ()
-    fused: bool = True
+    parts: tuple[Part, ...]
     stacked: bool = False
+    transposed: bool = False
+    convert: Convert | None = None
+
+    @classmethod
+    def whole(cls, key: str, shape: Sequence[int]) -> Self:
+        """A parameter that is one tensor of the checkpoint, as it is."""
+        return cls((Part((key,), range(shape[row_axis(shape)] if shape else 1)),))
+
+    @property
+    def keys(self) -> tuple[tuple[str, ...], ...]:
+        """The tensors of each part."""
+        return tuple(part.keys for part in self.parts)
+
+
+def row_axis(shape: Sequence[int]) -> int:
+    """The dimension that rows are counted along: the second to last, or the only one."""
+    return max(len(shape) - 2, 0)
 
 
 @dataclass(frozen=True)
@@ -39,9 +79,10 @@ class Hub:
 
     stored: parameter or buffer name in memory -> where it lies. names: the same, under the names the hub
     gives this family, which is what gets written (they differ from `stored` only when the source holds
-    experts fused). tensors: every tensor of the source in its order. extra: those the model class ignores
-    (multi-token prediction layers, vision towers), carried through untouched. modules: names listed as
-    unquantized even without a tensor of their own (a tied `lm_head`).
+    fused what the family's own checkpoints hold expert by expert). tensors: every tensor of the source in
+    its order. extra: those the model class ignores (multi-token prediction layers, vision towers), carried
+    through untouched. modules: names listed as unquantized even without a tensor of their own (a tied
+    `lm_head`).
     """
 
     stored: Mapping[str, Stored] = field(default_factory=dict)

@@ -104,15 +104,19 @@ def _same_shapes(node: Node) -> bool:
     return isinstance(slices, (list, tuple)) and len({_shape(s) for s in slices}) == 1
 
 
+def _option(node: Node, name: str) -> Any:
+    return node.kwargs[name]
+
+
 def _fits_tensor(node: Node) -> bool:
     """Whether rows [start, end) of a packed weight fit range(*rows) of one expert of the stored tensor."""
-    kwargs = cast(dict[str, Any], node.kwargs)
-    out, half = node_at(node, 1).meta["val"][0].shape
-    sizes = math.prod(kwargs["shape"]), kwargs["shape"][-1], kwargs["experts"]
-    rows, width = sizes[0] // sizes[1] // sizes[2], sizes[1]
-    tall, wide = (width, rows) if kwargs["transposed"] else (rows, width)
-    last = range(*kwargs["rows"])[-1]
-    return wide == 2 * half and last < tall and kwargs["end"] <= out and rows * width * sizes[2] == sizes[0]
+    *tall, width = _option(node, "shape")
+    experts = _option(node, "experts")
+    sizes = [math.prod(tall) // experts, width]
+    out, columns = reversed(sizes) if _option(node, "transposed") else sizes
+    weight = node_at(node, 1).meta["val"][0].shape
+    fits = columns == 2 * weight[1] and range(*_option(node, "rows"))[-1] < out
+    return fits and _option(node, "end") <= weight[0] and math.prod(tall) % experts == 0
 
 
 RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
@@ -147,9 +151,9 @@ RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
     dialect.STACK: ((_same_shapes, "the slices differ in shape"),),
     dialect.PACK_NVFP4: ((lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),),
     dialect.STORE_ROWS: (
-        (lambda n: 0 <= n.kwargs["expert"] < n.kwargs["experts"], "the expert index is out of range"),
+        (lambda n: 0 <= _option(n, "expert") < _option(n, "experts"), "the expert index is out of range"),
         (
-            lambda n: len(range(*n.kwargs["rows"])) == n.kwargs["end"] - n.kwargs["start"],
+            lambda n: len(range(*_option(n, "rows"))) == _option(n, "end") - _option(n, "start"),
             "expected as many rows of the tensor as of the weight",
         ),
         (_fits_tensor, "the rows lie outside of the tensor"),

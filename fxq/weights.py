@@ -1,14 +1,13 @@
 """Weight sources: a safetensors directory or a live model, both seen under the hub's names and under the
 model's own.
 
-transformers converts hub tensors as it loads them (experts stacked, gate and up concatenated). Here that
-conversion is read as a map from parameters to tensors, so that one expert can be read alone and written
-under its hub name.
+Parameters are rows of the hub's tensors (`fxq.conversion`), so that one expert is read alone.
 """
 
+import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import dot_natural_key
 
+from fxq.conversion import hub_of, own_names, revert
 from fxq.errors import SourceError
-from fxq.program import Hub, Stored, TensorInfo
+from fxq.program import Hub, Stored, TensorInfo, row_axis
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -66,10 +57,10 @@ class Directory:
 
     def read(self, name: str) -> Tensor:
         stored = self.hub.stored[name]
-        if stored.fused:
-            return self.read_hub(stored.keys[0][0]).to(self._dtypes[name])
+        if stored.convert is not None:
+            return stored.convert(self.read_hub).to(self._dtypes[name])
         if not stored.stacked:
-            return torch.cat([self.read_hub(keys[0]) for keys in stored.keys]).to(self._dtypes[name])
+            return self._joined(name, [self._rows(part.keys[0], part.rows) for part in stored.parts])
         first = self.read_expert(name, 0)
         out = first.new_empty(len(stored.keys[0]), *first.shape)
         for expert in range(len(out)):
@@ -78,23 +69,48 @@ class Directory:
 
     def read_expert(self, name: str, expert: int) -> Tensor:
         stored = self.hub.stored[name]
-        if stored.fused:
-            return self._slice(stored.keys[0][0], expert).to(self._dtypes[name])
-        parts = [self.read_hub(keys[expert]).to(self._dtypes[name]) for keys in stored.keys]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if stored.convert is not None:
+            return self.read(name)[expert]
+        if stored.stacked:
+            pieces = [self._rows(part.keys[expert], part.rows) for part in stored.parts]
+        else:
+            pieces = [self._rows(part.keys[0], part.rows, expert) for part in stored.parts]
+        return self._joined(name, pieces)
+
+    def _joined(self, name: str, pieces: list[Tensor]) -> Tensor:
+        """The parts of a parameter (or of one expert of it) as the model has them."""
+        pieces = [piece.to(self._dtypes[name]) for piece in pieces]
+        joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, row_axis(pieces[0].shape))
+        return joined.mT.contiguous() if self.hub.stored[name].transposed else joined
 
     def _read_expert_into(self, stored: Stored, expert: int, out: Tensor) -> None:
-        for part, keys in zip(out.split(list(stored.rows)), stored.keys, strict=True):
-            part.copy_(self.read_hub(keys[expert]))
+        out = out.mT if stored.transposed else out
+        lengths = [len(part.rows) for part in stored.parts]
+        for piece, part in zip(out.split(lengths, row_axis(out.shape)), stored.parts, strict=True):
+            piece.copy_(self._rows(part.keys[expert], part.rows))
 
     def read_hub(self, key: str) -> Tensor:
+        return self._read(key, lambda file: file.get_tensor(key))
+
+    def _rows(self, key: str, rows: range, expert: int | None = None) -> Tensor:
+        """Some rows of one tensor, or of one expert of it; nothing else is read."""
+        shape = self.infos[key].shape
+        axis = row_axis(shape)
+        whole = not shape or rows == range(shape[axis])
+        if whole and expert is None:
+            return self.read_hub(key)
+        index: list[int | slice] = [slice(None)] * axis
+        if expert is not None:
+            index[0] = expert
+        if not whole:
+            index.append(slice(rows.start, rows.stop, rows.step))
+        return self._read(key, lambda file: file.get_slice(key)[tuple(index)])
+
+    def _read(self, key: str, get: Callable[[Any], Tensor]) -> Tensor:
         try:
-            return self._open[self.files[key]].get_tensor(key)
+            return get(self._open[self.files[key]])
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{self.path / self.files[key]}: cannot read {key}: {error}") from error
-
-    def _slice(self, key: str, expert: int) -> Tensor:
-        return self._open[self.files[key]].get_slice(key)[expert]
 
     def _info(self, key: str) -> TensorInfo:
         try:
@@ -110,35 +126,33 @@ class Directory:
 
 
 class Live:
-    """A model in memory, read through its state dict; `origin`, the directory it came from, supplies what
-    it ignores."""
+    """A model in memory, read through its state dict; `origin`, the directory it came from, supplies the
+    hub's names and what the model ignores."""
 
     def __init__(self, model: PreTrainedModel, origin: Directory | None = None) -> None:
+        self.model, self.origin = model, origin
         self.state = {name: t.detach() for name, t in model.state_dict().items()}
         for name, tensor in self.state.items():
             if tensor.device.type == "meta":
                 raise SourceError(
                     f"{name}: its values are not in memory (device meta); load the model without offloading"
                 )
-        self.origin = origin
-        first: dict[int, str] = {}
-        aliases = {n: first.setdefault(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)}
-        own = {n: t.to("meta") for n, t in self.state.items() if aliases.get(n, n) == n}
-        reverted = revert_weight_conversion(model, own)
-        infos = {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in reverted.items()}
-        self.hub = hub_of(model, infos, type(model).__name__)
-        self._where = {
-            key: (name, part, expert)
-            for name, stored in self.hub.stored.items()
-            for part, keys in enumerate(stored.keys)
-            for expert, key in enumerate(keys)
-        }
-        if origin is not None:
+        if origin is None:
+            reverted = revert(model, {name: self.state[name].to("meta") for name in own_names(model)})
+            infos = {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in reverted.items()}
+            self.hub = hub_of(model, infos, type(model).__name__)
+        else:
             origin.attach(model)
-            extra = {key: origin.infos[key] for key in origin.hub.extra}
-            self.hub = Hub(
-                self.hub.stored, self.hub.names, {**infos, **extra}, tuple(extra), self.hub.modules
-            )
+            self.hub = self._in_own_dtypes(origin.hub)
+        self._where = _places(self.hub)
+
+    def _in_own_dtypes(self, hub: Hub) -> Hub:
+        """The directory's tensors, in the dtypes that the parameters have in memory."""
+        tensors = dict(hub.tensors)
+        for name, stored in hub.stored.items():
+            for key in (key for keys in stored.keys for key in keys):
+                tensors[key] = TensorInfo(tensors[key].shape, self.state[name].dtype)
+        return dataclasses.replace(hub, tensors=tensors)
 
     def read(self, name: str) -> Tensor:
         if name not in self.state:
@@ -149,14 +163,44 @@ class Live:
         return self.state[name][expert].cpu()
 
     def read_hub(self, key: str) -> Tensor:
-        if key not in self._where and self.origin is not None:
+        places = self._where.get(key, ())
+        if not places:
+            if self.origin is None:
+                raise SourceError(f"{key}: no parameter of the model makes this tensor")
             return self.origin.read_hub(key)
-        name, part, expert = self._where[key]
+        if any(self.hub.stored[name].convert is not None for name, _, _ in places):
+            names = dict.fromkeys(name for name, _, _ in places)
+            return revert(self.model, {name: self.state[name] for name in names})[key].cpu()
+        info = self.hub.tensors[key]
+        axis = row_axis(info.shape)
+        out = torch.empty(info.shape, dtype=info.dtype)
+        for name, part, expert in places:
+            rows = self.hub.stored[name].parts[part].rows
+            piece = self._piece(name, part, expert).to(info.dtype)
+            if piece.shape == info.shape:
+                return piece.cpu()
+            out[(slice(None),) * axis + (slice(rows.start, rows.stop, rows.step),)] = piece.cpu()
+        return out
+
+    def _piece(self, name: str, part: int, expert: int | None) -> Tensor:
+        """The rows of a parameter (or of one expert of it) that a part of it holds."""
         stored = self.hub.stored[name]
-        if stored.fused:
-            return self.state[name].cpu()
-        whole = self.state[name][expert] if stored.stacked else self.state[name]
-        return whole.split(list(stored.rows))[part].cpu()
+        held = self.state[name] if expert is None else self.state[name][expert]
+        held = held.mT if stored.transposed else held
+        if len(stored.parts) == 1:
+            return held
+        lengths = [len(p.rows) for p in stored.parts]
+        return held.split(lengths, row_axis(held.shape))[part]
+
+
+def _places(hub: Hub) -> dict[str, list[tuple[str, int, int | None]]]:
+    """Tensor of the checkpoint -> (parameter, part of it, expert) of all that lies there."""
+    places: dict[str, list[tuple[str, int, int | None]]] = defaultdict(list)
+    for name, stored in hub.stored.items():
+        for number, part in enumerate(stored.parts):
+            for expert, key in enumerate(part.keys):
+                places[key].append((name, number, expert if stored.stacked else None))
+    return places
 
 
 def _shards(path: Path) -> dict[str, str]:
@@ -205,129 +249,3 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{file}: not a readable safetensors file: {error}") from error
-
-
-def hub_of(model: PreTrainedModel, infos: Mapping[str, TensorInfo], where: str) -> Hub:
-    """How the tensors of a checkpoint make up the parameters of `model`, by transformers' own conversion
-    of that family."""
-    own = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-    stored, extra = _stored(model, infos, own)
-    first: dict[int, str] = {}
-    aliases = {n: first.setdefault(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)}
-    tied = set(model.all_tied_weights_keys)
-    for alias, name in aliases.items():
-        if alias in stored and name not in stored:
-            stored[name] = stored[alias]
-    missing = [
-        name for name in own if name not in stored and aliases.get(name, name) == name and name not in tied
-    ]
-    if missing:
-        raise SourceError(
-            f"{where}: no tensor for {missing[0]}"
-            + (f" and {len(missing) - 1} more parameters" if missing[1:] else "")
-        )
-    names = dict(stored)
-    fused = [name for name, s in stored.items() if s.fused and len(own[name].shape) == 3]
-    if fused:
-        meta = {
-            n: torch.empty(i.shape, dtype=i.dtype, device="meta")
-            for n, i in own.items()
-            if aliases.get(n, n) == n
-        }
-        reverted = revert_weight_conversion(model, meta)
-        theirs, _ = _stored(model, {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in reverted.items()}, own)
-        names.update({name: theirs[name] for name in fused if name in theirs})
-    modules = tuple(
-        sorted(
-            alias.removesuffix(".weight")
-            for alias in aliases
-            if alias.endswith(".weight") and alias not in stored
-        )
-    )
-    return Hub(stored, names, dict(infos), tuple(extra), modules)
-
-
-def _stored(
-    model: PreTrainedModel, infos: Mapping[str, TensorInfo], own: Mapping[str, TensorInfo]
-) -> tuple[dict[str, Stored], list[str]]:
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
-    extra = []
-    for key in sorted(infos, key=dot_natural_key):
-        # The base-model prefix is tried against a plain dict of names: only membership is asked for.
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(own))
-        if name not in own and key in own:
-            name, pattern = key, None
-        if name in own:
-            found[name][pattern].append(key)
-        else:
-            extra.append(key)
-    stored = {}
-    for name, sources in found.items():
-        stored[name] = _one_stored(name, sources, by_pattern, infos)
-        _check_shape(name, stored[name], infos, own[name].shape)
-    return stored, extra
-
-
-def _one_stored(
-    name: str,
-    sources: Mapping[str | None, list[str]],
-    by_pattern: Mapping[str, WeightConverter],
-    infos: Mapping[str, TensorInfo],
-) -> Stored:
-    if None in sources:
-        return Stored(((sources[None][0],),))
-    converter = by_pattern[str(next(iter(sources)))]
-    keys = tuple(tuple(sources.get(pattern, ())) for pattern in converter.source_patterns)
-    keys = tuple(part for part in keys if part)
-    kinds = [type(operation) for operation in converter.operations]
-    rows = tuple(infos[part[0]].shape[0] for part in keys)
-    if kinds in ([MergeModulelist], [MergeModulelist, Concatenate]):
-        if len({len(part) for part in keys}) != 1 or len(keys) != len(converter.source_patterns):
-            counts = ", ".join(f"{len(part)} like {part[0]}" for part in keys)
-            raise SourceError(f"{name}: expected as many tensors of each projection, found {counts}")
-        for part in keys:
-            _check_numbering(part)
-        return Stored(keys, rows, fused=False, stacked=True)
-    if kinds == [Concatenate] and getattr(converter.operations[0], "dim", None) == 0:
-        return Stored(keys, rows, fused=False)
-    names = ", ".join(kind.__name__ for kind in kinds)
-    raise SourceError(
-        f"{name}: its checkpoint tensors go through {names} on load, which fxq cannot read lazily yet"
-    )
-
-
-def _check_numbering(keys: Sequence[str]) -> None:
-    """Experts are stacked in order of their numbers, so a gap would shift all that follow."""
-    columns = list(zip(*(key.split(".") for key in keys), strict=True))
-    numbers = next((column for column in columns if len(set(column)) > 1), ("0",))
-    for expected, (number, key) in enumerate(zip(numbers, keys, strict=False)):
-        if number != str(expected):
-            raise SourceError(f"{key}: expected expert {expected} here, found {number}; is a tensor missing?")
-
-
-def _check_shape(
-    name: str, stored: Stored, infos: Mapping[str, TensorInfo], expected: tuple[int, ...]
-) -> None:
-    first = infos[stored.keys[0][0]].shape
-    if stored.fused:
-        shape = first
-    else:
-        shape = (sum(stored.rows), *first[1:])
-        if stored.stacked:
-            shape = (len(stored.keys[0]), *shape)
-    odd = [
-        k
-        for part, rows in zip(stored.keys, stored.rows, strict=False)
-        for k in part
-        if infos[k].shape != (rows, *first[1:])
-    ]
-    if odd and not stored.fused:
-        raise SourceError(f"{odd[0]}: shape {list(infos[odd[0]].shape)} differs from its fellow experts'")
-    if tuple(shape) != tuple(expected):
-        raise SourceError(
-            f"{stored.keys[0][0]}: config.json makes {name} {list(expected)}, the checkpoint {list(shape)}"
-        )

@@ -1,4 +1,5 @@
-"""sync-groups: quantized weights that read the same value share one weight amax and one input amax."""
+"""sync-groups: quantized weights that read the same value, or lie in one tensor of the checkpoint, share one
+weight amax and one input amax."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +9,15 @@ from torch.fx import Node
 
 from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import Fact, amaxes_shared, quantized_siblings, weights_quantized
+from fxq.facts import (
+    Fact,
+    amaxes_shared,
+    joined,
+    quantized_siblings,
+    tensor_mates,
+    tensors_whole,
+    weights_quantized,
+)
 from fxq.nodes import node_at, nodes_at
 from fxq.pattern import Match, Miss
 from fxq.program import Program
@@ -16,19 +25,21 @@ from fxq.program import Program
 
 @dataclass(frozen=True)
 class SyncGroups:
-    """Join the amaxes of siblings (q/k/v, gate/up, MLA's q_a/kv_a, ...) *before* any block scale is
-    chosen."""
+    """Join the amaxes of siblings (q/k/v, gate/up, MLA's q_a/kv_a, ...) and of what the checkpoint holds in
+    one tensor (all experts of a fused weight) *before* any block scale is chosen."""
 
     name: ClassVar[str] = "sync-groups"
     requires: ClassVar[tuple[Fact, ...]] = ()
-    ensures: ClassVar[tuple[Fact, ...]] = (amaxes_shared,)
+    ensures: ClassVar[tuple[Fact, ...]] = (amaxes_shared, tensors_whole)
     breaks: ClassVar[tuple[Fact, ...]] = ()
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
-        """Every quantized weight: with the value it shares, or alone."""
+        """Every quantized weight: with the value or the tensor it shares, or alone."""
+        mates = [members for members in tensor_mates(program).values() if len(members) > 1]
+        together = {quantize for members in mates for quantize, _ in members}
         for (value, _), members in quantized_siblings(program).items():
             for quantize, _ in members:
-                if len(members) > 1:
+                if len(members) > 1 or quantize in together:
                     yield Match("sibling", quantize, {"value": value})
                 else:
                     reason = f"nothing else that is quantized reads %{value.name}"
@@ -39,14 +50,15 @@ class SyncGroups:
             raise VerifyError(
                 f"sync-groups: {reason}: expected quantize-linears or quantize-experts to have fired before"
             )
-        count = 0
-        for members in quantized_siblings(program).values():
-            weights = [quantize for quantize, _ in members]
-            inputs = [x for _, x in members if x is not None]
-            name = node_at(weights[0], 0).name
-            count += _share(weights, f"{name}_group_amax")
-            count += _share(inputs, f"{name}_group_input_amax")
-        return count
+        groups = [*quantized_siblings(program).values(), *tensor_mates(program).values()]
+        names: dict[Node, str] = {}
+        for quantize, x in (member for members in groups for member in members):
+            names.setdefault(quantize, f"{node_at(quantize, 0).name}_group_amax")
+            if x is not None:
+                names.setdefault(x, f"{node_at(quantize, 0).name}_group_input_amax")
+        weights = joined([quantize for quantize, _ in members] for members in groups)
+        inputs = joined([x for _, x in members if x is not None] for members in groups)
+        return sum(_share(nodes, names[nodes[0]]) for nodes in (*weights, *inputs))
 
 
 def _share(quantizes: list[Node], name: str) -> int:

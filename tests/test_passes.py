@@ -26,7 +26,7 @@ NAMED = {"only", "skip"}
 RENAMED = [
     case
     for case in MODELS
-    if not case.header.keys() & {"values", "weights", "inputs"}
+    if not case.header.keys() & {"values", "weights", "inputs", "hub"}
     and not case.header.get("options", {}).keys() & NAMED
 ]
 

@@ -14,7 +14,7 @@ from fxq.facts import Fact
 from fxq.passes import PASSES
 from fxq.pattern import Match, Miss
 from fxq.pipeline import CalibrationPass, Pass, Session, check_order, needs_data, run
-from fxq.program import Hub, Program, Stored
+from fxq.program import Hub, Part, Program, Stored
 from fxq.spec import load, shipped
 from fxq.text import dump, parse
 from fxq.verify import verify
@@ -51,9 +51,7 @@ MODEL = """\
 return [%logits]
 """
 EXPERTS = Stored(
-    keys=(("layers.0.mlp.experts.0.up_proj.weight", "layers.0.mlp.experts.1.up_proj.weight"),),
-    rows=(16,),
-    fused=False,
+    (Part(("layers.0.mlp.experts.0.up_proj.weight", "layers.0.mlp.experts.1.up_proj.weight"), range(16)),),
     stacked=True,
 )
 HUB = Hub(stored={"layers.0.mlp.experts.up_proj": EXPERTS}, names={"layers.0.mlp.experts.up_proj": EXPERTS})

@@ -14,27 +14,48 @@ from fxq.program import TensorInfo
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
-def linear_infos(name: str, rows: int, width: int, *, has_input: bool) -> dict[str, TensorInfo]:
-    """The tensors of one quantized linear [rows, width]."""
+def tensor_names(key: str) -> dict[str, str]:
+    """The names of a quantized tensor and its three scales: `m.weight_scale` for a tensor `m.weight`,
+    `K_weight_scale` for one called otherwise."""
+    module = key.removesuffix("weight") if key.endswith(".weight") else f"{key}_"
+    scales = {name: f"{module}{name}" for name in ("weight_scale", "weight_scale_2", "input_scale")}
+    return {"weight": key, **scales}
+
+
+def weight_infos(
+    key: str, shape: Sequence[int], *, transposed: bool, has_input: bool
+) -> dict[str, TensorInfo]:
+    """The tensors of one quantized tensor of the checkpoint: [..., out, in], or [..., in, out] if
+    `transposed`; blocks lie along `in`."""
+    names, axis = tensor_names(key), -2 if transposed else -1
+
+    def over(n: int) -> tuple[int, ...]:
+        sizes = list(shape)
+        sizes[axis] //= n
+        return tuple(sizes)
+
     infos = {
-        f"{name}.weight": TensorInfo((rows, width // 2), torch.uint8),
-        f"{name}.weight_scale": TensorInfo((rows, width // BLOCK), torch.float8_e4m3fn),
-        f"{name}.weight_scale_2": TensorInfo((), torch.float32),
+        names["weight"]: TensorInfo(over(2), torch.uint8),
+        names["weight_scale"]: TensorInfo(over(BLOCK), torch.float8_e4m3fn),
+        names["weight_scale_2"]: TensorInfo((), torch.float32),
     }
     if has_input:
-        infos[f"{name}.input_scale"] = TensorInfo((), torch.float32)
+        infos[names["input_scale"]] = TensorInfo((), torch.float32)
     return infos
 
 
-def linear_tensors(name: str, packed: Packed, input_amax: Tensor | None) -> dict[str, Tensor]:
-    """The values of `linear_infos`; both global scales are decode multipliers, amax / 2688."""
-    tensors = {
-        f"{name}.weight": packed.weight,
-        f"{name}.weight_scale": packed.scale,
-        f"{name}.weight_scale_2": packed.scale_2,
-    }
+def weight_tensors(key: str, packed: Packed) -> dict[str, Tensor]:
+    """The packed weight and its block scales under their names, [out, in/2] and [out, in/16]."""
+    names = tensor_names(key)
+    return {names["weight"]: packed.weight, names["weight_scale"]: packed.scale}
+
+
+def scalar_tensors(key: str, packed: Packed, input_amax: Tensor | None) -> dict[str, Tensor]:
+    """The global scales, both decode multipliers, amax / 2688."""
+    names = tensor_names(key)
+    tensors = {names["weight_scale_2"]: packed.scale_2}
     if input_amax is not None:
-        tensors[f"{name}.input_scale"] = global_scale(input_amax)
+        tensors[names["input_scale"]] = global_scale(input_amax)
     return tensors
 
 

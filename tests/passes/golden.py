@@ -31,7 +31,7 @@ from torch.fx import Interpreter, Node
 from fxq import dialect, errors
 from fxq.passes import PASSES
 from fxq.pipeline import Pass, Session, run
-from fxq.program import Hub, Program, Stored, TensorInfo
+from fxq.program import Hub, Part, Program, Stored, TensorInfo, row_axis
 from fxq.text import dump, parse, parse_type
 
 FOLDER = Path(__file__).parent
@@ -164,8 +164,8 @@ def hub_of(fields: Mapping[str, Any]) -> Hub:
         val = parse_type(kind)
         assert isinstance(val, Tensor)
         tensors[name] = TensorInfo(tuple(val.shape), val.dtype)
-    stored = {name: _stored(value) for name, value in fields.get("stored", {}).items()}
-    names = {name: _stored(value) for name, value in fields.get("names", {}).items()} or stored
+    stored = {name: _stored(value, tensors) for name, value in fields.get("stored", {}).items()}
+    names = {name: _stored(value, tensors) for name, value in fields.get("names", {}).items()} or stored
     return Hub(stored, names, tensors, tuple(fields.get("extra", ())), tuple(fields.get("modules", ())))
 
 
@@ -176,11 +176,14 @@ def error_class(name: str) -> type[errors.FxqError]:
     return found  # type: ignore[no-any-return]
 
 
-def _stored(fields: Mapping[str, Any]) -> Stored:
+def _stored(fields: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Stored:
+    """`keys` by part; `rows` by part, a count or [start, stop, step], by default the whole tensor."""
     keys = tuple(map(tuple, fields["keys"]))
-    return Stored(
-        keys, tuple(fields.get("rows", ())), fields.get("fused", False), fields.get("stacked", False)
+    rows = fields.get("rows") or [tensors[part[0]].shape[row_axis(tensors[part[0]].shape)] for part in keys]
+    parts = tuple(
+        Part(part, range(*r) if isinstance(r, list) else range(r)) for part, r in zip(keys, rows, strict=True)
     )
+    return Stored(parts, fields.get("stacked", False), fields.get("transposed", False))
 
 
 def _filled(given: Any, val: Tensor, name: str) -> Tensor:

@@ -8,10 +8,10 @@ hub:
     model.language_model.layers.0.self_attn.o_proj.weight: bf16[32,32]
     lm_head.weight: bf16[8,32]
   stored:
-    self_attn.q_proj.weight: {keys: [[model.language_model.layers.0.self_attn.q_proj.weight]], fused: true}
-    self_attn.k_proj.weight: {keys: [[model.language_model.layers.0.self_attn.k_proj.weight]], fused: true}
-    self_attn.v_proj.weight: {keys: [[model.language_model.layers.0.self_attn.v_proj.weight]], fused: true}
-    self_attn.o_proj.weight: {keys: [[model.language_model.layers.0.self_attn.o_proj.weight]], fused: true}
+    self_attn.q_proj.weight: {keys: [[model.language_model.layers.0.self_attn.q_proj.weight]]}
+    self_attn.k_proj.weight: {keys: [[model.language_model.layers.0.self_attn.k_proj.weight]]}
+    self_attn.v_proj.weight: {keys: [[model.language_model.layers.0.self_attn.v_proj.weight]]}
+    self_attn.o_proj.weight: {keys: [[model.language_model.layers.0.self_attn.o_proj.weight]]}
 --- before
 %x : bf16[1,4,32] = placeholder()
 %q : bf16[32,32] = @self_attn.q_proj.weight

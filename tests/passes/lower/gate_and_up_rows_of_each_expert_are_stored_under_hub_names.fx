@@ -14,7 +14,7 @@ hub:
         - [mlp.experts.0.up_proj.weight, mlp.experts.1.up_proj.weight]
       rows: [16, 16]
       stacked: true
-    mlp.gate.weight: {keys: [[mlp.gate.weight]], fused: true}
+    mlp.gate.weight: {keys: [[mlp.gate.weight]]}
 --- before
 %x : bf16[4,32] = placeholder()
 %router : bf16[2,32] = @mlp.gate.weight

@@ -3,7 +3,7 @@ rewrites: 2
 hub:
   tensors: {mlp.experts.up_proj: "bf16[2,16,32]"}
   stored:
-    mlp.experts.up_proj: {keys: [[mlp.experts.up_proj]], fused: true}
+    mlp.experts.up_proj: {keys: [[mlp.experts.up_proj]]}
   names:
     mlp.experts.up_proj: {keys: [[mlp.experts.0.up_proj.weight, mlp.experts.1.up_proj.weight]], rows: [16], stacked: true}
 --- before

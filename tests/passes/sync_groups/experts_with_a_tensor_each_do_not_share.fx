@@ -1,5 +1,9 @@
 pass: sync-groups
 rewrites: 0
+hub:
+  tensors: {experts.0.up_proj.weight: "bf16[16,32]", experts.1.up_proj.weight: "bf16[16,32]"}
+  stored:
+    experts.up_proj: {keys: [[experts.0.up_proj.weight, experts.1.up_proj.weight]], stacked: true}
 --- before
 %x : bf16[4,32] = placeholder()
 %ids : i64[4] = placeholder()

@@ -2,7 +2,7 @@ pass: lower
 hub:
   tensors: {block.input_linear.weight: "bf16[2,32,32]"}
   stored:
-    mlp.experts.gate_up_proj: {keys: [[block.input_linear.weight]], fused: true}
+    mlp.experts.gate_up_proj: {keys: [[block.input_linear.weight]]}
 --- before
 %x : bf16[4,32] = placeholder()
 %router : bf16[2,32] = @mlp.gate.weight
@@ -19,6 +19,5 @@ hub:
 %y : bf16[4,32] = fxq.expert_linear(%x, %w_q, %ids)
 return [%y]
 --- error
-VerifyError: lower: mlp.experts.gate_up_proj
+VerifyError: lower requires amaxes_shared
 block.input_linear.weight
-engines define no per-expert NVFP4 names
