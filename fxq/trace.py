@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
@@ -143,9 +143,7 @@ def _twin(config: PreTrainedConfig, build: Any) -> Twin:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _quiet():
         try:
-            with mode, no_init_weights():  # an initializer may look at values, which fake tensors do not have
-                model = build(config).eval()
-                model.tie_weights()
+            model = _built(build, config, mode).eval()
         except Exception as error:
             raise TraceError(
                 f"{config.model_type}: transformers cannot build a causal language model: "
@@ -153,6 +151,37 @@ def _twin(config: PreTrainedConfig, build: Any) -> Twin:
             ) from error
         buffers = _buffer_values(model)
         return Twin(model, config, mode, buffers, _freeze_rotary_updates(model))
+
+
+def _built(build: Any, config: PreTrainedConfig, mode: FakeTensorMode) -> PreTrainedModel:
+    """The model on fake CPU tensors, uninitialized: initializers may look at values, which these do not have."""
+    with no_init_weights():
+        try:
+            with mode:
+                model = build(config)
+        except (
+            DataDependentOutputException
+        ):  # a constructor that computes; on meta, what it asks of the CPU is real
+            with torch.device("meta"):
+                model = build(config)
+            _to_fake(model, mode)
+        with mode:
+            model.tie_weights()
+    return model
+
+
+def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        with mode:
+            return fakes.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
+
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(fake(parameter), requires_grad=False)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = fake(buffer)
 
 
 def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -168,7 +197,9 @@ def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
     values = {}
     for owner, (module, buffers) in shells.items():
         module._buffers = {**module._buffers, **buffers}
-        _owner_model(model, owner)._init_weights(module)
+        # What it cannot compute stays NaN, which matters only if the graph reads it: _check_buffers.
+        with contextlib.suppress(DataDependentOutputException):
+            _owner_model(model, owner)._init_weights(module)
         for leaf, value in buffers.items():
             values[f"{owner}.{leaf}".lstrip(".")] = value
     return values
