@@ -1,0 +1,568 @@
+"""Coverage: tiny random models of every family that transformers can build, compiled and read back.
+
+    python benchmarks/coverage.py [--only GLOB ...] [--timeout SECONDS] [--json FILE] [--markdown]
+
+A family is `ok` when the interpreted graph equals the eager model, the checkpoints of two specs are read back
+without a finding by tests/reader.py, every routed expert is quantized and the source is as it was; `refused`
+when fxq ends in one of its own errors; `wrong` in any other case, a crash included. Families whose eager
+forward needs more than token ids, or fails, are counted apart. Each family runs in a child process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import fxq.compiler
+from fxq import dialect
+from fxq.compiler import Model, open_model
+from fxq.errors import FxqError
+from fxq.interpret import Streaming
+from fxq.program import Program
+from tests import reader, reference, tiny
+
+DEFAULT, EXPERTS_ONLY, WEIGHT_ONLY = (
+    "nvfp4_default-fp8_cast_kv",
+    "nvfp4_experts_only-fp8_cast_kv",
+    "nvfp4_weight_only",
+)
+SIZES = ((1, 24), (2, 24), (3, 17), (1, 7), (2, 40), (1, 100))
+CALIBRATION = (4, 24)
+STATES = ("ok", "refused", "wrong", "eager")
+
+
+@dataclass
+class Row:
+    """What became of one family. `stage` is the step that was last begun; `where` the innermost line of a
+    model's own code, or of fxq, in the traceback."""
+
+    family: str
+    architecture: str
+    state: str = "wrong"
+    stage: str = "start"
+    reason: str = ""
+    where: str = ""
+    dtype: str = ""
+    trace_seconds: float | None = None
+    nodes: int | None = None
+    expert_weights: int = 0
+    experts: int = 0
+    groups: int | None = None
+    sizes: list[str] = field(default_factory=list)
+    declined: list[str] = field(default_factory=list)
+    max_diff: float | None = None
+    read_back: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_mib: int = 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB")
+    parser.add_argument("--timeout", type=float, default=120)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args()
+    quiet()
+    console = Console(stderr=options.markdown, width=None if sys.stdout.isatty() else 200)
+    rows: list[Row] = []
+    warm_up()
+    for family in tiny.families():
+        if any(fnmatchcase(family.name, glob) for glob in options.only):
+            rows.append(run_apart(family, options.timeout))
+            console.print(_progress(rows[-1]), highlight=False, markup=False)
+            if options.json:
+                options.json.write_text(
+                    json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
+                )
+    if options.markdown:
+        print("\n".join(markdown(rows)))
+    else:
+        console.print(table(rows))
+    console.print(summary(rows), highlight=False, markup=False)
+    return int(any(row.state == "wrong" for row in rows))
+
+
+def quiet() -> None:
+    """One thread, and nothing from libraries."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def warm_up() -> None:
+    """Import here, once, what every child would import."""
+    with tempfile.TemporaryDirectory() as directory:
+        model = tiny.tiny_model(next(f for f in tiny.families() if f.name == "llama"))
+        model.save_pretrained(directory)
+        _ = open_model(directory).program
+
+
+def run_apart(family: tiny.Family, timeout: float) -> Row:
+    """`examine` in a forked child, which a crash or a hang ends alone."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(family, theirs))
+    start = time.perf_counter()
+    child.start()
+    theirs.close()
+    row = Row(family.name, family.architecture)
+    while True:
+        left = timeout - (time.perf_counter() - start)
+        if left <= 0 or not ours.poll(left):
+            row.state, row.reason = "wrong", f"{row.stage}: not done after {timeout:.0f} s"
+            break
+        try:
+            row, done = ours.recv()
+        except EOFError:
+            child.join()
+            row.state, row.reason = "wrong", f"{row.stage}: the process died ({_exit(child.exitcode)})"
+            break
+        if done:
+            break
+    if child.is_alive():
+        child.join(0.5)
+        child.kill()
+    child.join()
+    row.seconds = round(time.perf_counter() - start, 1)
+    return row
+
+
+def _exit(code: int | None) -> str:
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
+
+
+def _child(family: tiny.Family, pipe: Connection) -> None:
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+    row = Row(family.name, family.architecture)
+
+    def begin(stage: str) -> None:
+        row.stage = stage
+        pipe.send((row, False))
+
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            examine(family, row, Path(directory), begin)
+    except FxqError as error:
+        row.state, row.reason, row.where = "refused", str(error), _where(error)
+    except Exception as error:
+        row.state = "eager" if row.stage == "eager" else "wrong"
+        row.reason, row.where = f"{type(error).__name__}: {error}", _where(error)
+    row.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    pipe.send((row, True))
+
+
+def _where(error: BaseException) -> str:
+    """The innermost lines of a model's own code and of fxq that led to an error or its causes."""
+    places: dict[str, str] = {}
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame in traceback.extract_tb(cause.__traceback__):
+            for kind in ("transformers/models", "transformers", "fxq"):
+                if f"/{kind}/" in frame.filename:
+                    tail = frame.filename.rpartition(f"/{kind.split('/')[0]}/")[2]
+                    places[kind] = f"{tail}:{frame.lineno} {frame.name}"
+                    break
+        cause = cause.__cause__
+    return "; ".join(places.values())
+
+
+def examine(family: tiny.Family, row: Row, work: Path, begin: Callable[[str], None]) -> None:
+    """Every check of one family, in order; fills `row`."""
+    begin("eager")
+    model, eager, source = eager_model(family, row, work)
+    weights = expert_weights(model)
+    row.expert_weights, row.experts = len(weights), sum(len(w) for w in weights.values())
+    rows_of_experts, head = _fingerprints(weights), _head(model)
+    del model
+    before = _digests(source)
+    begin("trace")
+    start = time.perf_counter()
+    opened = open_model(source)
+    row.nodes = len(opened.program.graph.nodes)
+    row.trace_seconds = round(time.perf_counter() - start, 2)
+    begin("interpret")
+    interpret(row, opened, eager)
+    if row.max_diff:
+        row.findings.append(f"interpretation differs from eager by {row.max_diff:.3g}")
+    # Every compilation would trace the same graph again, which takes most of its time.
+    setattr(fxq.compiler, "trace", lambda twin: _copy(opened.program))  # noqa: B010
+    calib = tiny.text_ids(*CALIBRATION, seed=1).tolist()
+    specs = [DEFAULT, EXPERTS_ONLY] if weights else [DEFAULT]
+    refusals: list[FxqError] = []
+    for spec in specs:
+        begin(spec)
+        out = work / spec
+        try:
+            out = compile_to(row, source, spec, calib, out)
+        except FxqError as error:
+            refusals.append(error)
+            continue
+        begin(f"read {spec}")
+        row.findings += [f"{spec}: {finding}" for finding in read_back(source, out, rows_of_experts, head)]
+        row.read_back.append(out.name)
+    if _digests(source) != before:
+        row.findings.append("the source directory changed")
+    if row.findings:
+        row.state, row.reason = "wrong", row.findings[0]
+    elif refusals:
+        raise refusals[0]
+    else:
+        row.state = "ok"
+
+
+def _copy(program: Program) -> Program:
+    return dataclasses.replace(
+        program, graph=copy.deepcopy(program.graph), values={}, tokens={}, bootstrapped=set(), notes=[]
+    )
+
+
+def eager_model(family: tiny.Family, row: Row, work: Path) -> tuple[PreTrainedModel, PreTrainedModel, Path]:
+    """The tiny model, the same as users load it, and its directory; in the first of bf16 and float32 in which
+    it runs on token ids alone."""
+    ids = tiny.text_ids(2, 24)
+    first: Exception | None = None
+    for dtype in (torch.bfloat16, torch.float32):
+        row.dtype = str(dtype).removeprefix("torch.")
+        source = work / row.dtype
+        try:
+            model = tiny.tiny_model(family, dtype)
+            model.save_pretrained(source)
+            eager = load(family, source)
+            logits = _logits(eager, ids)
+        except Exception as error:
+            first = first or error
+            continue
+        if logits.shape[:2] != ids.shape:
+            raise ValueError(f"logits of shape {list(logits.shape)} for ids {list(ids.shape)}")
+        if not bool(logits.isfinite().all()):
+            raise ValueError("logits are not finite")
+        if dtype is torch.float32:
+            row.notes.append(f"in float32: {_line(str(first), 80)}")
+        return model, eager, source
+    assert first is not None
+    raise first
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: Tensor, *, masked: bool = False) -> Tensor:
+    options = {}
+    if masked:
+        future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        mask = torch.zeros(future.shape, dtype=model.dtype).masked_fill(future, torch.finfo(model.dtype).min)
+        options["attention_mask"] = mask.expand(len(ids), 1, -1, -1)
+    logits: Tensor = model(input_ids=ids, use_cache=False, **options).logits
+    return logits
+
+
+def interpret(row: Row, opened: Model, eager: PreTrainedModel) -> None:
+    """Compare the traced graph with the eager model at all sizes that it accepts."""
+    program = opened.program
+    for batch, length in SIZES:
+        refusal = program.accepts(batch, length)
+        if refusal is not None:
+            row.declined.append(f"{batch}x{length}: {refusal}")
+            continue
+        ids = tiny.text_ids(batch, length, seed=length)
+        (found,) = Streaming(program, opened.source, torch.device("cpu")).run_batches([ids])
+        diff = _difference(found, _logits(eager, ids))
+        if diff and not _is_causal(eager) and _is_causal(eager, masked=True):
+            diff = _difference(found, _logits(eager, ids, masked=True))
+            if UNMASKED not in row.notes:
+                row.notes.append(UNMASKED)
+        row.max_diff = max(row.max_diff or 0.0, diff)
+        row.sizes.append(f"{batch}x{length}: {diff:.3g}")
+    if row.max_diff is None:
+        row.findings.append(f"the trace holds for none of {SIZES}: {row.declined[0]}")
+
+
+UNMASKED = "the eager model sees the future unless it is given a mask, as here; the trace does not"
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    diff = float((found.float() - expected.float()).abs().max())
+    return diff if diff == diff else float("inf")
+
+
+def load(family: tiny.Family, source: Path) -> PreTrainedModel:
+    """The model as users load it, with the experts that the trace shows."""
+    kind = AutoModelForCausalLM if family.causal else getattr(transformers, family.architecture)
+    model: PreTrainedModel = kind.from_pretrained(source).eval()
+    model.set_experts_implementation("batched_mm")
+    return model
+
+
+def _is_causal(model: PreTrainedModel, *, masked: bool = False) -> bool:
+    """Whether the last token leaves the first token's logits as they are."""
+    ids = tiny.text_ids(1, 24)
+    other = ids.clone()
+    other[0, -1] += 1
+    try:
+        first, second = (_logits(model, i, masked=masked)[0, 0] for i in (ids, other))
+    except Exception:  # a model's own, about a mask that it does not take
+        return False
+    return torch.equal(first, second)
+
+
+def compile_to(row: Row, source: Path, spec: str, calib: list[list[int]], out: Path) -> Path:
+    """Compile as users do; where there is no attention, with the weight-only spec."""
+    try:
+        compiled = fxq.compile(source, spec, calib=calib, out=out)
+    except FxqError as error:
+        if "quantize-kv" not in str(error) or spec != DEFAULT:
+            raise
+        row.notes.append(f"{WEIGHT_ONLY} instead of {spec}: {error}")
+        compiled = None
+    if compiled is None:
+        out = out.with_name(WEIGHT_ONLY)
+        compiled = fxq.compile(source, WEIGHT_ONLY, calib=calib, out=out)
+    if row.groups is None:
+        row.groups = sum(node.target is dialect.SYNC for node in compiled.graph.nodes)
+    row.notes += [note for note in compiled.report.warnings if note not in row.notes]
+    return out
+
+
+NONE_QUANTIZED = "expected quantized linears, found none"
+TIED_HEAD = "exclude list: lm_head (tied, no tensor) is not listed"
+
+# What is looked for in a model, by the meaning of its config: independent of fxq.
+EXPERT_COUNT = re.compile(r"num_(local_)?experts|n_routed_experts|moe_num_experts")
+
+
+def expert_weights(model: PreTrainedModel) -> dict[str, list[Tensor]]:
+    """Name -> one matrix per routed expert: 3-D parameters over experts, 2-D ones that stack them, and lists
+    of modules."""
+    counts = set(_expert_counts(model.config.to_dict()))
+    found: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        matrices = parameter.detach()
+        if matrices.dim() == 3 and len(matrices) in counts and min(matrices.shape[1:]) >= 16:
+            found[name] = list(matrices)
+        elif matrices.dim() == 2 and "experts.mlp." in name:
+            found[name] = list(matrices.view(min(counts), -1, matrices.shape[1]))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) in counts and "expert" in name:
+            for leaf, parameter in module[0].named_parameters():
+                if parameter.dim() == 2:
+                    found[f"{name}.*.{leaf}"] = [m.get_parameter(leaf).detach() for m in module]
+    return found
+
+
+def _expert_counts(config: dict[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _expert_counts(value)
+        elif EXPERT_COUNT.fullmatch(str(name)) and isinstance(value, int) and value > 1:
+            yield value
+
+
+def _fingerprints(weights: dict[str, list[Tensor]]) -> set[bytes]:
+    """The bytes of every row and column of every expert: what names cannot hide."""
+    return {_bytes(row) for experts in weights.values() for w in experts for m in (w, w.T) for row in m}
+
+
+def _bytes(row: Tensor) -> bytes:
+    return row.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _head(model: PreTrainedModel) -> str | None:
+    """The name of the output projection if it has the embedding's weight and no tensor of its own."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not getattr(embedding, "weight", None):
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def read_back(source: Path, out: Path, experts: set[bytes], head: str | None) -> list[str]:
+    """Findings of the independent reader, and every routed expert of the source that is not quantized."""
+    findings = reader.check(out, source)
+    theirs, ours = reader.read_checkpoint(source), reader.read_checkpoint(out)
+    if TIED_HEAD in findings and not (head or "").endswith("lm_head"):
+        # The reader knows a head only by the name that most families give it.
+        findings.remove(TIED_HEAD)
+        listed = f"exclude list: {head} names nothing in the checkpoint"
+        if listed in findings:
+            findings.remove(listed)
+        elif head is not None:
+            findings.append(f"exclude list: {head} (tied, no tensor) is not listed")
+    quantized = set(ours.quantized_linears())
+    missed = [n for n, e in theirs.tensors.items() if _is_expert(theirs, n, experts) and e.shape]
+    missed = [
+        n for n in missed if len(theirs.tensors[n].shape) > 2 or n.removesuffix(".weight") not in quantized
+    ]
+    for name in quantized:
+        about = (f"{name}.weight: source ", f"{name}: ")
+        if any(f.startswith(about) for f in findings) and _is_turned(theirs, ours, name):
+            findings = [f for f in findings if not f.startswith(about)]
+    for name in list(missed):
+        if name in ours.tensors and ours.tensors[name].dtype == "U8":
+            missed.remove(name)
+            findings = [
+                f for f in findings if not f.startswith((name.removesuffix(".weight"), NONE_QUANTIZED))
+            ]
+            findings += check_fused(theirs, ours, name)
+    if missed:
+        findings.append(f"{missed[0]} and {len(missed) - 1} more tensors of routed experts are not quantized")
+    return findings
+
+
+def _is_turned(source: reader.Checkpoint, out: reader.Checkpoint, name: str) -> bool:
+    """Whether the source holds a linear as [in, out], and the output has it packed as [out, in]."""
+    entry, packed = source.tensors.get(f"{name}.weight"), out.tensors[f"{name}.weight"].shape
+    if entry is None or entry.shape[::-1] != (packed[0], 2 * packed[1]):
+        return False
+    w = source.array(f"{name}.weight").T.astype(np.float64)
+    noise = np.square(w - out.dequantize(name)).sum() / np.square(w).sum()
+    return bool(-10 * np.log10(noise) > reader.LEAST_SQNR_DB)
+
+
+def check_fused(source: reader.Checkpoint, out: reader.Checkpoint, name: str) -> list[str]:
+    """A tensor that holds all experts: packed along its inputs, the last axis or the one before, one pair of
+    global scales for all of it, and within NVFP4's error of the source."""
+    shape, packed = source.tensors[name].shape, out.tensors[name].shape
+    halved = [axis for axis, (n, m) in enumerate(zip(shape, packed, strict=True)) if n == 2 * m]
+    if len(halved) != 1 or halved[0] == 0:
+        return [f"{name}: source {list(shape)}, packed {list(packed)}"]
+    prefix = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
+    scales = {leaf: f"{prefix}{leaf}" for leaf in reader.SCALES}
+    absent = [n for n in scales.values() if n not in out.tensors and not n.endswith("input_scale")]
+    if absent:
+        return [f"{absent[0]}: expected with {name}, found nothing"]
+
+    def rows(values: Any) -> Any:
+        turned = np.moveaxis(np.asarray(values), halved[0], -1)
+        return turned.reshape(-1, turned.shape[-1])
+
+    w = rows(source.array(name)).astype(np.float64)
+    scale_2 = out.array(scales["weight_scale_2"]).reshape(-1)
+    if scale_2.size != 1 or not np.isclose(scale_2[0], np.abs(w).max() / 2688, rtol=1e-6):
+        return [
+            f"{scales['weight_scale_2']}: expected amax / 2688 = {np.abs(w).max() / 2688}, found {scale_2}"
+        ]
+    decoded = reference.dequantize(
+        rows(out.array(name)), rows(out.array(scales["weight_scale"])), float(scale_2[0])
+    )
+    noise = np.square(w - decoded).sum(axis=1) / np.square(w).sum(axis=1)
+    ratio = -10 * np.log10(np.median(noise))
+    return [] if ratio > reader.LEAST_SQNR_DB else [f"{name}: {ratio:.1f} dB from its source"]
+
+
+def _is_expert(checkpoint: reader.Checkpoint, name: str, experts: set[bytes]) -> bool:
+    raw = checkpoint.raw(name)
+    if raw.ndim < 2 or raw.size == 0:
+        return False
+    return raw.reshape(-1, raw.shape[-1])[0].tobytes() in experts
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def _progress(row: Row) -> str:
+    return f"{row.state:8} {row.family:45} {row.seconds:5.1f} s  {_line(row.reason, 120)}"
+
+
+def _line(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+HEADER = (
+    "family",
+    "traced s",
+    "nodes",
+    "experts",
+    "groups",
+    "max diff",
+    "emitted, read back",
+    "state",
+    "note",
+)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    note = row.reason or "; ".join(row.notes)
+    if row.declined and not row.reason:
+        note = f"holds for {len(row.sizes)} of {len(SIZES)} sizes; {note}"
+    return (
+        row.family,
+        "-" if row.trace_seconds is None else f"{row.trace_seconds:.1f}",
+        "-" if row.nodes is None else str(row.nodes),
+        f"{row.experts}" if row.experts else "-",
+        "-" if row.groups is None else str(row.groups),
+        "-" if row.max_diff is None else f"{row.max_diff:.3g}",
+        str(len(row.read_back)) if row.read_back else "-",
+        row.state,
+        _line(note, 100),
+    )
+
+
+def table(rows: list[Row]) -> Table:
+    """For a terminal."""
+    made = Table(*HEADER)
+    for row in rows:
+        made.add_row(*_cells(row))
+    return made
+
+
+def markdown(rows: list[Row]) -> Iterator[str]:
+    """For a page."""
+    yield "| " + " | ".join(HEADER) + " |"
+    yield "|---" * len(HEADER) + "|"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(row)) + " |"
+    yield ""
+
+
+def summary(rows: list[Row]) -> str:
+    """Counts of states, and the share of ok among the families whose eager forward works."""
+    counts = Counter(row.state for row in rows)
+    works = len(rows) - counts["eager"]
+    share = f" ({counts['ok'] / works:.1%} of {works})" if works else ""
+    return (
+        f"ok {counts['ok']}{share}, refused {counts['refused']}, wrong {counts['wrong']}, "
+        f"eager forward broken or not of token ids alone {counts['eager']}; "
+        f"{sum(row.seconds for row in rows):.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
