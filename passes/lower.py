@@ -261,8 +261,8 @@ class _Emitter:
         if fused := [key for key, experts in self.experts.items() if experts > 1]:
             yield (
                 f"{fused[0]}{_others(fused)}: this family's checkpoints hold all experts of a layer in one "
-                "tensor, and so does this one; of vLLM 0.32 it is known that it fails to load such NVFP4 "
-                "weights, and no engine is known that does"
+                "tensor, and so does this one; vLLM 0.32 fails on NVFP4 weights in that form, and no engine "
+                "is known to load them"
             )
         if self.turned:
             yield (

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from tests.reader import CONFIG, INDEX, KV_SCALES, QUANT_CONFIG, SCALES, Checkpoint, read_checkpoint
 
@@ -33,7 +34,7 @@ TORCH_DTYPES = {
 
 
 def dequantized_model(out_dir: Path | str, work_dir: Path | str) -> Path:
-    """Write `work_dir`: `out_dir` with each quantized linear as one bf16 `.weight` under its hub name.
+    """Write `work_dir`: `out_dir` with each quantized linear or fused parameter in bf16 under its hub name.
 
     Scales (KV too), quantization_config and hf_quant_config.json are left out, other tensors and files
     copied, so `AutoModelForCausalLM.from_pretrained(work_dir)` loads it. Shards keep their names; one is in
@@ -42,7 +43,9 @@ def dequantized_model(out_dir: Path | str, work_dir: Path | str) -> Path:
     out, work = read_checkpoint(out_dir), Path(work_dir)
     work.mkdir(parents=True)
     quantized = set(out.quantized_linears())
-    dropped = {f"{name}.{scale}" for name in quantized for scale in SCALES}
+    dropped = {out.part(name, scale) for name in quantized for scale in SCALES}
+    weights = {out.part(name): name for name in quantized}
+    turned = _held_transposed(out.path)
     dropped |= {name for name in out.tensors if name.endswith(tuple(f".{scale}" for scale in KV_SCALES))}
     names: dict[str, list[str]] = defaultdict(list)
     for name, entry in out.tensors.items():
@@ -51,7 +54,8 @@ def dequantized_model(out_dir: Path | str, work_dir: Path | str) -> Path:
     weight_map: dict[str, str] = {}
     total = 0
     for shard, members in names.items():
-        tensors = {name: _tensor(out, name, name.removesuffix(".weight") in quantized) for name in members}
+        tensors = {name: _tensor(out, name, weights.get(name)) for name in members}
+        tensors |= {name: tensors[name].T.contiguous() for name in members if name in turned & weights.keys()}
         save_file(tensors, work / shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(members, shard)
         total += sum(t.nbytes for t in tensors.values())
@@ -64,6 +68,15 @@ def dequantized_model(out_dir: Path | str, work_dir: Path | str) -> Path:
         if file.is_file() and not written:
             shutil.copyfile(file, work / file.name)
     return work
+
+
+def _held_transposed(path: Path) -> set[str]:
+    """Weights that transformers keeps as [in, out]."""
+    config = AutoConfig.from_pretrained(path)
+    config.quantization_config = None
+    with torch.device("meta"):
+        modules = AutoModelForCausalLM.from_config(config).named_modules()
+    return {f"{name}.weight" for name, module in modules if isinstance(module, Conv1D)}
 
 
 def perplexity(model_dir: Path | str, token_lists: Iterable[Sequence[int]], window: int = 512) -> float:
@@ -89,10 +102,10 @@ def perplexity(model_dir: Path | str, token_lists: Iterable[Sequence[int]], wind
     return math.exp(total / count)
 
 
-def _tensor(out: Checkpoint, name: str, quantized: bool) -> torch.Tensor:
-    """The tensor `name` as stored; for a quantized linear's `.weight` its dequantized values in bf16."""
-    if quantized and name.endswith(".weight"):
-        return torch.from_numpy(out.dequantize(name.removesuffix(".weight"))).to(torch.bfloat16)
+def _tensor(out: Checkpoint, name: str, quantized: str | None) -> torch.Tensor:
+    """The tensor `name` as stored; for the weight of `quantized` its dequantized values in bf16."""
+    if quantized is not None:
+        return torch.from_numpy(np.ascontiguousarray(out.dequantize(quantized))).to(torch.bfloat16)
     entry = out.tensors[name]
     data = torch.from_numpy(np.array(out.raw(name)).reshape(-1).view(np.uint8))
     return data.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)

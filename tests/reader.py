@@ -135,17 +135,70 @@ class Checkpoint:
             return raw
         return (raw.astype(np.uint32) << 16).view(np.float32)
 
+    @cached_property
+    def holds_transposed(self) -> bool:
+        """Whether some matrix with a bias has as many columns, not rows, as the bias elements."""
+        shapes = {n.removesuffix("weight"): e.shape for n, e in self.tensors.items() if n.endswith(".weight")}
+        biases = {n: self.tensors.get(f"{n}bias") for n in shapes}
+        return any(
+            b is not None and len(shapes[n]) == 2 and b.shape == shapes[n][1:] != shapes[n][:1]
+            for n, b in biases.items()
+        )
+
+    @cached_property
+    def _fused(self) -> set[str]:
+        """Parameters `K` that are no module's `.weight`, but have scales `K_weight_scale` (section 5)."""
+        return {n.removesuffix(f"_{s}") for n in self.tensors for s in SCALES[:2] if n.endswith(f"_{s}")}
+
     def quantized_linears(self) -> list[str]:
-        """Sorted modules with a U8 `.weight`, a `.weight_scale` or a `.weight_scale_2`; complete or not."""
+        """Sorted modules with a U8 `.weight`, a `.weight_scale` or a `.weight_scale_2`, and fused
+        parameters; complete or not."""
         names = {_module(n, s) for n in self.tensors for s in SCALES[:2] if n.endswith("." + s)}
         weights = {n: e for n, e in self.tensors.items() if n.endswith(".weight")}
-        return sorted(names | {_module(n, "weight") for n, e in weights.items() if e.dtype == "U8"})
+        modules = names | {_module(n, "weight") for n, e in weights.items() if e.dtype == "U8"}
+        return sorted(modules | self._fused)
+
+    def part(self, name: str, suffix: str = "weight") -> str:
+        """The tensor `suffix` (weight or one of SCALES) of a quantized linear or fused parameter."""
+        if name in self._fused:
+            return name if suffix == "weight" else f"{name}_{suffix}"
+        return f"{name}.{suffix}"
+
+    def packed_axis(self, name: str) -> int | None:
+        """The axis along which `name` is packed: the last, or for [E, in, out] (and matrices of such
+        experts) the one before, as the shapes of weight and scales say; None if they say neither."""
+        weight, scale = (self.tensors.get(self.part(name, s)) for s in ("weight", "weight_scale"))
+        if weight is None or scale is None or len(weight.shape) not in (2, 3):
+            return None
+        for axis in (-1, -2) if name in self._fused or len(weight.shape) == 3 else (-1,):
+            expected = list(weight.shape)
+            expected[axis] = expected[axis] // 8
+            if weight.shape[axis] % 8 == 0 and tuple(expected) == scale.shape:
+                return axis
+        return None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the quantized linear or fused parameter `name` before it was packed."""
+        shape, axis = list(self.tensors[self.part(name)].shape), self.packed_axis(name)
+        shape[-1 if axis is None else axis] *= 2
+        return tuple(shape)
 
     def dequantize(self, name: str, rows: slice = slice(None)) -> Array:
-        """float32 [N, K] (or `rows`) of the quantized linear `name`: the exact products, rounded once."""
-        scale_2 = float(self.array(f"{name}.weight_scale_2").reshape(()))
-        packed, scale = self.array(f"{name}.weight", rows), self.array(f"{name}.weight_scale", rows)
-        return reference.dequantize(packed, scale, scale_2).astype(np.float32)
+        """float32 [N, K], or [E, ., .] of a fused parameter in its stored orientation (or `rows` of the first
+        axis): the exact products, rounded once."""
+        scale_2 = float(self.array(self.part(name, "weight_scale_2")).reshape(()))
+        axis, shape = self.packed_axis(name), self.shape(name)
+        first = rows if len(shape) == 3 or axis == -1 else slice(None)
+        packed, scale = (self.array(self.part(name, s), first) for s in ("weight", "weight_scale"))
+        if axis == -2:
+            packed, scale = (np.ascontiguousarray(np.swapaxes(t, -1, -2)) for t in (packed, scale))
+        flat = reference.dequantize(
+            packed.reshape(-1, packed.shape[-1]), scale.reshape(-1, scale.shape[-1]), scale_2
+        ).astype(np.float32)
+        values = flat.reshape(*packed.shape[:-1], -1)
+        if axis == -2:
+            values = np.swapaxes(values, -1, -2)
+        return values if first == rows else values[rows]
 
     @cached_property
     def linears(self) -> list[str]:
@@ -364,42 +417,45 @@ def _check_linears(out: Checkpoint, scheme: dict[str, str]) -> Iterator[str]:
     if not scheme:
         yield "expected quantized linears, found none"
     for name, algorithm in scheme.items():
-        weight = out.tensors.get(f"{name}.weight")
-        if weight is None or weight.dtype != "U8" or len(weight.shape) != 2:
-            yield f"{name}.weight: expected U8 [N, K/2], found {_describe(weight)}"
+        weight = out.tensors.get(out.part(name))
+        if weight is None or weight.dtype != "U8" or len(weight.shape) not in (2, 3):
+            yield f"{out.part(name)}: expected U8 [N, K/2] or fused experts, found {_describe(weight)}"
             continue
-        n, k = weight.shape[0], 2 * weight.shape[1]
-        if k % reference.BLOCK or not n * k:
-            yield f"{name}.weight: expected K to be a positive multiple of 16, found K = {k}, N = {n}"
+        axis = out.packed_axis(name)
+        k = out.shape(name)[-1 if axis is None else axis]
+        if k % reference.BLOCK or 0 in weight.shape:
+            yield f"{out.part(name)}: expected K to be a positive multiple of 16, found {_describe(weight)}"
             continue
-        yield from _check_block_scales(out, name, (n, k // reference.BLOCK))
-        yield from _check_scalar(out, f"{name}.weight_scale_2")
+        yield from _check_block_scales(out, name)
+        yield from _check_scalar(out, out.part(name, "weight_scale_2"))
         if algorithm != "W4A16_NVFP4":
-            yield from _check_scalar(out, f"{name}.input_scale")
-        elif f"{name}.input_scale" in out.tensors:
-            yield f"{name}.input_scale: expected none with W4A16_NVFP4"
+            yield from _check_scalar(out, out.part(name, "input_scale"))
+        elif out.part(name, "input_scale") in out.tensors:
+            yield f"{out.part(name, 'input_scale')}: expected none with W4A16_NVFP4"
         bias = out.tensors.get(f"{name}.bias")
-        if bias is not None and bias.shape != (n,):
-            yield f"{name}.bias: expected [{n}], found {_describe(bias)}"
+        if bias is not None and len(weight.shape) == 2 and bias.shape != (weight.shape[0],):
+            yield f"{name}.bias: expected [{weight.shape[0]}], found {_describe(bias)}"
         for other in ("pre_quant_scale", FP8_SOURCE_SCALE):
             if f"{name}.{other}" in out.tensors:
                 yield f"{name}.{other}: no part of an NVFP4 linear"
     for tensor in out.tensors:
-        if tensor.endswith(".input_scale") and _module(tensor, "input_scale") not in scheme:
+        if tensor.endswith("input_scale") and tensor[: -len(".input_scale")] not in scheme:
             yield f"{tensor}: belongs to no quantized linear"
 
 
-def _check_block_scales(out: Checkpoint, name: str, shape: tuple[int, int]) -> Iterator[str]:
-    entry = out.tensors.get(f"{name}.weight_scale")
-    if entry is None or (entry.dtype, entry.shape) != ("F8_E4M3", shape):
-        yield f"{name}.weight_scale: expected F8_E4M3 {list(shape)}, found {_describe(entry)}"
+def _check_block_scales(out: Checkpoint, name: str) -> Iterator[str]:
+    where = out.part(name, "weight_scale")
+    entry = out.tensors.get(where)
+    if entry is None or entry.dtype != "F8_E4M3" or out.packed_axis(name) is None:
+        packed = list(out.tensors[out.part(name)].shape)
+        yield f"{where}: expected F8_E4M3, one for 16 along K of {packed}, found {_describe(entry)}"
         return
-    count = np.bincount(out.array(f"{name}.weight_scale").reshape(-1), minlength=256)
+    count = np.bincount(out.array(where).reshape(-1), minlength=256)
     nan = int(count[reference.NAN_CODE] + count[128 + reference.NAN_CODE])
     zero, negative = int(count[0] + count[128]), int(count[129 : 128 + reference.NAN_CODE].sum())
     for kind, number in (("zero", zero), ("NaN", nan), ("negative", negative)):
         if number:
-            yield f"{name}.weight_scale: expected positive finite values, found {number} {kind}"
+            yield f"{where}: expected positive finite values, found {number} {kind}"
 
 
 def _check_scalar(out: Checkpoint, name: str) -> Iterator[str]:
@@ -535,13 +591,15 @@ def _check_exclude(out: Checkpoint, scheme: dict[str, str]) -> Iterator[str]:
         for name in sorted(modules - set(scheme)):
             if not excluded(name):
                 yield f"exclude list: {name} is not quantized and not listed"
+        yield from _check_arrays_listed(out, entries, set(scheme))
     heads = [name for name in modules if _leaf(name) == "lm_head"]
     listed = [entry for entry in entries if _leaf(entry) == "lm_head" or fnmatchcase("lm_head", entry)]
     if not heads and not listed:
         yield "exclude list: lm_head (tied, no tensor) is not listed"
     prefixes: dict[str, str] = {}
     for name in scheme:
-        prefixes.setdefault(vllm_name(name, modules), name)
+        fused = out.part(name) == name  # the engine's module is the one that owns the parameter
+        prefixes.setdefault(name.rpartition(".")[0] if fused else vllm_name(name, modules), name)
         if name in entries:
             yield f"exclude list: {name} is quantized and listed"
         for w in wild:
@@ -553,6 +611,18 @@ def _check_exclude(out: Checkpoint, scheme: dict[str, str]) -> Iterator[str]:
             if entry != name and (entry in prefix or ("*" in entry and fnmatchcase(prefix, entry))):
                 yield f"exclude list: {entry} matches {prefix}, vLLM's name for the quantized {name}"
     yield from _check_entries_exist(out, entries, set(scheme))
+
+
+def _check_arrays_listed(out: Checkpoint, entries: set[str], quantized: set[str]) -> Iterator[str]:
+    """Section 4 for what is more than a matrix: convolutions and fused experts left unquantized, the latter
+    by their own name or by that of the module that owns them."""
+    for name, entry in out.tensors.items():
+        if len(entry.shape) < 3 or entry.dtype not in ("BF16", "F16", "F32"):
+            continue
+        module = name.removesuffix(".weight")
+        listed = module in entries or any(fnmatchcase(module, e) for e in entries if "*" in e)
+        if module not in quantized and not listed and module.rpartition(".")[0] not in entries:
+            yield f"exclude list: {module} {list(entry.shape)} is not quantized and not listed"
 
 
 def _check_entries_exist(out: Checkpoint, entries: set[str], quantized: set[str]) -> Iterator[str]:
@@ -616,6 +686,10 @@ def _check_experts(out: Checkpoint) -> Iterator[str]:
     """Sections 3 and 9: experts 0..E-1 alike, all or none quantized; one gate/up and one down input_scale."""
     quantized = set(out.quantized_linears())
     counts = _config_values(out, EXPERT_COUNTS)
+    for name in sorted(quantized):
+        entry = out.tensors.get(out.part(name))
+        if counts and entry is not None and len(entry.shape) == 3 and entry.shape[0] not in counts:
+            yield f"{name}: expected {max(counts)} experts, found {_describe(entry)}"
     layers: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in out.linears:
         if match := EXPERT.fullmatch(name):
@@ -641,7 +715,7 @@ def _check_experts(out: Checkpoint) -> Iterator[str]:
 
 def _check_equal(out: Checkpoint, modules: list[str], scale: str, why: str) -> Iterator[str]:
     """One finding when the bits of `<module>.<scale>` are not the same for all modules that have one."""
-    names = [f"{m}.{scale}" for m in modules if f"{m}.{scale}" in out.tensors]
+    names = [out.part(m, scale) for m in modules if out.part(m, scale) in out.tensors]
     bits: dict[bytes, str] = {}
     for name in names:
         bits.setdefault(out.raw(name).tobytes(), name)
@@ -653,14 +727,15 @@ def _check_equal(out: Checkpoint, modules: list[str], scale: str, why: str) -> I
 
 def _check_tensors_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]:
     quantized = set(out.quantized_linears())
-    accounted = {f"{name}.{suffix}" for name in quantized for suffix in ("weight", *SCALES)}
+    accounted = {out.part(name, suffix) for name in quantized for suffix in ("weight", *SCALES)}
     accounted |= {_join(layer, scale) for layer in _attention_layers(out) for scale in KV_SCALES}
+    weights = {out.part(name): name for name in quantized}
     for name, entry in source.tensors.items():
-        if name.endswith(".weight") and _module(name, "weight") in quantized:
+        if name in weights:
             stored = out.tensors.get(name)
-            if stored is None or stored.dtype != "U8" or len(stored.shape) != 2:
+            if stored is None or stored.dtype != "U8" or len(stored.shape) not in (2, 3):
                 continue  # a finding of its own
-            if (stored.shape[0], 2 * stored.shape[1]) != entry.shape:
+            if not _is_weight_of(source, weights[name], out):
                 yield f"{name}: source {list(entry.shape)}, packed {list(stored.shape)}"
         elif name.endswith("." + FP8_SOURCE_SCALE) and _module(name, FP8_SOURCE_SCALE) in quantized:
             continue
@@ -673,7 +748,7 @@ def _check_tensors_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]
     for name in sorted(set(out.tensors) - set(source.tensors) - accounted):
         yield f"{name}: not in the source, and no scale of a quantized linear or KV cache"
     for name in sorted(quantized):
-        if f"{name}.weight" not in source.tensors:
+        if out.part(name) not in source.tensors:
             yield f"{name}: quantized, but the source has no such weight"
 
 
@@ -686,18 +761,24 @@ def _check_weights_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]
     for name in out.quantized_linears():
         if not _readable(out, name) or not _is_weight_of(source, name, out):
             continue
-        signal, noise = _signal_noise(out, source, name)
-        amaxes[name] = max(float(np.abs(part).max()) for part in _source_rows(source, name))
-        if signal > 0 and not _decibel(signal, noise) >= LEAST_SQNR_DB:
-            yield f"{name}: {_decibel(signal, noise):.1f} dB from its source, expected {LEAST_SQNR_DB} and up"
+        parts = [(float(np.abs(w).max()), _energies(w, ours)) for w, ours in _pairs(out, source, name)]
+        amaxes[name] = max(amax for amax, _ in parts)
+        # Every expert of a fused parameter counts alone: one that was forgotten is lost in the sum.
+        whole = [tuple(np.sum([energies for _, energies in parts], axis=0))]
+        for signal, noise in [e for _, e in parts] if len(out.shape(name)) == 3 else whole:
+            if signal > 0 and not _decibel(signal, noise) >= LEAST_SQNR_DB:
+                decibel = _decibel(signal, noise)
+                yield f"{name}: {decibel:.1f} dB from its source, expected {LEAST_SQNR_DB} and up"
+                break
     sharing: dict[float, list[str]] = defaultdict(list)
     for name in amaxes:
-        sharing[float(out.array(f"{name}.weight_scale_2").reshape(()))].append(name)
+        sharing[float(out.array(out.part(name, "weight_scale_2")).reshape(()))].append(name)
     for scale, names in sharing.items():
         largest = max(names, key=amaxes.__getitem__)
         wanted = [amaxes[largest] / (6 * top) for top in (448, 256)]
         if amaxes[largest] > 0 and not any(math.isclose(scale, w, rel_tol=SCALE_TOLERANCE) for w in wanted):
-            yield f"{largest}.weight_scale_2: expected amax / 2688 = {wanted[0]:.9g}, found {scale:.9g}"
+            where = out.part(largest, "weight_scale_2")
+            yield f"{where}: expected amax / 2688 = {wanted[0]:.9g}, found {scale:.9g}"
 
 
 def _check_files_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]:
@@ -719,55 +800,74 @@ def _check_files_against(out: Checkpoint, source: Checkpoint) -> Iterator[str]:
 
 
 def _is_weight_of(source: Checkpoint, name: str, out: Checkpoint) -> bool:
-    entry, packed = source.tensors.get(f"{name}.weight"), out.tensors[f"{name}.weight"].shape
-    return entry is not None and entry.shape == (packed[0], 2 * packed[1])
+    entry = source.tensors.get(out.part(name))
+    if entry is None:
+        return False
+    return out.shape(name) == (entry.shape[::-1] if _is_conv1d(source, name) else entry.shape)
+
+
+def _is_conv1d(source: Checkpoint, name: str) -> bool:
+    """Whether a source holds the linear `name` as [in, out]: a bias has `out` elements. Of a square one its
+    fellows tell."""
+    weight, bias = (source.tensors.get(f"{name}.{suffix}") for suffix in ("weight", "bias"))
+    if weight is None or bias is None or len(weight.shape) != 2:
+        return False
+    rows, columns = weight.shape
+    return bias.shape == (columns,) and (rows != columns or source.holds_transposed)
 
 
 def _readable(out: Checkpoint, name: str) -> bool:
     """Whether the three weight tensors have the shapes and dtypes that `dequantize` needs."""
-    entries = [out.tensors.get(f"{name}.{suffix}") for suffix in ("weight", "weight_scale", "weight_scale_2")]
+    entries = [out.tensors.get(out.part(name, s)) for s in ("weight", "weight_scale", "weight_scale_2")]
     if any(entry is None for entry in entries):
         return False
     weight, scale, scale_2 = (entry for entry in entries if entry is not None)
+    kinds = (weight.dtype, scale.dtype, scale_2.dtype, scale_2.size)
     return (
-        (weight.dtype, scale.dtype, scale_2.dtype, scale_2.size) == ("U8", "F8_E4M3", "F32", 1)
-        and len(weight.shape) == 2
-        and weight.shape[1] % 8 == 0
-        and 0 not in weight.shape
-        and scale.shape == (weight.shape[0], weight.shape[1] // 8)
+        kinds == ("U8", "F8_E4M3", "F32", 1) and 0 not in weight.shape and out.packed_axis(name) is not None
     )
 
 
 def _row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices over the rows of [N, K], about CHUNK_ELEMENTS each, multiples of an FP8 source's 128 rows."""
-    step = max(1, CHUNK_ELEMENTS // max(1, shape[1]) // 128) * 128
+    """Slices over the rows of [N, K], about CHUNK_ELEMENTS each, multiples of an FP8 source's 128 rows; over
+    the experts of [E, ., .], one each."""
+    step = 1 if len(shape) == 3 else max(1, CHUNK_ELEMENTS // max(1, shape[1]) // 128) * 128
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
 
-def _source_rows(source: Checkpoint, name: str) -> Iterator[Array]:
-    """The source's `.weight` by `_row_slices`, as floats; FP8 sources times their 128 x 128 block scales."""
-    entry = source.tensors[f"{name}.weight"]
-    for rows in _row_slices(entry.shape):
-        part = source.array(f"{name}.weight", rows)
-        if entry.dtype == "F8_E4M3":
-            blocks = slice(rows.start // 128, -(-rows.stop // 128))
-            inverse = source.array(f"{name}.{FP8_SOURCE_SCALE}", blocks)
-            spread = np.repeat(np.repeat(inverse, 128, axis=0), 128, axis=1)
-            part = reference.e4m3_decode(part) * spread[: part.shape[0], : part.shape[1]]
-        yield part
+def _source_rows(source: Checkpoint, key: str, rows: slice) -> Array:
+    """Some rows of a source's weight, as floats; FP8 sources times their 128 x 128 block scales."""
+    part = source.array(key, rows)
+    if source.tensors[key].dtype != "F8_E4M3":
+        return part
+    blocks = slice(rows.start // 128, -(-rows.stop // 128))
+    inverse = source.array(f"{key}_scale_inv", blocks)
+    spread = np.repeat(np.repeat(inverse, 128, axis=0), 128, axis=1)
+    return reference.e4m3_decode(part) * spread[: part.shape[0], : part.shape[1]]
+
+
+def _pairs(out: Checkpoint, source: Checkpoint, name: str) -> Iterator[tuple[Array, Array]]:
+    """(the source's values, what was made of them) of one quantized linear, a chunk of rows at a time."""
+    key = out.part(name)
+    if _is_conv1d(source, name):
+        yield source.array(key).T, out.dequantize(name)
+        return
+    for rows in _row_slices(source.tensors[key].shape):
+        yield _source_rows(source, key, rows), out.dequantize(name, rows)
+
+
+def _energies(w: Array, ours: Array) -> tuple[float, float]:
+    """(sum w^2, sum (w - w')^2) in float64."""
+    w = w.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # a broken scale gives inf or NaN noise
+        return float(np.square(w).sum()), float(np.square(w - ours).sum())
 
 
 def _signal_noise(out: Checkpoint, source: Checkpoint, name: str) -> tuple[float, float]:
-    """(sum w^2, sum (w - w')^2) of one quantized linear, in float64, a chunk of rows at a time."""
-    signal = noise = 0.0
-    shape = source.tensors[f"{name}.weight"].shape
-    for rows, part in zip(_row_slices(shape), _source_rows(source, name), strict=True):
-        w = part.astype(np.float64)
-        signal += float(np.square(w).sum())
-        with np.errstate(over="ignore", invalid="ignore"):  # a broken scale gives inf or NaN noise
-            noise += float(np.square(w - out.dequantize(name, rows)).sum())
-    return signal, noise
+    """(sum w^2, sum (w - w')^2) of one quantized linear."""
+    signal, noise = np.sum([_energies(w, ours) for w, ours in _pairs(out, source, name)], axis=0)
+    return float(signal), float(noise)
 
 
 def _decibel(signal: float, noise: float) -> float:
