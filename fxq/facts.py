@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from torch.fx import Node
 
 from fxq import dialect
+from fxq.errors import VerifyError
 from fxq.nodes import node_at, nodes_at
+from fxq.places import places
 from fxq.program import Program
 from fxq.structure import (
     VIEWS,
@@ -92,6 +94,17 @@ def tensors_whole(program: Program) -> str | None:
                     f"the checkpoint's {part.keys[0]} holds both {owner}, which is quantized, and {name}, "
                     "which is not; change `only` or `skip` so that both are or neither"
                 )
+    return None
+
+
+def weights_placed(program: Program) -> str | None:
+    """Every quantized weight is rows of the checkpoint's tensors, so that these can hold it quantized."""
+    for node in program.graph.nodes:
+        if is_weight_quantize(node):
+            try:
+                places(program.hub, node_at(node, 0))
+            except VerifyError as error:
+                return str(error)
     return None
 
 

@@ -52,13 +52,13 @@ def places(hub: Hub, w: Node) -> list[Place]:
     swapped = _swapped(w)
     if swapped is None or (piece.target is not dialect.SLICE and piece is not parameter):
         raise VerifyError(
-            f"lower: {name} is used in parts (%{piece.name}), which cannot be one quantized tensor; skip it"
+            f"{name} is used in parts (%{piece.name}), which cannot be one quantized tensor; skip it"
         )
     shape = shape_of(parameter)
     stored = named(hub, name, shape)
     if stored.convert is not None:
         raise VerifyError(
-            f"lower: {name} is made of {stored.keys[0][0]} by {stored.convert.operations}, which does more "
+            f"{name} is made of {stored.keys[0][0]} by {stored.convert.operations}, which does more "
             "than choose rows, so that no tensor of the checkpoint can hold it quantized; skip it"
         )
     expert, experts = 0, 1
@@ -111,7 +111,7 @@ def _shape(hub: Hub, key: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
 def _check_whole(name: str, stored: Stored, held: tuple[int, ...]) -> None:
     if stored.stacked or len(stored.parts) > 1 or stored.parts[0].rows != range(held[row_axis(held)]):
         raise VerifyError(
-            f"lower: {name} is not all of {stored.keys[0][0]} {list(held)}, and is used transposed or by "
+            f"{name} is not all of {stored.keys[0][0]} {list(held)}, and is used transposed or by "
             "expert: its rows are no rows of that tensor; skip it"
         )
 

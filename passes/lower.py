@@ -18,6 +18,7 @@ from fxq.facts import (
     amaxes_shared,
     is_weight_quantize,
     tensors_whole,
+    weights_placed,
     weights_quantized,
 )
 from fxq.nodes import node_at, nodes_at
@@ -45,7 +46,12 @@ class Lower:
     format: Literal["modelopt"] = "modelopt"
 
     name: ClassVar[str] = "lower"
-    requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared, tensors_whole, amaxes_filled)
+    requires: ClassVar[tuple[Fact, ...]] = (
+        amaxes_shared,
+        tensors_whole,
+        weights_placed,
+        amaxes_filled,
+    )
     ensures: ClassVar[tuple[Fact, ...]] = ()
     breaks: ClassVar[tuple[Fact, ...]] = ()
 

@@ -16,6 +16,7 @@ from fxq.facts import (
     quantized_siblings,
     tensor_mates,
     tensors_whole,
+    weights_placed,
     weights_quantized,
 )
 from fxq.nodes import node_at, nodes_at
@@ -30,7 +31,7 @@ class SyncGroups:
 
     name: ClassVar[str] = "sync-groups"
     requires: ClassVar[tuple[Fact, ...]] = ()
-    ensures: ClassVar[tuple[Fact, ...]] = (amaxes_shared, tensors_whole)
+    ensures: ClassVar[tuple[Fact, ...]] = (amaxes_shared, tensors_whole, weights_placed)
     breaks: ClassVar[tuple[Fact, ...]] = ()
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:

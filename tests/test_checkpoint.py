@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 import fxq
+from fxq.output import Shards
+from fxq.program import TensorInfo
 from fxq.weights import Directory
-from tests import reader
-from tests.families import Zoo, load, zoo
+from tests import oracle, reader, tiny
+from tests.families import Zoo, load, samples, zoo
 
 __all__ = ["zoo"]
 
@@ -255,3 +258,136 @@ def test_the_tokenizer_of_the_output_loads(zoo: Zoo, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("world hello")["input_ids"] == [8, 7]
     live = fxq.compile(load(path), "nvfp4_default-fp8_kv", calib=[{"text": "hello world hello"}])
     assert all(torch.equal(live.scales[n], v) for n, v in compiled.scales.items())
+
+
+FORMS = {family.name: family for family in tiny.families()}
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"),
+    [
+        ("gpt_oss", True),
+        ("granitemoe", True),
+        ("hrm_text", False),
+        ("gpt2", False),
+        pytest.param("llama4_text", True, marks=SLOW),
+        pytest.param("jetmoe", True, marks=SLOW),
+    ],
+)
+def test_every_storage_form_is_written_as_the_hub_holds_it(family: str, fused: bool, tmp_path: Path) -> None:
+    tiny.tiny_model(FORMS[family]).save_pretrained(tmp_path / "model")
+    spec = "nvfp4_default-fp8_cast_kv"
+    compiled = fxq.compile(
+        tmp_path / "model", spec, calib=[ids[:16] for ids in samples(3)], out=tmp_path / "out"
+    )
+    assert reader.check(tmp_path / "out", tmp_path / "model") == []
+    notes = [note for note in compiled.program.notes if "all experts of a layer in one tensor" in note]
+    assert len(notes) == fused
+    written = load(oracle.dequantized_model(tmp_path / "out", tmp_path / "dequantized"))
+    for name, tensor in load(tmp_path / "model").state_dict().items():
+        ours = written.state_dict()[name]
+        assert ours.shape == tensor.shape
+        assert float((ours - tensor).square().sum()) <= 0.1 * float(tensor.square().sum()), name
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model whose experts are [E, in, out] in one tensor, and what is made of it."""
+    path = tmp_path_factory.mktemp("fused")
+    tiny.tiny_model(FORMS["gpt_oss"]).save_pretrained(path / "model")
+    fxq.compile(path / "model", WEIGHT_ONLY, out=path / "out")
+    return path / "model", path / "out"
+
+
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
+
+
+def test_fused_experts_have_the_tensors_of_the_contract(fused: tuple[Path, Path]) -> None:
+    source, out = (reader.read_checkpoint(path).tensors for path in fused)
+    experts, inner, hidden = source[EXPERTS].shape
+    found = {name: (e.dtype, e.shape) for name, e in out.items() if name.startswith(EXPERTS)}
+    assert found == {
+        EXPERTS: ("U8", (experts, inner // 2, hidden)),
+        f"{EXPERTS}_weight_scale": ("F8_E4M3", (experts, inner // 16, hidden)),
+        f"{EXPERTS}_weight_scale_2": ("F32", ()),
+        f"{EXPERTS}_bias": ("BF16", (experts, hidden)),
+    }
+
+
+Tensors = dict[str, Tensor]
+
+
+def _forgotten(tensors: Tensors) -> None:
+    tensors[EXPERTS][5] = 0
+
+
+def _turned(tensors: Tensors) -> None:
+    tensors[EXPERTS] = tensors[EXPERTS].mT.contiguous()
+
+
+def _swapped(tensors: Tensors) -> None:
+    tensors[EXPERTS] = tensors[EXPERTS].roll(1, 0)
+
+
+def _scalars(tensors: Tensors) -> None:
+    name = f"{EXPERTS}_weight_scale_2"
+    tensors[name] = tensors[name].expand(8).contiguous()
+
+
+def _zero_scale(tensors: Tensors) -> None:
+    tensors[f"{EXPERTS}_weight_scale"].view(torch.uint8)[3, 0, 0] = 0
+
+
+def _lost(tensors: Tensors) -> None:
+    del tensors[f"{EXPERTS}_weight_scale"]
+
+
+def _too_few(tensors: Tensors) -> None:
+    for name in (EXPERTS, f"{EXPERTS}_weight_scale"):
+        tensors[name] = tensors[name][:7].clone()
+
+
+@pytest.mark.parametrize("harm", [_forgotten, _turned, _swapped, _scalars, _zero_scale, _lost, _too_few])
+def test_the_reader_sees_harm_done_to_fused_experts(
+    harm: Callable[[Tensors], None], fused: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, out = fused
+    broken = Path(shutil.copytree(out, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    harm(tensors)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert any(EXPERTS in finding for finding in reader.check(broken, source))
+
+
+def test_fused_experts_left_out_are_listed(fused: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "attention.yaml").write_text(
+        "passes:\n"
+        "  - fuse-experts\n"
+        "  - quantize-linears: {only: ['*self_attn*'], weights: nvfp4, inputs: none}\n"
+        "  - sync-groups\n  - calibrate-bootstrap\n  - lower\n"
+    )
+    fxq.compile(fused[0], tmp_path / "attention.yaml", out=tmp_path / "out")
+    assert reader.check(tmp_path / "out", fused[0]) == []
+    listed = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+    assert {EXPERTS, "model.layers.0.mlp.experts", "model.layers.0.mlp.router"} <= set(listed)
+
+
+def test_rows_are_written_in_place_once_and_all(tmp_path: Path) -> None:
+    values = torch.arange(2 * 6 * 4, dtype=torch.bfloat16).reshape(2, 6, 4)
+    infos = {"w": TensorInfo((2, 6, 4), torch.bfloat16)}
+    shards = Shards(tmp_path, infos, 1 << 20)
+    for expert, rows in ((1, range(0, 6, 2)), (0, range(2, 6)), (1, range(1, 6, 2))):
+        shards.put_rows(
+            "w", values[expert, rows.start : rows.stop : rows.step], rows, expert=expert, experts=2
+        )
+    with pytest.raises(fxq.CheckpointError, match="w: planned but not fully written"):
+        shards.finish()
+    shards.put_rows("w", values[0, :2], range(2), expert=0, experts=2)
+    with pytest.raises(fxq.CheckpointError, match="more than once"):
+        shards.put_rows("w", values[0, :2], range(2), expert=0, experts=2)
+    with pytest.raises(fxq.CheckpointError, match="expected"):
+        shards.put_rows("w", values[0, :2], range(5, 7), expert=0, experts=2)
+    for file in shards.files:
+        file.flush()
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], values)

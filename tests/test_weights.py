@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, conversion_mapping
+from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, WeightConverter
 
 import fxq
+from fxq.program import Part
 from fxq.weights import Directory, Live
-from tests import reader
+from tests import reader, tiny
 from tests.families import (
     EXPERTS,
     FAMILIES,
@@ -30,6 +33,25 @@ from tests.families import (
 )
 
 __all__ = ["zoo"]
+
+FORMS = {family.name: family for family in tiny.families()}
+# Fused in both orientations, a matrix of experts, rows of a shared tensor, Conv1D, joined convolutions,
+# separate fused gate and up, experts split by modality, rotary permutations of a vision tower.
+STORAGE_FORMS = [
+    "gpt_oss",
+    "llama4_text",
+    "granitemoe",
+    "jetmoe",
+    "dbrx",
+    "hrm_text",
+    "gpt2",
+    "kimi_linear",
+    "qwen3_5_moe",
+    "step3p7/Step3p7ForConditionalGeneration",
+    "ernie4_5_vl_moe/Ernie4_5_VLMoeForConditionalGeneration",
+    "kimi_k25/Kimi_K25ForConditionalGeneration",
+]
+VL_MOE = "qwen3_vl_moe/Qwen3VLMoeForConditionalGeneration"
 
 
 def _directory(path: Path, model: PreTrainedModel) -> Directory:
@@ -178,6 +200,129 @@ def test_read_expert_reads_no_other_expert(zoo: Zoo, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Directory, "read_hub", read_hub)
     directory.read_expert("model.layers.0.mlp.experts.gate_up_proj", 6)
     assert reads == [f"model.layers.0.mlp.experts.6.{p}_proj.weight" for p in ("gate", "up")]
+
+
+def _equal_to(model: PreTrainedModel, directory: Directory) -> None:
+    """Every parameter, whole and by expert, is what transformers loaded."""
+    for name, tensor in model.state_dict().items():
+        if name in directory.hub.stored:
+            assert torch.equal(directory.read(name), tensor), name
+            if tensor.dim() == 3:
+                for expert in {0, len(tensor) // 2, len(tensor) - 1}:
+                    assert torch.equal(directory.read_expert(name, expert), tensor[expert]), name
+        else:
+            assert name in model.all_tied_weights_keys
+
+
+@pytest.mark.parametrize("family", STORAGE_FORMS)
+def test_every_storage_form_is_read_as_transformers_loads_it(family: str, tmp_path: Path) -> None:
+    made = tiny.tiny_model(FORMS[family])
+    made.save_pretrained(tmp_path / "model")
+    model = type(made).from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    directory = _directory(tmp_path / "model", model)
+    _equal_to(model, directory)
+    for live in (Live(model), Live(model, Directory(tmp_path / "model"))):
+        assert set(live.hub.tensors) == set(directory.infos)
+        for key, info in directory.infos.items():
+            if info.dtype == torch.bfloat16:  # transformers rounds the others as it loads them
+                assert torch.equal(live.read_hub(key), directory.read_hub(key)), key
+
+
+@pytest.fixture
+def vl_moe(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
+    """A model whose hub checkpoint holds experts as [E, in, out] (`save_pretrained` writes [E, out, in])."""
+    made = tiny.tiny_model(FORMS[VL_MOE])
+    made.save_pretrained(tmp_path / "model")
+    turned = {
+        k: t.mT.contiguous()
+        for k, t in load_file(tmp_path / "model/model.safetensors").items()
+        if ".experts." in k
+    }
+    add_tensors(tmp_path / "model", turned)
+    return tmp_path / "model", type(made).from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+
+
+def test_experts_that_the_hub_holds_transposed_are_turned_by_shape(
+    vl_moe: tuple[Path, PreTrainedModel],
+) -> None:
+    path, model = vl_moe
+    directory = _directory(path, model)
+    _equal_to(model, directory)
+    down = [s for n, s in directory.hub.stored.items() if n.endswith("experts.down_proj")]
+    assert down
+    assert all(stored.transposed for stored in down)
+    live = Live(model, Directory(path))
+    for key in directory.infos:
+        assert torch.equal(live.read_hub(key), directory.read_hub(key)), key
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
+def test_an_expert_of_a_fused_tensor_is_read_alone(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.tiny_model(FORMS[family])
+    model.save_pretrained(tmp_path / "model")
+    directory = _directory(tmp_path / "model", model)
+    monkeypatch.setattr(Directory, "read_hub", lambda self, key: pytest.fail(f"all of {key} was read"))
+    for name in _fused(model):
+        assert torch.equal(directory.read_expert(name, 1), model.get_parameter(name)[1])
+
+
+Conversions = Callable[[str, list[WeightConverter]], None]
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> Conversions:
+    """Lets transformers load and save a class by other conversions, until the test ends."""
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    cache = dict(conversion_mapping._checkpoint_conversion_mapping_cache)
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", cache)
+    return cache.__setitem__
+
+
+def test_interleaved_rows_of_one_tensor_are_read_and_named_apart(
+    conversions: Conversions, tmp_path: Path
+) -> None:
+    joined = WeightConverter(
+        "mlp.w13.weight",
+        ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+        [Interleave(dim=0), Chunk(dim=0)],
+    )
+    conversions("LlamaForCausalLM", [joined])
+    random_model(FAMILIES["llama"]()).save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model")
+    directory = _directory(tmp_path / "model", model)
+    _equal_to(model, directory)
+    key = "model.layers.1.mlp.w13.weight"
+    assert directory.hub.stored["model.layers.1.mlp.gate_proj.weight"].parts == (
+        Part((key,), range(0, 192, 2)),
+    )
+    assert directory.hub.stored["model.layers.1.mlp.up_proj.weight"].parts == (
+        Part((key,), range(1, 192, 2)),
+    )
+    assert torch.equal(Live(model).read_hub(key), directory.read_hub(key))
+
+
+def test_what_is_more_than_rows_is_converted_by_transformers(
+    conversions: Conversions, tmp_path: Path
+) -> None:
+    permuted = PermuteForRope(permute_layer_names=["q_proj"])
+    conversions(
+        "LlamaForCausalLM",
+        [WeightConverter("self_attn.q_proj.weight", "self_attn.q_proj.weight", [permuted])],
+    )
+    random_model(FAMILIES["llama"]()).save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model")
+    directory = _directory(tmp_path / "model", model)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(directory.read_hub(name), model.get_parameter(name))
+    _equal_to(model, directory)
+    assert torch.equal(Live(model).read_hub(name), directory.read_hub(name))
+    convert = directory.hub.stored[name].convert
+    assert convert is not None
+    assert convert.operations == "PermuteForRope"
+    with pytest.raises(fxq.VerifyError, match=r"q_proj\.weight is made of .* by PermuteForRope"):
+        fxq.compile(tmp_path / "model", "nvfp4_weight_only")
 
 
 def test_a_tied_head_has_no_tensor_of_its_own_but_is_a_module(zoo: Zoo) -> None:
