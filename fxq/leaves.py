@@ -7,6 +7,7 @@ inside. Run, a leaf is the very function the model calls.
 """
 
 import contextlib
+import copy
 import dis
 import functools
 import inspect
@@ -29,7 +30,8 @@ Function = Callable[..., Any]
 _FUNCTIONS: dict[str, Function] = {}
 _tracing = threading.local()
 # Added to a symbol's value to learn which sizes of a result follow it.
-_SHIFT = 1013
+_SHIFT = 4
+_MODULE = "module:"
 
 
 def function(name: str) -> Function:
@@ -64,15 +66,20 @@ def shapes(name: str, tensors: Sequence[Tensor], sizes: Sequence[int], arguments
 
 
 @contextlib.contextmanager
-def opaque(model: nn.Module, *, but: Container[str] = ()) -> Iterator[None]:
+def opaque(model: nn.Module, *, but: Container[str] = (), classes: Container[type] = ()) -> Iterator[None]:
     """Within, on this thread, the scans of the files that define `model`'s modules are called as leaves,
-    except those named in `but`."""
+    except those named in `but`; so are whole modules of the given classes."""
     patched: list[tuple[Any, str, Function]] = []
+    whole = [(name, module) for name, module in model.named_modules() if type(module) in classes]
     try:
+        for name, module in whole:
+            module.forward = _module_leaf(f"{_MODULE}{name}", module)
         for module in _files(model):
             for name, value in list(vars(module).items()):
                 if inspect.isroutine(value) and _is_scan(value, module.__name__):
                     key = f"{module.__name__}:{name}"
+                    if key in but:
+                        continue
                     _FUNCTIONS[key] = value
                     patched.append((module, name, value))
                     setattr(module, name, _leaf(key, value))
@@ -80,6 +87,8 @@ def opaque(model: nn.Module, *, but: Container[str] = ()) -> Iterator[None]:
         yield
     finally:
         _tracing.model = None
+        for _, module in whole:
+            del module.forward
         for module, name, value in patched:
             setattr(module, name, value)
 
@@ -105,25 +114,54 @@ def _leaf(key: str, original: Function) -> Function:
         model = getattr(_tracing, "model", None)
         if model is None or not torch.compiler.is_exporting():
             return original(*args, **kwargs)
+        matrices = {id(p) for p in model.parameters() if p.dim() > 1}
         try:
-            tensors, sizes, call = _taken_apart(
-                args, kwargs, {id(p) for p in model.parameters() if p.dim() > 1}
-            )
+            return _call_leaf(key, original, args, kwargs, matrices)
         except _Unplanned:
             return original(*args, **kwargs)
-        types = [(str(tuple(t.shape)), t.dtype) for t in tensors]
-        seen = (key, str(call), str(types), str(sizes))
-        if seen not in _tracing.plans:
-            _tracing.plans[seen] = _plan(original, tensors, sizes, call)
-        plan: _Plan | None = _tracing.plans[seen]
-        if plan is None:
-            return original(*args, **kwargs)
-        results = iter(torch.ops.fxq.leaf(key, tensors, sizes, arguments=plan.arguments))
-        return pytree.tree_unflatten(
-            [next(results) if isinstance(x, Tensor) else x for x in plan.leaves], plan.spec
-        )
 
     return called
+
+
+def _module_leaf(key: str, module: nn.Module) -> Function:
+    """A module's forward as a leaf whose first argument is the list of its parameters and buffers."""
+    names = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+    forward, apart = module.forward, copy.deepcopy(module)
+
+    def functional(state: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(apart, dict(zip(names, state, strict=True)), args, kwargs)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if getattr(_tracing, "model", None) is None or not torch.compiler.is_exporting():
+            return forward(*args, **kwargs)
+        state = [*module.parameters(), *module.buffers()]
+        return _call_leaf(key, functional, (state, *args), kwargs, frozenset())
+
+    _FUNCTIONS[key] = functional
+    return called
+
+
+def is_module(name: str) -> bool:
+    """Whether a leaf is a whole module, whose parameters it is given."""
+    return name.startswith(_MODULE)
+
+
+def _call_leaf(
+    key: str, original: Function, args: tuple[Any, ...], kwargs: dict[str, Any], matrices: Container[int]
+) -> Any:
+    """`original(*args, **kwargs)` as one operator; _Unplanned if that cannot be said."""
+    tensors, sizes, call = _taken_apart(args, kwargs, matrices)
+    types = [(str(tuple(t.shape)), t.dtype) for t in tensors]
+    seen = (key, str(call), str(types), str(sizes))
+    if seen not in _tracing.plans:
+        _tracing.plans[seen] = _plan(original, tensors, sizes, call)
+    plan: _Plan | None = _tracing.plans[seen]
+    if plan is None:
+        raise _Unplanned
+    results = iter(torch.ops.fxq.leaf(key, tensors, sizes, arguments=plan.arguments))
+    return pytree.tree_unflatten(
+        [next(results) if isinstance(x, Tensor) else x for x in plan.leaves], plan.spec
+    )
 
 
 class _Unplanned(Exception):
@@ -140,7 +178,7 @@ class _Plan:
 
 
 def _taken_apart(
-    args: tuple[Any, ...], kwargs: dict[str, Any], parameters: set[int]
+    args: tuple[Any, ...], kwargs: dict[str, Any], matrices: Container[int]
 ) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
     """(tensors, symbolic sizes, the call as plain data that refers to them by number)."""
     tensors: list[Tensor] = []
@@ -149,7 +187,7 @@ def _taken_apart(
     def written(value: Any) -> Any:
         match value:
             case Tensor():
-                if id(value) in parameters:
+                if id(value) in matrices:
                     raise _Unplanned
                 tensors.append(value)
                 return {"tensor": len(tensors) - 1}
@@ -217,15 +255,23 @@ def _filled(call: Any, tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple
 def _probe(
     original: Function, call: Any, tensors: Sequence[Tensor], sizes: Sequence[Any], at: dict[Any, int]
 ) -> tuple[Any, list[Any]]:
-    """Run the function on shapes alone, with every symbol at the given value."""
-    with _disable_current_modes():
+    """Run the function with every symbol at the given value: on shapes alone, or on ones if it asks for
+    values."""
+
+    def run_on(device: str) -> tuple[Any, list[Any]]:
         examples = [
-            torch.empty([symbolic.value(d, at) for d in t.shape], dtype=t.dtype, device="meta")
+            torch.ones([symbolic.value(d, at) for d in t.shape], dtype=t.dtype, device=device)
             for t in tensors
         ]
         args, kwargs = _filled(call, examples, [symbolic.value(s, at) for s in sizes])
         leaves, spec = pytree.tree_flatten(original(*args, **kwargs))
-    return spec, leaves
+        return spec, leaves
+
+    with _disable_current_modes():
+        try:
+            return run_on("meta")
+        except RuntimeError:  # NotImplementedError included
+            return run_on("cpu")
 
 
 def _source(

@@ -14,6 +14,8 @@ import functools
 import inspect
 import io
 import logging
+import re
+import traceback
 import warnings
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -21,11 +23,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -43,7 +47,7 @@ from transformers.utils import logging as transformers_logging
 from fxq import dialect, sizes
 from fxq.edit import parameter, tidy
 from fxq.errors import SourceError, TraceError
-from fxq.leaves import opaque
+from fxq.leaves import is_module, opaque
 from fxq.normalize import linears
 from fxq.program import Program
 from fxq.structure import root, shape_of
@@ -105,23 +109,49 @@ def twin_of_config(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote
     """The twin of a checkpoint on fake CPU tensors: of the class that its config names if that makes text (a
     multimodal model is kept whole), else of `AutoModelForCausalLM`."""
     options: dict[str, Any] = {"dtype": dtype, "experts_implementation": "batched_mm"}
-    multimodal = _multimodal_class(config)
-    if multimodal is not None:
-        return _twin(config, lambda c: multimodal._from_config(c, **options))
-    return _twin(
-        config,
-        lambda c: AutoModelForCausalLM.from_config(c, trust_remote_code=trust_remote_code, **options),
-    )
+    named = _class_named_by(config)
+
+    def build(c: PreTrainedConfig) -> PreTrainedModel:
+        if named is not None:
+            model = named._from_config(c, **options)
+        else:
+            model = AutoModelForCausalLM.from_config(c, trust_remote_code=trust_remote_code, **options)
+        _keep_in_float32(model, dtype)
+        return model
+
+    return _twin(config, build)
 
 
-def _multimodal_class(config: PreTrainedConfig) -> Any:
-    """The multimodal class of a checkpoint: its only one, or the one `architectures` asks for; else None."""
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Widen what `from_pretrained` keeps in float32 whatever the dtype asked for; `from_config` does not."""
+    names: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        names |= set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        names |= set(model._keep_in_fp32_modules or ())
+    if not names:
+        return
+    kept = re.compile("|".join(name.replace("*", ".*") for name in sorted(names)))
+    for module_name, module in model.named_modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_floating_point() and kept.search(f"{module_name}.{name}".lstrip(".")):
+                tensor.data = tensor.data.to(torch.float32)
+
+
+def _class_named_by(config: PreTrainedConfig) -> Any:
+    """The class of a checkpoint that `AutoModelForCausalLM` would not build: a multimodal one, or one that
+    only `architectures` names; else None."""
+    named = config.architectures or ()
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
         if type(config) in mapping:
             found = mapping[type(config)]
-            if not causal or found.__name__ in (config.architectures or ()):
+            if not causal or found.__name__ in named:
                 return found
+    if not causal and named and not hasattr(config, "auto_map"):
+        found = getattr(transformers, named[0], None)
+        if found is not None and getattr(found, "config_class", None) is type(config):
+            return found
     return None
 
 
@@ -140,69 +170,60 @@ def _twin(config: PreTrainedConfig, build: Any) -> Twin:
     config._attn_implementation = (
         None  # the one transformers prefers for this class, not what a user once set
     )
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _quiet():
         try:
-            model = _built(build, config, mode).eval()
+            with torch.device("meta"), no_init_weights():
+                model = build(config).eval()
         except Exception as error:
             raise TraceError(
                 f"{config.model_type}: transformers cannot build a causal language model: "
                 f"{_first_line(error)}"
             ) from error
         buffers = _buffer_values(model)
-        return Twin(model, config, mode, buffers, _freeze_rotary_updates(model))
-
-
-def _built(build: Any, config: PreTrainedConfig, mode: FakeTensorMode) -> PreTrainedModel:
-    """The model on fake CPU tensors, uninitialized: initializers may look at values, which these do not have."""
-    with no_init_weights():
-        try:
-            with mode:
-                model = build(config)
-        except (
-            DataDependentOutputException
-        ):  # a constructor that computes; on meta, what it asks of the CPU is real
-            with torch.device("meta"):
-                model = build(config)
-            _to_fake(model, mode)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        _to_fake(model, mode)
         with mode:
             model.tie_weights()
-    return model
-
-
-def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    fakes: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        with mode:
-            return fakes.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
-
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(fake(parameter), requires_grad=False)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = fake(buffer)
+        return Twin(model, config, mode, buffers, _freeze_rotary_updates(model))
 
 
 def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
     """Non-persistent buffers as `from_pretrained` fills them: by the model's own `_init_weights`, on real
-    memory."""
-    shells: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
+    memory; NaN where it does not say.
+
+    They are filled in place; everything else of `model` stays on meta.
+    """
+    values: dict[str, Tensor] = {}
+    around: set[str] = set()
     for name, buffer in model.named_non_persistent_buffers():
         owner, _, leaf = name.rpartition(".")
-        shell = shells.setdefault(owner, (copy.copy(model.get_submodule(owner)), {}))
-        shell[1][leaf] = torch.full(
-            buffer.shape, torch.nan if buffer.is_floating_point() else 0, dtype=buffer.dtype
-        )
-    values = {}
-    for owner, (module, buffers) in shells.items():
-        module._buffers = {**module._buffers, **buffers}
-        # What it cannot compute stays NaN, which matters only if the graph reads it: _check_buffers.
-        with contextlib.suppress(DataDependentOutputException):
-            _owner_model(model, owner)._init_weights(module)
-        for leaf, value in buffers.items():
-            values[f"{owner}.{leaf}".lstrip(".")] = value
+        value = buffer
+        if buffer.device.type == "meta":
+            unknown = torch.nan if buffer.is_floating_point() else 0
+            value = torch.full(buffer.shape, unknown, dtype=buffer.dtype, device="cpu")
+        values[name] = model.get_submodule(owner)._buffers[leaf] = value
+        around.update(owner[:end] for end in range(len(owner) + 1) if owner[end : end + 1] in ("", "."))
+    for name in sorted(around | {""}, key=len, reverse=True) if values else ():
+        with contextlib.suppress(Exception):  # whatever an initializer raises for weights that are on meta
+            _owner_model(model, name)._init_weights(model.get_submodule(name))
     return values
+
+
+def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Parameters and buffers on meta (or real) become fake CPU tensors; ties stay ties."""
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            with mode:
+                fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return fakes[id(tensor)]
+
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(fake(weight), requires_grad=False)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = fake(buffer)
 
 
 def _freeze_rotary_updates(model: PreTrainedModel) -> int | None:
@@ -226,13 +247,13 @@ def _freeze_rotary_updates(model: PreTrainedModel) -> int | None:
 
 
 def _owner_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The innermost PreTrainedModel around a submodule: the one whose `_init_weights` knows it."""
-    while name:
-        name = name.rpartition(".")[0]
+    """The innermost PreTrainedModel that is, or is around, a submodule: the one whose `_init_weights` knows
+    it."""
+    while True:
         module = model.get_submodule(name)
-        if isinstance(module, PreTrainedModel):
-            return module
-    return model
+        if isinstance(module, PreTrainedModel) or not name:
+            return module if isinstance(module, PreTrainedModel) else model
+        name = name.rpartition(".")[0]
 
 
 class _Logits(nn.Module):
@@ -253,6 +274,7 @@ class _EveryItem(TorchFunctionMode):
     """A python loop over `mask.nonzero()` visits every index, hit or not.
 
     Loops over the experts that some token chose do nothing for the others, and a trace must hold all of them.
+    Shortcuts for an expert that got no token (or one) are not traced: what follows is right for any number.
     """
 
     def __init__(self) -> None:
@@ -271,46 +293,89 @@ class _EveryItem(TorchFunctionMode):
             and isinstance(args[0].shape[0], int)
         ):
             self.hits[id(result)] = (result, args[0].shape[0])
+        if func in (Tensor.nonzero, torch.nonzero, torch.where):
+            for found in result if isinstance(result, (tuple, list)) else [result]:
+                if sizes.data_symbols(found.shape[0]):
+                    torch._check(found.shape[0] > 1)
         return result
 
 
 def trace(twin: Twin) -> Program:
     """Export `input_ids [B, S] -> logits [B, S, vocab]` as a functional aten graph whose parameters are
     `@fqn` nodes and whose matmuls by a matrix of weights are all `aten.linear`."""
-    hiding: set[str] = set()
+    transparent: set[str] = set()
+    opaque_classes: set[type] = set()
     while True:
-        exported, guards = _export(twin, hiding)
+        try:
+            exported, guards = _export(twin, transparent, opaque_classes)
+        except Exception as error:
+            culprit = _asks_for_data(error, twin.model)
+            if culprit is None or type(culprit) in opaque_classes:
+                raise TraceError(
+                    f"{twin.config.model_type}: {_where(error, twin.model)}torch.export cannot follow it: "
+                    f"{_first_line(error)}"
+                ) from error
+            opaque_classes.add(type(culprit))
+            continue
         program = Program(Graph(), accepts=functools.partial(_refusal, twin, guards))
         _copy_graph(exported, twin, program)
-        found = {
+        hiding = {
             str(node.args[0])
             for node in program.graph.nodes
-            if node.target is dialect.LEAF and any(map(_is_matrix, node.all_input_nodes))
+            if node.target is dialect.LEAF
+            and not is_module(str(node.args[0]))
+            and any(map(_is_matrix, node.all_input_nodes))
         }
-        if not found:
+        if not hiding:
             break
-        hiding |= found
+        transparent |= hiding
     linears(program.graph)
     _check_buffers(program, twin)
     return program
 
 
-def _export(twin: Twin, hiding: Container[str]) -> tuple[ExportedProgram, Any]:
-    """The functional graph and the guards it came with; `hiding` names leaves to look into."""
+def _export(
+    twin: Twin, transparent: Container[str], opaque_classes: Container[type]
+) -> tuple[ExportedProgram, Any]:
+    """The functional graph and the guards it came with; `transparent` names scans to look into."""
     size: Any = Dim.AUTO
-    with _quiet(), torch.no_grad():
-        try:
-            with twin.mode, opaque(twin.model, but=hiding), _EveryItem():
-                ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.long)
-                exported = torch.export.export(
-                    _Logits(twin.model), (ids,), dynamic_shapes=({0: size, 1: size},), strict=False
-                )
-            guards = getattr(exported.module(), "_guards_fn", None)
-            return exported.run_decompositions({}), guards
-        except Exception as error:
-            raise TraceError(
-                f"{twin.config.model_type}: torch.export failed: {_first_line(error)}"
-            ) from error
+    leaves = opaque(twin.model, but=transparent, classes=opaque_classes)
+    with _quiet(), torch.no_grad(), twin.mode, leaves, _EveryItem():
+        ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.long)
+        exported = torch.export.export(
+            _Logits(twin.model), (ids,), dynamic_shapes=({0: size, 1: size},), strict=False
+        )
+        guards = getattr(exported.module(), "_guards_fn", None)
+        return exported.run_decompositions({}), guards
+
+
+def _asks_for_data(error: BaseException, model: nn.Module) -> nn.Module | None:
+    """The submodule whose forward needs values that a trace does not have, if it may be one opaque call: it
+    holds no stack of matrices, whose quantization would be lost."""
+    if not isinstance(error, (GuardOnDataDependentSymNode, DataDependentOutputException)):
+        return None
+    modules = {id(module) for module in model.modules()} - {id(model)}
+    found: nn.Module | None = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if id(owner) in modules:
+            found = owner
+    holds_stack = found is not None and any(p.dim() > 2 for p in found.parameters())
+    return None if holds_stack else found
+
+
+def _where(error: BaseException, model: nn.Module) -> str:
+    """The innermost submodule whose forward an error passed through, and the line of it."""
+    names = {id(module): name for name, module in model.named_modules()}
+    files = {inspect.getsourcefile(type(module)) for module in model.modules()}
+    found, line = "", ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if names.get(id(owner)):
+            found = f"{names[id(owner)]} ({type(owner).__name__})"
+        if frame.f_code.co_filename in files:
+            line = f"{Path(frame.f_code.co_filename).name}:{number}"
+    return f"{found}, {line}: " if found else ""
 
 
 def _is_matrix(node: Node) -> bool:

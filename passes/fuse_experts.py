@@ -40,8 +40,17 @@ UNROLLED = Rule(
     "select > linear",
     Call(aten.linear.default, Bind("x"), Call(aten.select.int, Weight("w", rank=3), Const((0,)))),
 )
+# The same over storage [E, in, out].
+UNROLLED_ROW = Rule(
+    "select > t > linear",
+    Call(
+        aten.linear.default,
+        Bind("x"),
+        Call(aten.t.default, Call(aten.select.int, Weight("w", rank=3), Const((0,)))),
+    ),
+)
 
-RULES = COLUMN + ROW + SORTED + DENSE + UNROLLED
+RULES = COLUMN + ROW + SORTED + DENSE + UNROLLED + UNROLLED_ROW
 
 
 @dataclass(frozen=True)
@@ -111,9 +120,18 @@ def _dense(site: Match) -> None:
 
 
 def _unrolled(site: Match) -> None:
-    pick, w = node_at(site.node, 1), site["w"]
+    _slice(site, node_at(site.node, 1), site["w"])
+
+
+def _unrolled_row(site: Match) -> None:
+    _slice(site, node_at(node_at(site.node, 1), 0), _transposed(site["w"]))
+
+
+def _slice(site: Match, pick: Node, w: Node) -> None:
+    """Replace the weight of a linear by the expert that `pick` selects from w [E, out, in]."""
     index = int_at(pick, 2) % shape_of(w)[0]
-    edit.replace(pick, edit.call(pick.graph, f"{w.name}_e{index}", dialect.SLICE, w, index), [site.node])
+    piece = edit.call(pick.graph, f"{w.name}_e{index}", dialect.SLICE, w, index)
+    edit.replace(node_at(site.node, 1), piece, [site.node])
 
 
 REWRITES = {
@@ -122,6 +140,7 @@ REWRITES = {
     SORTED.name: _sorted,
     DENSE.name: _dense,
     UNROLLED.name: _unrolled,
+    UNROLLED_ROW.name: _unrolled_row,
 }
 
 
