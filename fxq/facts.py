@@ -2,7 +2,7 @@
 not."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch.fx import Node
 
@@ -10,7 +10,7 @@ from fxq import dialect
 from fxq.errors import VerifyError
 from fxq.nodes import node_at, nodes_at
 from fxq.places import places
-from fxq.program import Program
+from fxq.program import Program, Stored
 from fxq.structure import (
     VIEWS,
     Frontiers,
@@ -80,21 +80,28 @@ def amaxes_shared(program: Program) -> str | None:
 
 
 def tensors_whole(program: Program) -> str | None:
-    """Of the parameters that lie in one tensor of the checkpoint, all are quantized or none."""
-    quantized = {parameter_name(node): node for node in program.graph.nodes if is_weight_quantize(node)}
+    """Of the parameters that lie in one tensor of the checkpoint, or in one list of experts, all are
+    quantized or none."""
+    quantized = {parameter_name(node) for node in program.graph.nodes if is_weight_quantize(node)}
     names, owners = program.hub.names, dict[str, str]()
-    for name in quantized:
-        if name in names and not names[name].stacked:
-            owners |= {part.keys[0]: name for part in names[name].parts}
+    for name in quantized & names.keys():
+        owners |= dict.fromkeys(_holders(names[name]), name)
     for name, stored in names.items():
-        for part in () if stored.stacked or name in quantized else stored.parts:
-            owner = owners.get(part.keys[0])
+        for holder in _holders(stored) if name not in quantized else ():
+            owner = owners.get(holder)
             if owner is not None and names[owner] is not stored:  # one parameter may have several names
                 return (
-                    f"the checkpoint's {part.keys[0]} holds both {owner}, which is quantized, and {name}, "
+                    f"the checkpoint's {holder} holds both {owner}, which is quantized, and {name}, "
                     "which is not; change `only` or `skip` so that both are or neither"
                 )
     return None
+
+
+def _holders(stored: Stored) -> Iterator[str]:
+    """The tensors of a parameter, a list of experts as one name with `*` for their number."""
+    for part in stored.parts:
+        words = zip(*(key.split(".") for key in part.keys[:2]), strict=True)  # the first two experts'
+        yield ".".join(same[0] if len(set(same)) == 1 else "*" for same in words)
 
 
 def weights_placed(program: Program) -> str | None:

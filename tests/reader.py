@@ -598,7 +598,8 @@ def _check_exclude(out: Checkpoint, scheme: dict[str, str]) -> Iterator[str]:
         yield "exclude list: lm_head (tied, no tensor) is not listed"
     prefixes: dict[str, str] = {}
     for name in scheme:
-        fused = out.part(name) == name  # the engine's module is the one that owns the parameter
+        # Of experts in one tensor the engine's module is the one that owns it.
+        fused = out.part(name) == name or len(out.shape(name)) == 3
         prefixes.setdefault(name.rpartition(".")[0] if fused else vllm_name(name, modules), name)
         if name in entries:
             yield f"exclude list: {name} is quantized and listed"
@@ -696,8 +697,8 @@ def _check_experts(out: Checkpoint) -> Iterator[str]:
             layers[match["layer"]][int(match["index"])].append(match["projection"])
     for layer, experts in layers.items():
         wanted = max(len(experts), max(experts) + 1)
-        if counts and wanted not in counts:
-            wanted = max(counts)
+        if not any(wanted % count == 0 for count in counts):  # one list may hold several sets of experts
+            wanted = max(counts, default=wanted)
         projections = sorted({p for found in experts.values() for p in found})
         names = [_join(layer, f"{e}.{p}") for e in range(wanted) for p in projections]
         present = [n for n in names if f"{n}.weight" in out.tensors]
