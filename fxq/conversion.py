@@ -53,14 +53,16 @@ def hub_of(model: PreTrainedModel, infos: Infos, where: str) -> Hub:
             f"{where}: no tensor for {missing[0]}"
             + (f" and {len(missing) - 1} more parameters" if missing[1:] else "")
         )
-    modules = tuple(
-        sorted(
-            alias.removesuffix(".weight")
-            for alias in aliases
-            if alias.endswith(".weight") and alias not in stored
-        )
+    unnamed = [alias for alias in aliases if alias not in stored and aliases[alias] in stored]
+    stored |= {alias: stored[aliases[alias]] for alias in unnamed}
+    modules = sorted(
+        alias.removesuffix(".weight")
+        for alias in unnamed
+        if alias.endswith(".weight") and len(own[alias].shape) > 1
     )
-    return Hub(stored, {**stored, **_expert_by_expert(model, stored, own)}, dict(infos), extra, modules)
+    return Hub(
+        stored, {**stored, **_expert_by_expert(model, stored, own)}, dict(infos), extra, tuple(modules)
+    )
 
 
 def revert(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ All of it follows from the program's types, so nothing is read.
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
@@ -131,10 +131,10 @@ class _Cover:
             raise CheckpointError(f"{self.node.args[0]}: nothing stores row {row} of expert {expert}")
 
 
-def _excluded(program: Program, infos: Mapping[str, TensorInfo], linears: Container[str]) -> set[str]:
+def _excluded(program: Program, infos: Mapping[str, TensorInfo], linears: Mapping[str, bool]) -> set[str]:
     """The modules that engines must not quantize: those of unquantized matrices, convolutions and tables, of
     whatever a matmul of the graph reads, and those without a tensor of their own."""
-    modules = set(program.hub.modules)
+    modules = {module for module in program.hub.modules if not _held(program, module) & linears.keys()}
     quantized = [key.removesuffix(".weight") for key in infos if key in linears]
     read = _read_by_matmuls(program)
     for key, info in infos.items():
@@ -149,6 +149,12 @@ def _excluded(program: Program, infos: Mapping[str, TensorInfo], linears: Contai
             if owner and not any(owner in name for name in quantized):
                 modules.add(owner)
     return modules
+
+
+def _held(program: Program, module: str) -> set[str]:
+    """The tensors of the checkpoint that a module without any of its own shares with another."""
+    stored = program.hub.stored.get(f"{module}.weight")
+    return {key for keys in stored.keys for key in keys} if stored is not None else set()
 
 
 def _read_by_matmuls(program: Program) -> set[str]:

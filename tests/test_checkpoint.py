@@ -360,6 +360,13 @@ def test_the_reader_sees_harm_done_to_fused_experts(
     assert any(EXPERTS in finding for finding in reader.check(broken, source))
 
 
+@SLOW
+def test_a_quantized_block_that_layers_share_is_not_listed_under_its_other_names(tmp_path: Path) -> None:
+    tiny.tiny_model(FORMS["zamba2"]).save_pretrained(tmp_path / "model")
+    fxq.compile(tmp_path / "model", WEIGHT_ONLY, out=tmp_path / "out")
+    assert reader.check(tmp_path / "out", tmp_path / "model") == []
+
+
 def test_fused_experts_left_out_are_listed(fused: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "attention.yaml").write_text(
         "passes:\n"
