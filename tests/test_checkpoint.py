@@ -14,8 +14,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 import fxq
+from fxq.formats import modelopt
 from fxq.output import Shards
-from fxq.program import TensorInfo
+from fxq.plan import plan
+from fxq.program import Program, TensorInfo
+from fxq.text import parse
+from fxq.verify import verify
 from fxq.weights import Directory
 from tests import oracle, reader, tiny
 from tests.families import Zoo, load, samples, zoo
@@ -398,3 +402,57 @@ def test_rows_are_written_in_place_once_and_all(tmp_path: Path) -> None:
     for file in shards.files:
         file.flush()
     assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], values)
+
+
+TWO_EXPERTS = """\
+%a : f32[] = fxq.value('a')
+%w0 : bf16[16,32] = @w0
+%p0 : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack_nvfp4(%w0, %a, scale='max')
+%s0 : none = fxq.store_rows('w', %p0, None, start=0, end=16, rows=[0, 16, 1], shape=[2, 16, 32], expert=0, \
+experts=2, transposed=False)
+%w1 : bf16[16,32] = @w1
+%p1 : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack_nvfp4(%w1, %a, scale='max')
+%s1 : none = fxq.store_rows('w', %p1, None, start=0, end=16, rows=[0, 16, 1], shape=[2, 16, 32], expert=1, \
+experts=2, transposed=False)
+return ()
+"""
+
+
+def test_rows_of_a_tensor_are_planned_as_one() -> None:
+    graph = parse(TWO_EXPERTS)
+    verify(graph)
+    found = plan(Program(graph), modelopt)
+    assert {name: info.shape for name, info in found.infos.items()} == {
+        "w": (2, 16, 16),
+        "w_weight_scale": (2, 16, 2),
+        "w_weight_scale_2": (),
+    }
+    assert found.linears == {"w": False}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("expert=1", "expert=0", "stores rows that are stored already"),
+        ("end=16, rows=[0, 16, 1]", "end=8, rows=[0, 16, 2]", "nothing stores row 1 of expert"),
+        ("shape=[2, 16, 32], expert=1", "shape=[2, 32, 32], expert=1", "stores into shape"),
+    ],
+)
+def test_rows_missing_or_stored_twice_are_refused(old: str, new: str, message: str) -> None:
+    with pytest.raises(fxq.CheckpointError, match=message):
+        plan(Program(parse(TWO_EXPERTS.replace(old, new))), modelopt)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("expert=1", "expert=2", "expert index is out of range"),
+        ("rows=[0, 16, 1]", "rows=[0, 8, 1]", "as many rows"),
+        ("rows=[0, 16, 1]", "rows=[1, 17, 1]", "outside of the tensor"),
+        ("shape=[2, 16, 32]", "shape=[2, 16, 64]", "outside of the tensor"),
+        ("transposed=False", "transposed=True", "outside of the tensor"),
+    ],
+)
+def test_rows_that_do_not_fit_are_no_valid_program(old: str, new: str, message: str) -> None:
+    with pytest.raises(fxq.VerifyError, match=message):
+        verify(parse(TWO_EXPERTS.replace(old, new)))
