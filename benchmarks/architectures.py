@@ -1,6 +1,6 @@
 """Coverage: tiny random models of every family that transformers can build, compiled and read back.
 
-    python benchmarks/coverage.py [--only GLOB ...] [--timeout SECONDS] [--json FILE] [--markdown]
+    python benchmarks/architectures.py [--only GLOB ...] [--timeout SECONDS] [--json FILE] [--markdown]
 
 A family is `ok` when the interpreted graph equals the eager model, the checkpoints of two specs are read back
 without a finding by tests/reader.py, every routed expert is quantized and the source is as it was; `refused`
