@@ -1,6 +1,12 @@
 """Options of the test run."""
 
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported; test_kernels.py runs it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,122 @@
+"""Block scales and e2m1 codes by torch operators, on any device: what serves where no kernel does, and the
+plainest statement of what the kernels compute.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 16
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_TINY = 2.0**-9
+_SEARCH_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+def e4m3_values(device: torch.device | str = "cpu") -> Tensor:
+    """The 126 positive finite float8_e4m3fn values in ascending order, float64; value `i` has the code `i
+    + 1`."""
+    codes = torch.arange(1, 127, dtype=torch.uint8, device=device)
+    return codes.view(torch.float8_e4m3fn).to(torch.float64)
+
+
+def round_e2m1(magnitude: Tensor) -> Tensor:
+    """The nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 (ties to the even mantissa, saturating) for magnitudes >=
+    0."""
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(magnitude.dtype)
+    return ((magnitude / step).round() * step).clamp_max(E2M1_MAX)
+
+
+def quantize(w: Tensor, scale_2: Tensor, search: bool, pack: bool) -> tuple[Tensor, Tensor | None, bool]:
+    """(scales uint8 [n, rows, K/16], packed uint8 [n, rows, K/2] or None, whether everything was finite).
+
+    w [n, rows, K], any dtype and strides; scale_2 f32 [n].
+    """
+    n, rows, width = w.shape
+    scales = torch.empty(n, rows, width // BLOCK, dtype=torch.uint8, device=w.device)
+    packed = torch.empty(n, rows, width // 2, dtype=torch.uint8, device=w.device) if pack else None
+    finite = torch.isfinite(scale_2).all()
+    for index in range(n):
+        for part in _row_chunks(w[index]):
+            values, unit = w[index, part], scale_2[index]
+            scale = _searched(values, unit) if search else _reaching(values, unit)
+            scales[index, part] = scale.view(torch.uint8)
+            if packed is not None:
+                packed[index, part] = pack_rows(values, scale, unit)
+            finite = finite & torch.isfinite(values).all()
+    return scales, packed, bool(finite)
+
+
+def pack_rows(rows: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
+    """e2m1 codes of `rows / (scale * scale_2)` [rows, K], two a byte: uint8 [rows, K/2]."""
+    blocks = rows.unflatten(-1, (-1, BLOCK)).to(torch.float32)
+    step = scale.to(torch.float32) * scale_2
+    q = round_e2m1(blocks.abs() / step[..., None])
+    code = torch.where(q < 2, 2 * q, torch.where(q < 4, q + 2, q / 2 + 4)).to(torch.uint8)
+    code = (code | ((blocks < 0).to(torch.uint8) << 3)).flatten(-2)
+    return code[..., 0::2] | (code[..., 1::2] << 4)
+
+
+def _reaching(rows: Tensor, scale_2: Tensor) -> Tensor:
+    block_amax = rows.unflatten(-1, (-1, BLOCK)).abs().amax(-1).to(torch.float32)
+    scale = block_amax / (E2M1_MAX * scale_2)
+    scale = torch.where(block_amax > 0, scale.clamp(E4M3_TINY, E4M3_MAX), torch.ones_like(scale))
+    return scale.to(torch.float8_e4m3fn)
+
+
+def _searched(rows: Tensor, scale_2: Tensor) -> Tensor:
+    """Codes of least loss, each block's found in a bracket of candidates.
+
+    With `a` a block's maximum and U the loss of the smallest candidate >= a/6, a candidate s below
+    (a - sqrt U)/6 loses more than U by clipping alone, and one >= a/3.5 is no better than its half.
+    """
+    blocks = rows.reshape(-1, BLOCK).to(torch.float64).abs()
+    candidates, unit = e4m3_values(rows.device), scale_2.to(torch.float64)
+    amax = blocks.amax(-1)
+    first = torch.searchsorted(candidates, amax / (E2M1_MAX * unit)).clamp_max(len(candidates) - 1)
+    best, best_loss = first.clone(), _loss(blocks, candidates[first] * unit)
+    low = torch.searchsorted(candidates, (amax - best_loss.sqrt()) / (E2M1_MAX * unit) * (1 - 1e-12))
+    # Up to 15 * 2**-9 (index 14) halving may leave the FP8 grid, so those candidates are always tried.
+    high = (torch.searchsorted(candidates, amax / (3.5 * unit) * (1 + 1e-12)) - 1).clamp_min(14)
+    owner = torch.arange(len(low), device=low.device)
+    index = low
+    while len(owner):
+        open_ = index <= high
+        if 3 * int(open_.sum()) < 2 * len(
+            owner
+        ):  # gathering costs as much as a candidate: do it when it pays
+            owner, index, high, blocks = owner[open_], index[open_], high[open_], blocks[open_]
+            continue
+        loss = _loss(blocks, candidates[index.clamp_max(len(candidates) - 1)] * unit)
+        loss = torch.where(index <= high, loss, torch.inf)
+        old, old_loss = best[owner], best_loss[owner]
+        better = (loss < old_loss) | ((loss == old_loss) & (index < old))
+        best[owner] = torch.where(better, index, old)
+        best_loss[owner] = torch.where(better, loss, old_loss)
+        index = index + 1
+    codes = (best + 1).to(torch.uint8)
+    return codes.reshape(rows.shape[0], -1).view(torch.float8_e4m3fn)
+
+
+def _loss(blocks: Tensor, scale: Tensor) -> Tensor:
+    """Squared error float64 [n] of rounding magnitudes [n, 16] to e2m1 times `scale` [n]; a fixed tree of
+    additions.
+
+    c - (c - x) is x on the e2m1 grid if c has the exponent of max(x, 1) * 2**51, whose last bit is x's step.
+    """
+    x = blocks * scale.reciprocal()[:, None]
+    c = (x * 2.0**51).clamp_min(1.5 * 2.0**51)
+    grid = (c - (c - x)).clamp_max(E2M1_MAX)
+    error = (blocks - grid * scale[:, None]).square_()
+    for width in (8, 4, 2, 1):
+        error = error[:, :width] + error[:, width : 2 * width]
+    return error[:, 0]
+
+
+def _row_chunks(rows: Tensor) -> Iterator[slice]:
+    """Row ranges whose temporaries stay small (a few MB on the CPU), whatever the size of the weight."""
+    elements = _SEARCH_ELEMENTS.get(rows.device.type, _SEARCH_ELEMENTS["cpu"])
+    step = max(1, elements // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        yield slice(start, start + step)

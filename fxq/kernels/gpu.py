@@ -1,0 +1,51 @@
+"""Block scales and e2m1 codes on CUDA: one launch reads each weight once, however many slices there are.
+
+The configuration is fixed (nothing is tuned at run time) and sizes are arguments, so each dtype, layout and
+variant is compiled once; Triton keeps the result on disk.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from fxq.kernels.eager import BLOCK
+from fxq.kernels.gpu_jit import quantize_blocks
+
+_LANES = 32
+_TILES = 8  # tiles of 32 blocks that a program does one after another
+_GRID_Y = 65535
+
+
+def quantize(w: Tensor, scale_2: Tensor, search: bool, pack: bool) -> tuple[Tensor, Tensor | None, bool]:
+    """(scales uint8 [n, rows, K/16], packed uint8 [n, rows, K/2] or None, whether everything was finite).
+
+    w [n, rows, K], bfloat16, float16 or float32, any strides; scale_2 f32 [n]. Waits for the result.
+    """
+    scales, packed, bad = launch(w, scale_2, search, pack)
+    return scales, packed, not bad.item()
+
+
+def launch(w: Tensor, scale_2: Tensor, search: bool, pack: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`quantize` without waiting: the third result is int32 [1], not zero if something was not finite."""
+    n, rows, width = w.shape
+    blocks = width // BLOCK
+    scales = torch.empty(n, rows, blocks, dtype=torch.uint8, device=w.device)
+    packed = torch.empty(n, rows, blocks if pack else 0, dtype=torch.int64, device=w.device)
+    bad = torch.zeros(1, dtype=torch.int32, device=w.device)
+    ss, sr, sk = w.stride()
+    words = 8 // w.element_size()
+    wide = sk == 1 and ss % words == 0 and sr % words == 0 and w.data_ptr() % 8 == 0
+    tiles = _TILES if wide else 1
+    native = not triton.knobs.runtime.interpret
+    grid = triton.cdiv(rows * blocks, _LANES * tiles)
+    with torch.cuda.device(w.device) if w.is_cuda else nullcontext():  # a launch goes to the current device
+        for start in range(0, n, _GRID_Y) if scales.numel() else ():
+            part = slice(start, start + _GRID_Y)
+            quantize_blocks[grid, min(n - start, _GRID_Y)](
+                w[part], scale_2[part], scales[part], packed[part], bad, rows, blocks, ss, sr, sk,
+                SEARCH=search, PACK=pack, WIDE=wide, BY_ROW=sk != 1, NATIVE=native, LANES=_LANES,
+                TILES=tiles, num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+    return scales, packed.view(torch.uint8) if pack else None, bad
