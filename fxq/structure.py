@@ -56,7 +56,7 @@ MATMULS = frozenset(
 )
 _SDPA = _ATEN.scaled_dot_product_attention.default
 _SOFTMAXES = frozenset({_ATEN.softmax.int, _ATEN._softmax.default})
-_PRODUCTS = frozenset({_ATEN.matmul.default, _ATEN.bmm.default, _ATEN.baddbmm.default, _ATEN.einsum.default})
+_PRODUCTS = frozenset({_ATEN.matmul.default, _ATEN.bmm.default, _ATEN.baddbmm.default})
 # What may lie between the product of queries and keys and its softmax, or between that and the values: masks,
 # scales, caps, sinks (joined as a column and cut off again), dropout.
 _BETWEEN = frozenset(
@@ -79,6 +79,14 @@ _BETWEEN = frozenset(
         _ATEN.cat.default,
         _ATEN.dropout.default,
         _ATEN.nan_to_num.default,
+    }
+)
+_REPEATS = frozenset(
+    {
+        _ATEN.expand.default,
+        _ATEN.repeat.default,
+        _ATEN.repeat_interleave.self_int,
+        _ATEN.broadcast_to.default,
     }
 )
 CHOICES = frozenset(
@@ -178,6 +186,59 @@ def as_weight_matmul(node: Node) -> WeightMatmul | None:
         return None
     w, parameter = weights[0]
     return WeightMatmul(node, others[0], w, parameter)
+
+
+def multiplies_experts(matmul: WeightMatmul) -> bool:
+    """Whether a matmul by a stack of matrices is one by experts: a matrix is picked for each token, or all of
+    them see the same tokens.
+
+    A stack whose matrices each see features of their own is block-diagonal, and one whose first dimension is
+    summed over is a linear by heads: neither is experts.
+    """
+    if not is_expert(matmul.w):
+        return False
+    steps = list(_weight_path(matmul.w))
+    if any(step.target in PICKS | {dialect.STACK} for step in steps):
+        return True
+    if matmul.node.target is _ATEN.einsum.default:
+        return _einsum_shares_tokens(matmul)
+    if "grouped_mm" in str(matmul.node.target) or matmul.node.target is dialect.EXPERT_LINEAR:
+        return True
+    copies = shape_of(steps[-1])[0]
+    shape = shape_of(matmul.w)
+    return copies not in shape[:-2] or _is_repeated(matmul.x, copies, shape.index(copies) - len(shape))
+
+
+def _einsum_shares_tokens(matmul: WeightMatmul) -> bool:
+    equation, operands = str(matmul.node.args[0]).replace(" ", ""), list(nodes_at(matmul.node, 1))
+    terms, _, result = equation.partition("->")
+    stack, *matrix = terms.split(",")[operands.index(matmul.w)]
+    others = "".join(t for i, t in enumerate(terms.split(",")) if operands[i] is not matmul.w)
+    # With no rows of its own, a "matrix" is one row of a linear whose input has several dimensions.
+    has_rows = any(letter in result and letter not in others for letter in matrix)
+    return stack in result and stack not in others and has_rows
+
+
+def _is_repeated(x: Node, copies: int, dim: int) -> bool:
+    """Whether activations, with `copies` of them in dimension `dim` < 0, are the same tokens for each matrix,
+    or were made by experts."""
+    shape = shape_of(x)
+    if len(shape) < -dim or shape[dim] != copies:
+        return True
+    seen, queue = {x}, deque([x])
+    while queue:
+        node = queue.popleft()
+        if node.target in _REPEATS:
+            return True
+        matmul = as_weight_matmul(node)
+        if matmul is not None:
+            if multiplies_experts(matmul):
+                return True
+            continue
+        new = [n for n in node.all_input_nodes if n not in seen and not isinstance(n.meta["val"], int)]
+        seen.update(new)
+        queue.extend(new)
+    return False
 
 
 class Frontiers:

@@ -1,12 +1,14 @@
 pass: fuse-experts
 rewrites: 1
 --- before
-%x : bf16[3,4,32] = placeholder()
+%tokens : bf16[1,4,32] = placeholder()
+%x : bf16[3,4,32] = aten.expand(%tokens, [3, -1, -1])
 %w : bf16[3,32,16] = @feed_forward.experts.gate_up_proj
 %y : bf16[3,4,16] = aten.bmm(%x, %w)
 return [%y]
 --- after
-%x : bf16[3,4,32] = placeholder()
+%tokens : bf16[1,4,32] = placeholder()
+%x : bf16[3,4,32] = aten.expand(%tokens, [3, -1, -1])
 %w : bf16[3,32,16] = @feed_forward.experts.gate_up_proj
 %w_t : bf16[3,16,32] = aten.transpose.int(%w, 1, 2)
 %y_tokens : int(4) = aten.sym_size.int(%x, 1)
