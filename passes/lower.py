@@ -116,7 +116,8 @@ class _Emitter:
         w, amax = node_at(quantize, 0), node_at(quantize, 1)
         name = parameter_name(w)
         held = self.program.hub.stored.get(name, Stored.whole(name, ()))
-        self.replaced.update((key, name) for keys in held.keys for key in keys)
+        if held.keys[0][0] not in self.replaced:  # once a parameter, not once an expert of it
+            self.replaced.update((key, name) for keys in held.keys for key in keys)
         shared = self._largest(f"{w.name}_input_amaxes", [self.copy(amax) for amax in input_amaxes])
         packed = edit.call(
             self.graph,
