@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fxq.errors import FxqError, SpecError, choices
 
 if TYPE_CHECKING:
+    from fxq.preview import Preview
     from fxq.program import Program
     from fxq.report import Report
 
@@ -29,6 +30,13 @@ _DUMP = """examples:
   fxq dump-graph ./model --full --only '*layers_0*'                 every node of a layer, as parseable text
   fxq dump-graph ./model --cone linear_3 --format dot | dot -Tsvg > cone.svg
 """
+_SPECS = """examples:
+  fxq specs                                                        the shipped specs
+  fxq specs nvfp4_default-fp8_kv                                   its YAML, to start from
+  fxq specs --model ./model                                        what each would do to it, or why not
+  fxq specs my.yaml --model ./model                                in detail: groups, what is left and why
+"""
+_PARTIAL = "leave what cannot be quantized as it is, with a warning, instead of failing"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", metavar="cpu|cuda", help="where calibration and packing run (default cpu)")
     add("--format", metavar="FORMAT", help="checkpoint format, instead of the spec's: modelopt")
     add("--eval", metavar="FILE", type=Path, help="also measure perplexity before and after on this text")
+    add("--allow-partial", action="store_true", help=_PARTIAL)
     add("--json", action="store_true", help="print the summary as JSON")
     add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
 
@@ -108,8 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", choices=("text", "json", "dot"), default="text", help="output format (default text)")
     add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
 
-    add = command("specs", _specs, "List the shipped specs, or print one.").add_argument
-    add("name", nargs="?", metavar="NAME", help="print this spec's YAML")
+    add = command(
+        "specs", _specs, "List the shipped specs, print one, or show what they would do to a model.", _SPECS
+    ).add_argument
+    add("name", nargs="?", metavar="NAME|FILE", help="a shipped spec or a YAML file")
+    add("--model", metavar="MODEL", type=Path, help="what the spec would do to this model; reads no weight")
+    add("--allow-partial", action="store_true", help=_PARTIAL)
+    add("--json", action="store_true", help="print it as JSON (with --model)")
+    add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
     return parser
 
 
@@ -130,6 +145,7 @@ def _compile(arguments: argparse.Namespace) -> int:
         seq_len=arguments.seq_len,
         device=arguments.device,
         format=arguments.format,
+        allow_partial=arguments.allow_partial,
         trust_remote_code=arguments.trust_remote_code,
         progress=_progress,
     )
@@ -284,9 +300,12 @@ def _fitted(text: str) -> str:
 def _specs(arguments: argparse.Namespace) -> int:
     from fxq.spec import shipped
 
+    if arguments.model is not None:
+        return _preview(arguments)
     if arguments.name is not None:
         if arguments.name not in shipped():
-            raise SpecError(f"no spec is called {arguments.name!r}; there are {choices(shipped())}")
+            hint = "; with --model it may be a file" if arguments.name.endswith((".yaml", ".yml")) else ""
+            raise SpecError(f"no spec is called {arguments.name!r}; there are {choices(shipped())}{hint}")
         print(shipped()[arguments.name].read_text(encoding="utf-8"), end="")
         return 0
     import yaml
@@ -294,6 +313,113 @@ def _specs(arguments: argparse.Namespace) -> int:
     for name, path in shipped().items():
         print(f"{name}\n    {yaml.safe_load(path.read_text(encoding='utf-8'))['description']}")
     return 0
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    """`fxq specs --model`: one spec in detail, or a row for each that is shipped."""
+    from fxq import spec
+    from fxq.passes import PASSES
+
+    names = [arguments.name] if arguments.name is not None else list(spec.shipped())
+    specs = [spec.load(name, PASSES) for name in names]  # their mistakes come before anything is traced
+    from fxq import preview
+    from fxq.compiler import open_model, with_options
+
+    specs = [with_options(chosen, None, arguments.allow_partial) for chosen in specs]
+    model = open_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    if arguments.name is not None:
+        found = preview.preview(model, specs[0])
+        if arguments.json:
+            print(json.dumps(found.as_dict(), indent=2))
+        else:
+            _print_preview(found)
+        return 0
+    rows = list(preview.previews(model, specs))
+    if arguments.json:
+        print(json.dumps([row.as_dict() for row in rows], indent=2))
+    else:
+        _print_previews(rows, arguments.model)
+    return 0
+
+
+def _print_preview(found: "Preview") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    facts = Table(title=f"{found.spec}, before any weight is read", show_header=False, title_justify="left")
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    for label, value in _facts(found):
+        facts.add_row(label, value)
+    console.print(facts)
+    if found.groups:
+        table = Table(title="linears that share their global scales", title_justify="left")
+        table.add_column("names", overflow="fold")
+        table.add_column("groups", justify="right")
+        for name, count in found.groups:
+            table.add_row(escape(name), str(count))
+        console.print(table)
+    if found.excluded:
+        reasons: dict[str, list[str]] = {}
+        for name, count, why in found.excluded:
+            reasons.setdefault(why, []).append(name + (f" ×{count}" if count > 1 else ""))
+        table = Table(title="left as they are", title_justify="left", show_lines=True)
+        table.add_column("why", max_width=24)
+        table.add_column("names", overflow="fold")
+        for why, names in reasons.items():
+            table.add_row(escape(why), escape("\n".join(names)))
+        console.print(table)
+    for warning in found.warnings:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+
+
+def _facts(found: "Preview") -> Iterator[tuple[str, str]]:
+    total = found.experts + found.linears
+    yield "tensors quantized", f"{total}: {found.experts} of experts, {found.linears} other linears"
+    yield "calibration data", "needed" if found.needs_data else "not needed"
+    yield "KV cache", found.kv_cache
+    before, after = found.source_bytes, found.output_bytes
+    yield "size", f"{_size(after)} ({after:,} bytes), {after / before:.1%} of {_size(before)}"
+    yield (
+        "bits per weight",
+        f"{found.bits_per_weight:.2f} over the whole checkpoint, {found.source_bits_per_weight:.2f} before",
+    )
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest unit that leaves a digit before the point."""
+    unit, scale = next(u for u in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= u[1] or u[1] == 1e3)
+    return f"{count / scale:.2f} {unit}"
+
+
+def _print_previews(rows: Sequence["Preview"], model: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    size = next((row.source_bytes for row in rows if row.source_bytes), 0)
+    title = f"{model.name or model}" + (f", {_size(size)}" if size else "")
+    table = Table(title=title, title_justify="left")
+    table.add_column("spec", overflow="fold")
+    for column in ("experts", "linears", "size"):
+        table.add_column(column, justify="right")
+    table.add_column("data")
+    for row in rows:
+        counts = [f"{row.experts}", f"{row.linears}", _size(row.output_bytes)]
+        if row.refused is not None:
+            counts = ["-"] * 3
+        table.add_row(row.spec, *counts, "yes" if row.needs_data else "no")
+    console = Console()
+    console.print(table)
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for text in (*row.warnings, *([f"does not apply: {row.refused}"] if row.refused else [])):
+            reasons.setdefault(text, []).append(row.spec)
+    for text, specs in reasons.items():
+        which = "every spec" if len(specs) == len(rows) else ", ".join(specs)
+        console.print(f"[bold]{which}[/bold]: {escape(text)}")
 
 
 if __name__ == "__main__":

@@ -140,6 +140,7 @@ def compile(
     seq_len: int = 512,
     device: str | torch.device = "cpu",
     format: str | None = None,
+    allow_partial: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> Compiled:
@@ -148,10 +149,12 @@ def compile(
     model: a Hugging Face directory with safetensors, or a live model (left as it is). spec: a shipped spec's
     name, a YAML file, or a Spec. calib: a .jsonl path or an iterable of texts, id lists or such mappings;
     the first `samples` are used, cut to `seq_len` tokens each. evaluate: text, given alike, to measure
-    perplexity on. device: "cpu" or "cuda", where calibration and packing run. Raises SpecError, SourceError,
-    TraceError, VerifyError or CheckpointError; on any of them nothing is written.
+    perplexity on. device: "cpu" or "cuda", where calibration and packing run. allow_partial: weights that
+    the spec asks for and that cannot be quantized are left as they are, with a warning, instead of an error.
+    Raises SpecError, SourceError, TraceError, VerifyError or CheckpointError; on any of them nothing is
+    written.
     """
-    chosen = _with_format(spec if isinstance(spec, Spec) else load(spec, PASSES), format)
+    chosen = with_options(spec if isinstance(spec, Spec) else load(spec, PASSES), format, allow_partial)
     where = _device(device)
     if samples < 1 or seq_len < 1:
         raise SpecError(f"samples and seq_len are at least 1; found {samples} and {seq_len}")
@@ -287,15 +290,18 @@ def check_output(out: Path, model: Path | None) -> None:
         raise CheckpointError(f"{out}: lies inside the model's directory {model}, which fxq does not touch")
 
 
-def _with_format(spec: Spec, format: str | None) -> Spec:
-    if format is None:
-        return spec
-    if format not in checkpoint.FORMATS:
+def with_options(spec: Spec, format: str | None, allow_partial: bool) -> Spec:
+    """The spec with what the command line says about its passes."""
+    if format is not None and format not in checkpoint.FORMATS:
         raise SpecError(f"no output format is called {format!r}; there are {choices(checkpoint.FORMATS)}")
-    passes = tuple(
-        dataclasses.replace(cast(Any, p), format=format) if p.name == "lower" else p for p in spec.passes
-    )
-    return dataclasses.replace(spec, passes=passes)
+    options: dict[str, object] = {"format": format} if format is not None else {}
+    options |= {"partial": True} if allow_partial else {}
+    passes = []
+    for step in cast(Any, spec.passes):
+        known = {f.name for f in dataclasses.fields(step)} - ({"format"} if step.name != "lower" else set())
+        own = {name: value for name, value in options.items() if name in known}
+        passes.append(dataclasses.replace(step, **own))
+    return dataclasses.replace(spec, passes=tuple(passes))
 
 
 def _device(device: str | torch.device) -> torch.device:

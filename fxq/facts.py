@@ -16,7 +16,7 @@ from fxq.structure import (
     Frontiers,
     fused_by_engines,
     input_quantize,
-    is_expert,
+    multiplies_experts,
     parameter_name,
     root,
     strip,
@@ -30,10 +30,11 @@ Fact = Callable[[Program], str | None]
 
 def experts_fused(program: Program) -> str | None:
     """Every stacked parameter that reaches a matmul does so through `fxq.expert_linear` or one
-    `fxq.slice`."""
+    `fxq.slice`; or a pass was allowed to leave it."""
     for matmul in weight_matmuls(program.graph):
         is_slice = strip(matmul.w, VIEWS | {dialect.QUANTIZE}).target is dialect.SLICE
-        if is_expert(matmul.w) and matmul.node.target is not dialect.EXPERT_LINEAR and not is_slice:
+        known = matmul.node.target is dialect.EXPERT_LINEAR or is_slice
+        if multiplies_experts(matmul) and not known and matmul.parameter.target not in program.left:
             return (
                 f"@{matmul.parameter.target} reaches %{matmul.node.name} "
                 f"({format_target(matmul.node.target)}) "

@@ -105,6 +105,7 @@ class Program:
     bootstrapped: names of the amax nodes that calibrate-bootstrap filled.
     accepts: (batch, length) -> None if the graph holds for inputs of that size, else why not.
     notes: what the user should know about decisions that passes took.
+    left: weights that a pass was asked for and could not quantize, and was allowed to leave -> why.
     calibrated: the graph that was lowered, which simulates the deployed model; None until then.
     """
 
@@ -117,6 +118,7 @@ class Program:
     calibrated: Graph | None = None
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
 
 
 class WeightSource(Protocol):

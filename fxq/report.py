@@ -1,7 +1,9 @@
 """What a compilation did, in figures: for people as a table, for programs as a mapping."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +14,10 @@ from fxq import dialect
 from fxq.facts import is_weight_quantize
 from fxq.nodes import node_at
 from fxq.program import Program
-from fxq.structure import is_expert, root
+from fxq.structure import is_expert, multiplies_experts, parameter_name, root, weight_matmuls
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+_NODE_NUMBER = re.compile(r"(%\w*?)(_\d+)+\b")
 
 
 @dataclass
@@ -71,7 +76,7 @@ class Report:
                 else:
                     self.linear_nodes += 1
         self.groups = _shared_scales(program.graph)
-        self.warnings += program.notes
+        self.warnings += [*program.notes, *unquantized(graph, program)]
         self.bootstrapped = len(program.bootstrapped)
         holes = {n.name: n for n in graph.nodes if n.target is dialect.AMAX}
         self.unseen_inputs = sum(
@@ -94,6 +99,32 @@ class Report:
         if worst is not None:
             self.worst_tensor = worst[0] + (f" expert {worst[1]}" if worst[1] is not None else "")
             self.worst_sqnr_db = sqnr_db([errors[worst]])
+
+
+def unquantized(graph: Graph, program: Program) -> Iterator[str]:
+    """What was left although the spec asked for it, and experts that it did not ask for."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in program.left.items():
+        by_reason.setdefault(fold([reason])[0][0], []).append(name)
+    for reason, names in by_reason.items():
+        yield f"{_listed(names, program)} left unquantized: {reason}"
+    experts = {str(m.parameter.target): m for m in weight_matmuls(graph) if multiplies_experts(m)}
+    quantized = {parameter_name(node) for node in graph.nodes if is_weight_quantize(node)}
+    if unasked := [name for name in experts if name not in quantized and name not in program.left]:
+        yield f"{_listed(unasked, program)} left unquantized: no pass of the spec quantizes experts"
+
+
+def _listed(names: Sequence[str], program: Program) -> str:
+    """Parameters counted, under the names of the checkpoint."""
+    stored = program.hub.names
+    keys = [(stored[n].keys[0][0] if n in stored else n).removesuffix(".weight") for n in names]
+    patterns = ", ".join(pattern for pattern, _ in fold(keys))
+    return f"{len(names)} weights ({patterns}) are" if len(names) > 1 else f"{patterns} is"
+
+
+def fold(names: Iterable[str]) -> list[tuple[str, int]]:
+    """(name, how many) with the numbers of layers and experts as `*`, and nodes without theirs; in order."""
+    return list(Counter(_NODE_NUMBER.sub(r"\1", _NUMBER.sub("*", name)) for name in names).items())
 
 
 def _shared_scales(lowered: Graph) -> int:

@@ -14,7 +14,7 @@ from fxq.facts import Fact, experts_fused
 from fxq.nodes import int_at, node_at
 from fxq.pattern import Bind, Call, Const, Listed, Match, Miss, PastViews, Rule, Weight
 from fxq.program import Program
-from fxq.structure import VIEWS, as_weight_matmul, is_expert, shape_of, strip, weight_matmuls
+from fxq.structure import VIEWS, as_weight_matmul, multiplies_experts, shape_of, strip, weight_matmuls
 
 aten = torch.ops.aten
 GROUPED = (aten._grouped_mm.default,)
@@ -56,7 +56,12 @@ RULES = COLUMN + ROW + SORTED + DENSE + UNROLLED + UNROLLED_ROW
 @dataclass(frozen=True)
 class FuseExperts:
     """Make every expert's weight visible as `w[e]` of an `expert_linear(x, w, expert_ids)` with w [E,
-    out, in]."""
+    out, in].
+
+    partial: leave a weight that is used in a form no pattern knows, instead of failing.
+    """
+
+    partial: bool = False
 
     name: ClassVar[str] = "fuse-experts"
     requires: ClassVar[tuple[Fact, ...]] = ()
@@ -67,7 +72,11 @@ class FuseExperts:
         """Every matmul by a parameter that is, or was picked from, a stack of matrices."""
         for matmul in list(weight_matmuls(program.graph)):
             is_slice = strip(matmul.w, VIEWS | {dialect.QUANTIZE}).target is dialect.SLICE
-            if is_expert(matmul.w) and matmul.node.target is not dialect.EXPERT_LINEAR and not is_slice:
+            if (
+                multiplies_experts(matmul)
+                and matmul.node.target is not dialect.EXPERT_LINEAR
+                and not is_slice
+            ):
                 yield RULES.match(matmul.node)
 
     def run(self, program: Program) -> int:
@@ -75,13 +84,16 @@ class FuseExperts:
         for site in list(self.sites(program)):
             # Matched again: the rewrite before may have replaced what this one reads.
             fresh = RULES.match(site.node)
-            if isinstance(fresh, Miss):
-                where = f"{_parameter(fresh.node)}\n  {fresh}"
+            if isinstance(fresh, Match):
+                REWRITES[fresh.rule](fresh)
+                count += 1
+            elif self.partial:
+                program.left[_parameter(fresh.node)] = f"experts used in a form no pattern knows: {fresh}"
+            else:
+                where = f"@{_parameter(fresh.node)}\n  {fresh}"
                 raise VerifyError(
                     f"fuse-experts: a 3-D weight reaches a matmul in a form no pattern knows: {where}"
                 )
-            REWRITES[fresh.rule](fresh)
-            count += 1
         return count
 
 
@@ -157,12 +169,19 @@ def _expert_linear(site: Match, w: Node, *, unsqueezed: int) -> None:
 
 
 def _transposed(w: Node) -> Node:
-    """`w` with its last two dimensions exchanged; undoes a transpose rather than stacking a second one."""
-    if w.target is aten.transpose.int and {int_at(w, i) % 3 for i in (1, 2)} == {1, 2}:
+    """`w` with its last two dimensions exchanged, the same node for all who ask; undoes a transpose rather
+    than stacking a second one."""
+    if _is_transpose(w):
         return node_at(w, 0)
-    return edit.call(w.graph, f"{w.name}_t", aten.transpose.int, w, 1, 2)
+    made = next((user for user in w.users if _is_transpose(user)), None)
+    return made or edit.call(w.graph, f"{w.name}_t", aten.transpose.int, w, 1, 2)
+
+
+def _is_transpose(w: Node) -> bool:
+    return w.target is aten.transpose.int and {int_at(w, i) % 3 for i in (1, 2)} == {1, 2}
 
 
 def _parameter(node: Node) -> str:
     matmul = as_weight_matmul(node)
-    return f"@{matmul.parameter.target}" if matmul is not None else f"%{node.name}"
+    assert matmul is not None
+    return str(matmul.parameter.target)

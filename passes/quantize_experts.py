@@ -1,6 +1,8 @@
-"""quantize-experts: one quantize node per expert slice, and one per projection input."""
+"""quantize-experts: one quantize node per expert slice, and one per projection input; every expert or an
+error."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,13 +11,23 @@ from torch.fx import Node
 
 from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, is_weight_quantize
-from fxq.nodes import node_at
+from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, is_weight_quantize, joined
+from fxq.nodes import int_at, node_at
 from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.pipeline import nothing_matched
-from fxq.program import Program
-from fxq.structure import VIEWS, is_expert, root, shape_of, strip, weight_matmuls
+from fxq.places import named
+from fxq.program import Hub, Program
+from fxq.structure import (
+    VIEWS,
+    Frontiers,
+    is_expert,
+    multiplies_experts,
+    parameter_name,
+    shape_of,
+    strip,
+    weight_matmuls,
+)
 
 EXPERTS = Rule(
     "expert_linear", Call(dialect.EXPERT_LINEAR, Bind("x", rank=2), Weight("w", rank=3), Bind("ids"))
@@ -25,6 +37,7 @@ ONE_EXPERT = Rule(
     Call(torch.ops.aten.linear.default, Bind("x"), Call(dialect.SLICE, Weight("w", rank=3))),
 )
 RULES = EXPERTS + ONE_EXPERT
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -33,12 +46,14 @@ class QuantizeExperts:
     multiplies them.
 
     weights: their format. inputs: the activations' format, or none for weight-only. required: whether a
-    model without experts is an error.
+    model without experts is an error. partial: leave a layer whose experts cannot be quantized, instead of
+    failing.
     """
 
     weights: Literal["nvfp4"] = "nvfp4"
     inputs: Literal["nvfp4", "none"] = "nvfp4"
     required: bool = True
+    partial: bool = False
 
     name: ClassVar[str] = "quantize-experts"
     requires: ClassVar[tuple[Fact, ...]] = (experts_fused,)
@@ -46,33 +61,140 @@ class QuantizeExperts:
     breaks: ClassVar[tuple[Fact, ...]] = (amaxes_shared, amaxes_filled)
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
-        """Every matmul by a parameter; those that are no experts miss."""
+        """Every matmul by a parameter; those that are no experts, or had to be left, miss."""
         for matmul in list(weight_matmuls(program.graph)):
-            if strip(matmul.w, VIEWS).target not in (dialect.STACK, dialect.QUANTIZE):
+            if strip(matmul.w, VIEWS).target in (dialect.STACK, dialect.QUANTIZE):
+                continue
+            if (reason := program.left.get(str(matmul.parameter.target))) is not None:
+                yield Miss(EXPERTS.name, matmul.node, reason, depth=9)
+            else:
                 yield RULES.match(matmul.node)
 
     def run(self, program: Program) -> int:
+        self._leave(program)
         matches = [site for site in self.sites(program) if isinstance(site, Match)]
         already = any(is_weight_quantize(n) and is_expert(node_at(n, 0)) for n in program.graph.nodes)
         if not matches and self.required and not already:
             raise nothing_matched(self, program, "fused expert weights (a 3-D parameter in a matmul)")
         count = 0
         for site in matches:
-            _check_blocks(site["w"])
             slices = _quantized_slices(site, self.weights)
             if self.inputs != "none":
                 _quantize_input(site, self.inputs)
             count += slices
         return count
 
+    def _leave(self, program: Program) -> None:
+        """Put the experts that cannot be quantized into `program.left`; VerifyError unless `partial`."""
+        reasons = {**_unreached(program), **_unfit(program, self.sites(program))}
+        if reasons and not self.partial:
+            name, reason = next(iter(reasons.items()))
+            more = f" (and {len(reasons) - 1} more weights)" if reasons.keys() - {name} else ""
+            raise VerifyError(
+                f"{name}: {reason}{more}; expected to quantize all experts: --allow-partial leaves such a "
+                "layer as it is (partial: true in a spec)"
+            )
+        program.left.update(reasons)
+        for layer in _layers(program) if program.left else ():
+            if held := [name for name in layer if name in program.left]:
+                why = f"its layer holds {held[0]}, which is left"
+                program.left.update({mate: why for mate in layer if mate not in program.left})
 
-def _check_blocks(w: Node) -> None:
-    width = shape_of(w)[-1]
-    if width % BLOCK:
-        parameter = root(w) or w
-        raise VerifyError(
-            f"{parameter.target}: each expert's input dimension is {width}; NVFP4 needs a multiple of {BLOCK}"
-        )
+
+def _unfit(program: Program, sites: Iterable[Match | Miss]) -> dict[str, str]:
+    """Expert weights of the graph that NVFP4, or the checkpoint, cannot hold whole -> why."""
+    reasons: dict[str, str] = {}
+    picked: dict[str, set[int]] = {}  # those that are used expert by expert
+    for site in sites:
+        if not isinstance(site, Match):
+            continue
+        w, name = site["w"], parameter_name(site["w"])
+        count, _, width = shape_of(w)
+        if site.rule == ONE_EXPERT.name:
+            picked.setdefault(name, set(range(count))).discard(int_at(node_at(site.node, 1), 1))
+        if width % BLOCK:
+            reasons[name] = f"each expert's input dimension is {width}; NVFP4 needs a multiple of {BLOCK}"
+        elif (convert := named(program.hub, name, shape_of(w)).convert) is not None:
+            reasons[name] = f"no rows of the checkpoint's tensors hold it, but {convert.operations} of them"
+    for name, unused in picked.items():
+        if unused:
+            reasons.setdefault(name, f"the graph never reads expert {min(unused)}")
+    return reasons
+
+
+def _unreached(program: Program) -> dict[str, str]:
+    """Stacks of matrices that no matmul of the graph reads although their block is part of it -> why."""
+    read = {str(n.target): n for n in program.graph.nodes if n.op == "get_attr"}
+    reasons: dict[str, str] = {}
+    for name in _stacks(program.hub):
+        if name not in read:
+            if _block_is_read(name, program.hub, read):
+                reasons[name] = "the graph never reads these experts"
+        elif leaves := [user for user in read[name].users if user.target is dialect.LEAF]:
+            reasons[name] = f"these experts lie inside the opaque call {leaves[0].args[0]}"
+    for node in program.graph.nodes:
+        for name in _lists(node) if node.target is dialect.LEAF else ():
+            reasons[name] = f"it is one of a list inside the opaque call {node.args[0]}"
+    return reasons
+
+
+def _lists(leaf: Node) -> list[str]:
+    """The matrices of an opaque module that are alike but for a number in their name: experts one by one."""
+    inside = str(leaf.args[0]).partition(":")[2]
+    alike: dict[tuple[str, tuple[int, ...]], dict[str, None]] = {}
+    for node in leaf.all_input_nodes:
+        if node.op == "get_attr" and len(shape_of(node)) == 2:
+            name = str(node.target)
+            pattern = _NUMBER.sub("*", name.removeprefix(f"{inside}."))
+            alike.setdefault((pattern, shape_of(node)), {})[name] = None
+    return [name for names in alike.values() if len(names) > 1 for name in names]
+
+
+def _stacks(hub: Hub) -> list[str]:
+    """Parameters that are stacks of matrices, one name each."""
+    first: dict[str, str] = {}
+    for name, stored in hub.stored.items():
+        if stored.stacked or _is_stack(_held(hub, name)):
+            first.setdefault(stored.keys[0][0], name)
+    return list(first.values())
+
+
+def _is_stack(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and min(shape) > 1
+
+
+def _held(hub: Hub, name: str) -> tuple[int, ...]:
+    """The shape of the first tensor that holds a parameter."""
+    key = hub.stored[name].keys[0][0]
+    return hub.tensors[key].shape if key in hub.tensors else ()
+
+
+def _block_is_read(name: str, hub: Hub, read: Container[str]) -> bool:
+    """Whether the graph reads the block of a stack: the smallest module around it with another matrix (its
+    router). The text path never enters that of a vision tower."""
+    owner = name
+    while owner:
+        owner = owner.rpartition(".")[0]
+        inside = [n for n in hub.stored if n.startswith(f"{owner}." if owner else "") and n != name]
+        matrices = [n for n in inside if not hub.stored[n].stacked and len(_held(hub, n)) == 2]
+        if matrices:
+            return any(n in read for n in matrices)
+    return False
+
+
+def _layers(program: Program) -> list[list[str]]:
+    """Expert weights, those together that feed one another or read one value: engines know each set as one
+    module, all quantized or not."""
+    frontiers = Frontiers(program.graph)
+    experts = {node: m.parameter for node, m in frontiers.matmuls.items() if multiplies_experts(m)}
+    together: dict[Node, list[Node]] = {}
+    chains: list[list[Node]] = []
+    for node, parameter in experts.items():
+        feeding = frontiers.of(frontiers.matmuls[node].x)
+        if all(other in experts for other in feeding):
+            chains.append([parameter, *(experts[other] for other in feeding)])
+        together.setdefault(frontiers.input_of(node), []).append(parameter)
+    return [[str(p.target) for p in layer] for layer in joined([*chains, *together.values()])]
 
 
 def _quantized_slices(site: Match, format: str) -> int:

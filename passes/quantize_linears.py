@@ -1,6 +1,7 @@
 """quantize-linears: linears and their inputs; never routers or other gates, never the output head unless
 it is named."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.pipeline import nothing_matched
 from fxq.program import Program
-from fxq.structure import VIEWS, Frontiers, head, root, routers, shape_of, strip, weight_matmuls
+from fxq.structure import VIEWS, Frontiers, head, parameter_name, routers, shape_of, strip, weight_matmuls
 
 LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w", rank=2)))
 
@@ -27,13 +28,15 @@ class QuantizeLinears:
 
     weights: their format. inputs: the activations' format, or none for weight-only. only, skip: globs over
     module names (`*.mlp.*`); a linear is taken if it matches one of `only` and none of `skip`. The output
-    head is taken only if `only` names it without wildcards.
+    head is taken only if `only` names it without wildcards. partial: leave a linear whose input dimension
+    does not fit the format, instead of failing.
     """
 
     weights: Literal["nvfp4"] = "nvfp4"
     inputs: Literal["nvfp4", "none"] = "nvfp4"
     only: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
+    partial: bool = False
 
     name: ClassVar[str] = "quantize-linears"
     requires: ClassVar[tuple[Fact, ...]] = ()
@@ -44,6 +47,7 @@ class QuantizeLinears:
         """Every matmul by a 2-D parameter; those left alone miss with the structural reason or the glob."""
         frontiers = Frontiers(program.graph)
         chosen_by, output_head = routers(program.graph, frontiers), head(program.graph, frontiers)
+        makers = Counter(chosen_by.values())
         for matmul in list(weight_matmuls(program.graph)):
             if (
                 strip(matmul.w, VIEWS).target in (dialect.QUANTIZE, dialect.STACK)
@@ -56,19 +60,24 @@ class QuantizeLinears:
                 continue
             module = _module(matmul.parameter)
             reason = None
-            if matmul.node in chosen_by:
-                reason = f"a router: %{chosen_by[matmul.node].name} chooses by its result"
+            if (choice := chosen_by.get(matmul.node)) is not None and makers[choice] > 1:
+                reason = f"an indexer: %{choice.name} chooses by its and {makers[choice] - 1} other results"
+            elif choice is not None:
+                reason = f"a router: %{choice.name} chooses by its result"
             elif matmul.node is output_head and module not in self.only:
                 reason = "the output head: its result leaves the model"
             elif shape_of(matmul.parameter)[0] == 1:
                 reason = "a gate: it has a single output"
+            elif (left := program.left.get(str(matmul.parameter.target))) is not None:
+                reason = left
             elif not self._wanted(module):
-                reason = f"{module} is not selected by only={list(self.only)}, skip={list(self.skip)}"
+                reason = f"not selected by only={list(self.only)}, skip={list(self.skip)}"
             yield result if reason is None else Miss(LINEAR.name, matmul.node, reason, depth=2)
 
     def run(self, program: Program) -> int:
         self._check_globs(program)
-        matches = [site for site in self.sites(program) if isinstance(site, Match)]
+        found = [site for site in self.sites(program) if isinstance(site, Match)]
+        matches = [site for site in found if self._fits(site, program)]
         # A model whose linears are all experts leaves nothing to do here, which is no mistake.
         if not matches and weights_quantized(program) is not None:
             raise nothing_matched(self, program, "linears to quantize")
@@ -76,7 +85,6 @@ class QuantizeLinears:
         weights: dict[Node, Node] = {}
         for site in matches:
             w, x = site["w"], site["x"]
-            _check_blocks(w)
             edit.replace(
                 w,
                 weights.get(w) or weights.setdefault(w, _quantize(w, w.name, self.weights, "max")),
@@ -88,6 +96,20 @@ class QuantizeLinears:
                 )
                 edit.replace(x, q, [site.node])
         return len(matches)
+
+    def _fits(self, site: Match, program: Program) -> bool:
+        """Whether the format can hold a linear; if not, it is left (`partial`) or a VerifyError."""
+        width = shape_of(site["w"])[-1]
+        if width % BLOCK:
+            name = parameter_name(site["w"])
+            reason = f"its input dimension is {width}; NVFP4 needs a multiple of {BLOCK}"
+            if not self.partial:
+                module = name.removesuffix(".weight")
+                raise VerifyError(
+                    f"{name}: {reason}. Leave it out with skip: [{module!r}], or --allow-partial"
+                )
+            program.left[name] = reason
+        return width % BLOCK == 0
 
     def _wanted(self, module: str) -> bool:
         return any(fnmatchcase(module, g) for g in self.only) and not any(
@@ -107,16 +129,6 @@ class QuantizeLinears:
 
 def _module(parameter: Node) -> str:
     return str(parameter.target).removesuffix(".weight")
-
-
-def _check_blocks(w: Node) -> None:
-    width = shape_of(w)[-1]
-    if width % BLOCK:
-        name = (root(w) or w).target
-        raise VerifyError(
-            f"{name}: its input dimension is {width}; NVFP4 needs a multiple of {BLOCK}. Leave it out "
-            f"with skip: [{_module(root(w) or w)!r}]"
-        )
 
 
 def _quantize(t: Node, name: str, format: str, scale: str) -> Node:

@@ -122,6 +122,57 @@ def test_specs_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["specs", "nope"]) == 2
 
 
+def test_specs_shows_what_one_would_do_to_a_model(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = printed(capsys, "specs", SPEC, "--model", model)
+    assert max(map(len, text.splitlines())) <= 80
+    flat = " ".join(text.replace("│", " ").split())
+    for words in (
+        "56: 48 of experts, 8 other linears",
+        "model.layers.*.self_attn.{q_proj,k_proj,v_proj}",
+        "model.layers.*.mlp.gate ×2",
+        "a router: %topk",
+        "bits per weight",
+        "needed",
+    ):
+        assert words in flat
+    found = json.loads(printed(capsys, "specs", SPEC, "--model", model, "--json"))
+    assert found["experts"] == 48
+    assert {
+        "name": "model.layers.*.mlp.gate",
+        "count": 2,
+        "reason": "a router: %topk chooses by its result",
+    } in (found["excluded"])
+
+
+def test_specs_has_a_row_for_each_spec_that_applies_to_a_model(
+    zoo: Zoo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = printed(capsys, "specs", "--model", zoo("llama_tied"))
+    assert max(map(len, text.splitlines())) <= 80
+    assert SPEC in text
+    assert "does not apply: quantize-experts rewrote nothing" in " ".join(text.split())
+    assert main(["specs", "nvfp4_experts_only-fp8_cast_kv", "--model", str(zoo("llama_tied"))]) == 1
+    assert "expected fused expert weights" in capsys.readouterr().err
+
+
+def test_specs_takes_a_file_with_a_model_only(
+    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "passes: [{quantize-linears: {only: ['*.mlp.*']}}, sync-groups, calibrate-bootstrap, lower]"
+    )
+    assert main(["specs", str(mine)]) == 2
+    assert "--model" in capsys.readouterr().err
+    found = json.loads(printed(capsys, "specs", mine, "--model", zoo("llama_tied"), "--json"))
+    assert found["spec"] == "mine"
+    assert found["linears"] == 6
+
+
 @pytest.mark.parametrize("command", [[], ["compile"], ["dump-graph"], ["specs"]])
 def test_help_is_fast_to_reach_and_has_examples(command: list[str]) -> None:
     found = subprocess.run(
@@ -132,7 +183,7 @@ def test_help_is_fast_to_reach_and_has_examples(command: list[str]) -> None:
     assert found.returncode == 0
     assert "usage: " in found.stdout
     assert "torch" not in {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
-    if command in (["compile"], ["dump-graph"]):
+    if command:
         assert "examples:" in found.stdout
 
 

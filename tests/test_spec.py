@@ -86,6 +86,7 @@ def test_options_reach_the_pass() -> None:
         "inputs": "none",
         "only": ("*.mlp.*", "a"),
         "skip": ("*.gate",),
+        "partial": False,
     }
 
 
@@ -103,7 +104,8 @@ def test_a_null_format_means_none() -> None:
     [
         (
             only("quantize-linears: {skips: []}"),
-            "mine.yaml:3: quantize-linears has no option 'skips'; it has: inputs, only, skip, weights",
+            "mine.yaml:3: quantize-linears has no option 'skips'; it has: inputs, only, partial, "
+            "skip, weights",
         ),
         (
             only("quantise-linears"),
@@ -146,7 +148,11 @@ def test_a_null_format_means_none() -> None:
             only("fuse-experts\n  - quantize-experts: {required: 1}"),
             "mine.yaml:4: quantize-experts: required is bool; found 1",
         ),
-        (only("fuse-experts: {name: mine}"), "mine.yaml:3: fuse-experts has no option 'name'; it has: none"),
+        (
+            only("fuse-experts: {name: mine}"),
+            "mine.yaml:3: fuse-experts has no option 'name'; it has: partial",
+        ),
+        (only("sync-groups: {name: mine}"), "mine.yaml:3: sync-groups has no option 'name'; it has: none"),
         (only("quantize-kv: cast"), "mine.yaml:3: expected options in braces"),
         (only("quantize-kv: [cast]"), "mine.yaml:3: expected options in braces"),
         (only("{fuse-experts: {}, sync-groups: {}}"), "mine.yaml:3: expected one pass an entry"),

@@ -22,4 +22,4 @@ return [%logits]
 %logits : bf16[4,8] = aten.linear(%d, %last)
 return [%logits]
 --- miss
-b: layers.0.self_attn.o_proj is not selected by
+b: not selected by

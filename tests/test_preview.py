@@ -1,0 +1,228 @@
+"""What is said before any weight is read is what compiling then does; what cannot be quantized is never left
+in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen3MoeConfig
+
+import fxq
+from fxq import spec
+from fxq.compiler import Model, open_model, with_options
+from fxq.errors import SpecError, VerifyError
+from fxq.passes import PASSES
+from fxq.preview import Preview, preview, previews
+from fxq.report import fold
+from fxq.weights import Directory
+from tests import reader, tiny
+from tests.families import VOCABULARY, Zoo, random_model, samples, save, zoo
+
+__all__ = ["zoo"]
+DEFAULT, EXPERTS_ONLY, WEIGHT_ONLY = (
+    "nvfp4_default-fp8_kv",
+    "nvfp4_experts_only-fp8_cast_kv",
+    "nvfp4_weight_only",
+)
+Opened = Callable[[str], Model]
+
+
+@pytest.fixture(scope="module")
+def opened(zoo: Zoo) -> Opened:
+    """Family -> its traced model, traced once."""
+    made: dict[str, Model] = {}
+
+    def model(name: str) -> Model:
+        if name not in made:
+            made[name] = open_model(zoo(name))
+        return made[name]
+
+    return model
+
+
+def shown(model: Model, name: str) -> Preview:
+    return preview(model, spec.load(name, PASSES))
+
+
+def reasons(found: Preview) -> dict[str, str]:
+    return {name: why for name, _, why in found.excluded}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen3_moe", WEIGHT_ONLY),
+        ("llama_tied", WEIGHT_ONLY),
+        pytest.param("qwen3_moe", DEFAULT, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", EXPERTS_ONLY, marks=pytest.mark.slow),
+        pytest.param("mixtral", EXPERTS_ONLY, marks=pytest.mark.slow),
+        pytest.param("phi3", DEFAULT, marks=pytest.mark.slow),
+    ],
+)
+def test_counts_and_bytes_are_those_that_are_written(
+    family: str, name: str, opened: Opened, zoo: Zoo, tmp_path: Path
+) -> None:
+    found = shown(opened(family), name)
+    compiled = fxq.compile(zoo(family), name, calib=samples(2), out=tmp_path / "out")
+    written = reader.read_checkpoint(str(tmp_path / "out"))
+    assert found.experts + found.linears == len(written.quantized_linears())
+    assert found.output_bytes == compiled.report.output_bytes == _bytes(tmp_path / "out")
+    assert found.source_bytes == compiled.report.source_bytes == _bytes(zoo(family))
+    assert sum(count for _, count in found.groups) == compiled.report.groups
+    assert list(found.warnings) == [w for w in compiled.report.warnings if "saw no data" not in w]
+
+
+def _bytes(directory: Path) -> int:
+    """The bytes of all tensors: each file without its header."""
+    total = 0
+    for path in directory.glob("*.safetensors"):
+        total += path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little")
+    return total
+
+
+def test_nothing_is_read_and_the_model_stays_fit_for_more(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise AssertionError(f"a weight was read: {args[1:]}")
+
+    for name in ("read", "read_expert", "read_hub"):
+        monkeypatch.setattr(Directory, name, refuse)
+    model = opened("qwen3_moe")
+    before = [(node.name, node.target) for node in model.program.graph.nodes]
+    assert shown(model, DEFAULT) == shown(model, DEFAULT)
+    assert [(node.name, node.target) for node in model.program.graph.nodes] == before
+    assert model.program.calibrated is None
+    assert model.program.notes == []
+
+
+def test_what_stays_has_its_structural_reason_and_names_are_folded(opened: Opened) -> None:
+    found = shown(opened("qwen3_moe"), DEFAULT)
+    whys = reasons(found)
+    assert whys["lm_head"].startswith("the output head")
+    assert whys["model.embed_tokens"] == "an embedding"
+    assert whys["model.layers.*.mlp.gate"] == "a router: %topk chooses by its result"
+    assert whys["model.norm"] == "a vector: norm, bias or scale"
+    assert ("model.layers.*.mlp.gate", 2, whys["model.layers.*.mlp.gate"]) in found.excluded
+    assert dict(found.groups) == {
+        "model.layers.*.self_attn.{q_proj,k_proj,v_proj}": 2,
+        "model.layers.*.mlp.experts.*.{gate_proj,up_proj}": 16,
+    }
+    assert found.kv_cache == "fp8, 2 attentions, scales calibrated"
+
+
+@pytest.mark.slow
+def test_tensors_that_the_class_lacks_are_carried_through(opened: Opened) -> None:
+    whys = reasons(shown(opened("deepseek_v3"), EXPERTS_ONLY))
+    assert whys["model.layers.*.eh_proj"].startswith("not part of the model's class")
+
+
+def test_a_spec_without_a_pass_for_them_says_so(opened: Opened, tmp_path: Path) -> None:
+    model = opened("qwen3_moe")
+    whys = reasons(shown(model, EXPERTS_ONLY))
+    assert whys["model.layers.*.self_attn.o_proj"] == "no pass of the spec quantizes linears"
+    assert whys["model.layers.*.mlp.gate"].startswith("a router")
+    (tmp_path / "linears.yaml").write_text(
+        "passes: [quantize-linears, sync-groups, calibrate-bootstrap, lower]"
+    )
+    found = preview(model, spec.load(tmp_path / "linears.yaml", PASSES))
+    assert found.experts == 0
+    assert any("no pass of the spec quantizes experts" in why for _, _, why in found.excluded)
+    (warning,) = found.warnings
+    assert "4 weights (model.layers.*.mlp.experts.*.gate_proj" in warning
+    assert "no pass of the spec quantizes experts" in warning
+
+
+def test_globs_that_did_not_select_are_the_reason(opened: Opened) -> None:
+    whys = reasons(shown(opened("llama_tied"), "nvfp4_mlp_only_mse-fp8_cast_kv"))
+    assert "skip=['*attn*'" in whys["model.layers.*.self_attn.*"]
+    assert whys["model.embed_tokens"].startswith("an embedding, and the output head")
+
+
+def test_every_spec_has_a_row_and_one_that_does_not_apply_its_reason(opened: Opened) -> None:
+    specs = [spec.load(name, PASSES) for name in spec.shipped()]
+    rows = {row.spec: row for row in previews(opened("llama_tied"), specs)}
+    assert list(rows) == list(spec.shipped())
+    for name, row in rows.items():
+        assert ("expected fused expert weights" in str(row.refused)) == ("experts_only" in name)
+        assert row.needs_data == ("weight_only" not in name)
+        assert bool(row.output_bytes) == (row.refused is None)
+
+
+def test_a_vision_tower_is_one_line(tmp_path: Path) -> None:
+    (family,) = [f for f in tiny.families() if f.architecture == "Qwen3_5MoeForConditionalGeneration"]
+    tiny.tiny_model(family).save_pretrained(tmp_path / "model")
+    found = shown(open_model(tmp_path / "model"), EXPERTS_ONLY)
+    assert found.experts == 72
+    (line,) = [(name, why) for name, _, why in found.excluded if "visual" in name]
+    assert line == ("model.visual.*", "the text path never reads it")
+    assert reasons(found)["model.language_model.layers.*.mlp.shared_expert_gate"].startswith("a gate")
+    assert reasons(found)["model.language_model.layers.*.linear_attn.conv1d"] == "a convolution"
+
+
+def test_numbers_of_layers_are_folded_and_sizes_are_not() -> None:
+    assert fold(["a.0.b.12", "a.1.b.3", "h.w4", "%topk_3 of 24; needs 16"]) == [
+        ("a.*.b.*", 2),
+        ("h.w4", 1),
+        ("%topk of 24; needs 16", 1),
+    ]
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts whose down projections read 24 values, no multiple of 16."""
+    head: dict[str, Any] = {"head_dim": 16}
+    config = Qwen3MoeConfig(
+        **head,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=[0],
+    )
+    return save(random_model(config), tmp_path_factory.mktemp("narrow") / "model")
+
+
+def test_experts_that_cannot_be_quantized_are_an_error_naming_them(narrow: Path, tmp_path: Path) -> None:
+    with pytest.raises(VerifyError, match=r"model\.layers\.1\.mlp\.experts\.down_proj.*24.*--allow-partial"):
+        fxq.compile(narrow, WEIGHT_ONLY, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_allowed_partial_coverage_is_listed_and_warned_of(narrow: Path, tmp_path: Path) -> None:
+    compiled = fxq.compile(narrow, WEIGHT_ONLY, out=tmp_path / "out", allow_partial=True)
+    assert reader.check(str(tmp_path / "out"), str(narrow)) == []
+    warnings = " ".join(compiled.report.warnings)
+    assert "model.layers.*.mlp.experts.*.down_proj is left unquantized: each expert's input" in warnings
+    assert "model.layers.*.mlp.experts.*.gate_proj is left unquantized: its layer holds" in warnings
+    written = reader.read_checkpoint(str(tmp_path / "out"))
+    quantized = set(written.quantized_linears())
+    assert {name.split(".")[2] for name in quantized if ".mlp." in name} == {"0"}
+    assert {f"model.layers.{n}.self_attn.o_proj" for n in (0, 1)} <= quantized
+    chosen = with_options(spec.load(WEIGHT_ONLY, PASSES), None, True)
+    found = preview(open_model(narrow), chosen)
+    assert found.output_bytes == compiled.report.output_bytes
+    assert found.linears == len(quantized)
+    assert reasons(found)["model.layers.*.mlp.experts.*.down_proj"].startswith("each expert's input")
+
+
+def test_where_nothing_of_experts_can_be_quantized_a_spec_for_experts_is_refused(narrow: Path) -> None:
+    chosen = with_options(spec.load(EXPERTS_ONLY, PASSES), None, True)
+    with pytest.raises(VerifyError, match=r"rewrote nothing.*input dimension is 24"):
+        preview(open_model(narrow), chosen)
+
+
+def test_options_reach_the_passes_that_have_them() -> None:
+    chosen = with_options(spec.load(DEFAULT, PASSES), "modelopt", True)
+    partial = {step.name for step in chosen.passes if getattr(step, "partial", False)}
+    assert partial == {"fuse-experts", "quantize-experts", "quantize-linears"}
+    with pytest.raises(SpecError, match=r"no output format is called 'gguf'.*modelopt"):
+        with_options(chosen, "gguf", False)
