@@ -52,9 +52,13 @@ class Streaming(Interpreter):
         self.results = {n for node in self.graph.nodes if node.op == "output" for n in node.all_input_nodes}
 
     @torch.no_grad()
-    def run_batches(self, batches: Sequence[Tensor]) -> list[Any]:
-        """The graph's first output (as `reduce` keeps it) for each batch of token ids int64 [B, S]."""
-        outputs = self.run(Lanes(batch.to(self.device) for batch in batches))
+    def run_batches(self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> list[Any]:
+        """The graph's first output (as `reduce` keeps it) for each batch of token ids int64 [B, S].
+
+        masks: attention masks int64 [B, S], for a graph traced with `padded`.
+        """
+        inputs = [batches] if masks is None else [batches, masks]
+        outputs = self.run(*(Lanes(batch.to(self.device) for batch in group) for group in inputs))
         return list(outputs[0] or ())
 
     def run_node(self, n: Node) -> Any:

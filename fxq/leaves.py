@@ -135,7 +135,10 @@ def _module_leaf(key: str, module: nn.Module) -> Function:
         if getattr(_tracing, "model", None) is None or not torch.compiler.is_exporting():
             return forward(*args, **kwargs)
         state = [*module.parameters(), *module.buffers()]
-        return _call_leaf(key, functional, (state, *args), kwargs, frozenset())
+        try:
+            return _call_leaf(key, functional, (state, *args), kwargs, frozenset())
+        except _Unplanned:
+            return forward(*args, **kwargs)
 
     _FUNCTIONS[key] = functional
     return called

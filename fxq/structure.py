@@ -212,7 +212,7 @@ def multiplies_experts(matmul: WeightMatmul) -> bool:
 def _einsum_shares_tokens(matmul: WeightMatmul) -> bool:
     equation, operands = str(matmul.node.args[0]).replace(" ", ""), list(nodes_at(matmul.node, 1))
     terms, _, result = equation.partition("->")
-    stack, *matrix = terms.split(",")[operands.index(matmul.w)]
+    stack, *matrix = list(terms.split(",")[operands.index(matmul.w)])
     others = "".join(t for i, t in enumerate(terms.split(",")) if operands[i] is not matmul.w)
     # With no rows of its own, a "matrix" is one row of a linear whose input has several dimensions.
     has_rows = any(letter in result and letter not in others for letter in matrix)

@@ -145,7 +145,7 @@ def _class_named_by(config: PreTrainedConfig) -> Any:
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
         if type(config) in mapping:
-            found = mapping[type(config)]
+            found: Any = mapping[type(config)]
             if not causal or found.__name__ in named:
                 return found
     if not causal and named and not hasattr(config, "auto_map"):
@@ -257,7 +257,7 @@ def _owner_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 class _Logits(nn.Module):
-    """`input_ids -> logits` of the whole model."""
+    """`input_ids, attention_mask -> logits` of the whole model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -266,8 +266,9 @@ class _Logits(nn.Module):
         caches = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in takes)
         self.options = {"use_cache": False} if caches else {}
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, **self.options).logits
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        masked = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return self.model(input_ids=input_ids, **masked, **self.options).logits
 
 
 class _EveryItem(TorchFunctionMode):
@@ -300,14 +301,17 @@ class _EveryItem(TorchFunctionMode):
         return result
 
 
-def trace(twin: Twin) -> Program:
+def trace(twin: Twin, *, padded: bool = False) -> Program:
     """Export `input_ids [B, S] -> logits [B, S, vocab]` as a functional aten graph whose parameters are
-    `@fqn` nodes and whose matmuls by a matrix of weights are all `aten.linear`."""
+    `@fqn` nodes and whose matmuls by a matrix of weights are all `aten.linear`.
+
+    padded: the graph takes an `attention_mask` int64 [B, S] as well, 0 where there is padding.
+    """
     transparent: set[str] = set()
     opaque_classes: set[type] = set()
     while True:
         try:
-            exported, guards = _export(twin, transparent, opaque_classes)
+            exported, guards = _export(twin, padded, transparent, opaque_classes)
         except Exception as error:
             culprit = _asks_for_data(error, twin.model)
             if culprit is None or type(culprit) in opaque_classes:
@@ -317,7 +321,7 @@ def trace(twin: Twin) -> Program:
                 ) from error
             opaque_classes.add(type(culprit))
             continue
-        program = Program(Graph(), accepts=functools.partial(_refusal, twin, guards))
+        program = Program(Graph(), accepts=functools.partial(_refusal, twin, guards, padded))
         _copy_graph(exported, twin, program)
         hiding = {
             str(node.args[0])
@@ -335,15 +339,19 @@ def trace(twin: Twin) -> Program:
 
 
 def _export(
-    twin: Twin, transparent: Container[str], opaque_classes: Container[type]
+    twin: Twin, padded: bool, transparent: Container[str], opaque_classes: Container[type]
 ) -> tuple[ExportedProgram, Any]:
     """The functional graph and the guards it came with; `transparent` names scans to look into."""
     size: Any = Dim.AUTO
     leaves = opaque(twin.model, but=transparent, classes=opaque_classes)
     with _quiet(), torch.no_grad(), twin.mode, leaves, _EveryItem():
-        ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.long)
+        shape = EXAMPLE_BATCH, EXAMPLE_LENGTH
+        inputs = tuple(torch.ones(shape, dtype=torch.long) for _ in range(2 if padded else 1))
         exported = torch.export.export(
-            _Logits(twin.model), (ids,), dynamic_shapes=({0: size, 1: size},), strict=False
+            _Logits(twin.model),
+            inputs,
+            dynamic_shapes=tuple({0: size, 1: size} for _ in inputs),
+            strict=False,
         )
         guards = getattr(exported.module(), "_guards_fn", None)
         return exported.run_decompositions({}), guards
@@ -383,14 +391,14 @@ def _is_matrix(node: Node) -> bool:
     return parameter is not None and len(shape_of(parameter)) > 1
 
 
-def _refusal(twin: Twin, guards: Any, batch: int, length: int) -> str | None:
+def _refusal(twin: Twin, guards: Any, padded: bool, batch: int, length: int) -> str | None:
     """Why the trace does not hold for [batch, length]: export notes what it assumed about the sizes."""
     if twin.longest is not None and length > twin.longest:
         return f"rotary embeddings change beyond {twin.longest} tokens"
     if guards is None:
         return None
     try:
-        guards(torch.empty(batch, length, dtype=torch.long, device="meta"))
+        guards(*[torch.empty(batch, length, dtype=torch.long, device="meta")] * (2 if padded else 1))
     except AssertionError as error:
         return str(error).splitlines()[0]
     return None
