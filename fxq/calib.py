@@ -3,7 +3,7 @@ is traced."""
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,20 @@ def load_samples(
     """At most `samples` lists of at most `length` token ids.
 
     calib: a .jsonl path whose lines are {"text": ...} or {"input_ids": [...]}, or an iterable of such
-    mappings, of strings or of id lists. Raises SourceError naming the line when one cannot be used, or when
+    mappings, of strings or of id lists. Ids may be a batch [B, S]; what an "attention_mask" beside them
+    leaves out is padding, and dropped. Raises SourceError naming the line when one cannot be used, or when
     there are none.
     """
     found: list[list[int]] = []
     for where, item in _items(calib):
-        ids = _ids(item, encode, where)[:length]
-        for token in ids:
-            if not 0 <= token < vocabulary:
-                raise SourceError(
-                    f"{where}: token id {token} is outside the model's vocabulary of {vocabulary}"
-                )
-        if ids:
-            found.append(ids)
+        for ids in _rows(item, encode, where):
+            for token in ids[:length]:
+                if not 0 <= token < vocabulary:
+                    raise SourceError(
+                        f"{where}: token id {token} is outside the model's vocabulary of {vocabulary}"
+                    )
+            if ids and len(found) < samples:
+                found.append(ids[:length])
         if len(found) == samples:
             break
     if not found:
@@ -82,12 +83,13 @@ def _json(line: str, where: str) -> Any:
         raise SourceError(f'{where}: expected JSON such as {{"text": "..."}}: {error}') from error
 
 
-def _ids(item: Any, encode: Encode, where: str) -> list[int]:
+def _rows(item: Any, encode: Encode, where: str) -> list[list[int]]:
     if isinstance(item, str):
-        return list(encode(item))
-    if isinstance(item, dict):
+        return [list(encode(item))]
+    kept: Any = None
+    if isinstance(item, Mapping):
         if isinstance(item.get("text"), str):
-            return list(encode(item["text"]))
+            return [list(encode(item["text"]))]
         if "text" in item and "input_ids" not in item:
             raise SourceError(f"{where}: expected text, found {str(item['text'])[:60]!r}")
         if "input_ids" not in item:
@@ -95,12 +97,27 @@ def _ids(item: Any, encode: Encode, where: str) -> list[int]:
                 f'{where}: expected a key "text" or "input_ids", found '
                 f"{', '.join(map(str, item)) or 'no key'}"
             )
-        item = item["input_ids"]
-    if isinstance(item, Tensor):
-        item = item.flatten().tolist()
-    if isinstance(item, (list, tuple)) and all(isinstance(t, int) and not isinstance(t, bool) for t in item):
-        return list(item)
-    raise SourceError(f"{where}: expected text or a list of token ids, found {str(item)[:60]}")
+        item, kept = item["input_ids"], item.get("attention_mask")
+    rows = _lists(item, where, "text or a list of token ids")
+    if kept is None:
+        return rows
+    masks = _lists(kept, where, "an attention_mask of ones and zeros")
+    if [len(mask) for mask in masks] != [len(row) for row in rows]:
+        raise SourceError(f"{where}: expected an attention_mask of the shape of input_ids, found another")
+    return [
+        [t for t, keep in zip(row, mask, strict=True) if keep] for row, mask in zip(rows, masks, strict=True)
+    ]
+
+
+def _lists(item: Any, where: str, expected: str) -> list[list[int]]:
+    """One list of integers, or a batch of them, as lists."""
+    values = item.tolist() if isinstance(item, Tensor) else item
+    nested = isinstance(values, (list, tuple)) and bool(values) and isinstance(values[0], (list, tuple))
+    rows = values if nested else [values]
+    for row in rows:
+        if not isinstance(row, (list, tuple)) or any(type(t) is not int for t in row):
+            raise SourceError(f"{where}: expected {expected}, found {str(item)[:60]}")
+    return [list(row) for row in rows]
 
 
 def _name(calib: object) -> str:

@@ -74,7 +74,7 @@ BAD_LINES = [
 ]
 BAD_LINES += [
     '{"input_ids": [1, 2.5]}',
-    '{"input_ids": [[1, 2]]}',
+    '{"input_ids": [[[1, 2]]]}',
     '{"input_ids": [true]}',
     '{"input_ids": {"a": 1}}',
 ]
@@ -145,3 +145,17 @@ def test_batches_stay_near_the_token_budget() -> None:
     made = batches([[1] * 100] * 100 + [[1] * (2 * TOKENS_PER_BATCH)] * 2)
     assert sum(b.numel() for b in made) == 10_000 + 4 * TOKENS_PER_BATCH
     assert all(b.numel() <= TOKENS_PER_BATCH or len(b) == 1 for b in made)
+
+
+def test_padding_is_dropped_and_batches_are_split_into_rows() -> None:
+    ids = torch.tensor([[5, 6, 7, 0], [0, 0, 8, 9]])
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    assert _load([batch, {"input_ids": [[1, 2], [3]]}]) == [[5, 6, 7], [8, 9], [1, 2], [3]]
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(SourceError, match="attention_mask of the shape of input_ids"):
+        _load([{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}])
+    with pytest.raises(SourceError, match="attention_mask of ones and zeros"):
+        _load([{"input_ids": [1, 2], "attention_mask": ["a", 1]}])
