@@ -6,6 +6,7 @@ python benchmarks/sweep.py --exactness 100000000
 
 import argparse
 import functools
+import math
 import resource
 import statistics
 import sys
@@ -255,7 +256,7 @@ def exactness(device: torch.device, blocks: int) -> None:
     """Chosen scales against the float64 minimum of all 126, packed bytes against the nearest grid points."""
     rows = 4096 if device.type == "cuda" else 64
     per_slice = rows * 2048 // 16
-    slices = max(1, round(blocks / len(DISTRIBUTIONS) / per_slice))
+    slices = math.ceil(blocks / len(DISTRIBUTIONS) / per_slice)
     print("| blocks | number | other codes | worst loss / least - 1 | larger of equals | codes not nearest |")
     print("|---|---|---|---|---|---|")
     for name, make in DISTRIBUTIONS.items():

@@ -245,12 +245,14 @@ def test_threads_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     wanted = _quantize("eager")(w, _amax(w))
     before = torch.get_num_threads()
     try:
-        for threads, chunk in [(1, 1 << 15), (2, 1 << 15), (3, 700), (2, 16)]:
+        for threads, chunk in [(1, 1 << 15), (2, 1 << 15), (3, 704), (2, 16)]:
             torch.set_num_threads(threads)
             monkeypatch.setattr(cpu, "CHUNK", chunk)
-            found = _quantize("numba")(w, _amax(w))
-            assert torch.equal(found[0], wanted[0])
-            assert torch.equal(found[1], wanted[1])
+            monkeypatch.setattr(cpu, "STRIDED_COLUMNS", min(48, chunk))
+            for layout in (w, w.transpose(1, 2).contiguous().transpose(1, 2)):
+                found = _quantize("numba")(layout, _amax(w))
+                assert torch.equal(found[0], wanted[0])
+                assert torch.equal(found[1], wanted[1])
     finally:
         torch.set_num_threads(before)
 

@@ -19,11 +19,11 @@ _LAST = 126
 _ALWAYS = 15  # half of a candidate up to this code may be none
 
 
-def _jit(function: Callable[..., Any]) -> Any:
+def _jit(function: Callable[..., Any], signature: str | None = None) -> Any:
     try:
-        return numba.njit(function, nogil=True, error_model="numpy", cache=True)
+        return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # neither this directory nor the user's cache can be written
-        return numba.njit(function, nogil=True, error_model="numpy")
+        return numba.njit(signature, nogil=True, error_model="numpy")(function)
 
 
 @_jit
@@ -102,8 +102,7 @@ def _reaching(a, unit):
     return ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
 
 
-@_jit
-def quantize_rows(rows, bits, scales, packed, unit, search, pack):
+def _quantize_rows(rows, bits, scales, packed, unit, search, pack):
     """Whether rows f32 [n, K] were finite. Writes e4m3 codes to scales uint8 [n, K/16] and, if `pack`, e2m1
     codes to packed uint8 [n, K/2]. bits: the same memory as int32. unit: scale_2.
     """
@@ -139,3 +138,7 @@ def quantize_rows(rows, bits, scales, packed, unit, search, pack):
                 for i in range(8):
                     packed[r, 8 * b + i] = codes[2 * i] | (codes[2 * i + 1] << 4)
     return finite
+
+
+# One signature, so one compilation: results may be columns of a larger tensor.
+quantize_rows = _jit(_quantize_rows, "b1(f4[:, ::1], i4[:, ::1], u1[:, :], u1[:, :], f8, b1, b1)")
