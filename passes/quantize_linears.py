@@ -16,7 +16,7 @@ from fxq.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, weights_
 from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.pipeline import nothing_matched
-from fxq.program import Program
+from fxq.program import Hub, Program
 from fxq.structure import VIEWS, Frontiers, head, parameter_name, routers, shape_of, strip, weight_matmuls
 
 LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w", rank=2)))
@@ -66,8 +66,12 @@ class QuantizeLinears:
                 reason = f"a router: %{choice.name} chooses by its result"
             elif matmul.node is output_head and module not in self.only:
                 reason = "the output head: its result leaves the model"
-            elif shape_of(matmul.parameter)[0] == 1:
+            elif shape_of(result["w"])[0] == 1:
                 reason = "a gate: it has a single output"
+            elif shape_of(result["w"])[1] < BLOCK:
+                reason = f"a mixing matrix: it has {shape_of(result['w'])[1]} inputs, less than a block"
+            elif not _is_module_weight(program.hub, str(matmul.parameter.target)):
+                reason = "no linear module's: NVFP4 has names for `<module>.weight` alone"
             elif (left := program.left.get(str(matmul.parameter.target))) is not None:
                 reason = left
             elif not self._wanted(module):
@@ -125,6 +129,13 @@ class QuantizeLinears:
                 raise SpecError(f"quantize-linears: no linear is called {glob!r}; there are {listed}")
         if not any(fnmatchcase(module, glob) for module in modules for glob in self.only):
             raise SpecError(f"quantize-linears: no linear fits only={list(self.only)}; there are {listed}")
+
+
+def _is_module_weight(hub: Hub, name: str) -> bool:
+    """Whether the checkpoint holds a parameter as weights of modules; a hub that does not know it cannot
+    say no."""
+    held = hub.names.get(name) or hub.stored.get(name)
+    return held is None or all(key.endswith(".weight") for keys in held.keys for key in keys)
 
 
 def _module(parameter: Node) -> str:
