@@ -334,7 +334,11 @@ def _preview(arguments: argparse.Namespace) -> int:
         else:
             _print_preview(found)
         return 0
-    rows = list(preview.previews(model, specs))
+    rows = []
+    with _progress("plan", len(specs)) as step:
+        for row in preview.previews(model, specs):
+            rows.append(row)
+            step()
     if arguments.json:
         print(json.dumps([row.as_dict() for row in rows], indent=2))
     else:
@@ -366,7 +370,7 @@ def _print_preview(found: "Preview") -> None:
         for name, count, why in found.excluded:
             reasons.setdefault(why, []).append(name + (f" ×{count}" if count > 1 else ""))
         table = Table(title="left as they are", title_justify="left", show_lines=True)
-        table.add_column("why", max_width=24)
+        table.add_column("why", max_width=24, overflow="fold")
         table.add_column("names", overflow="fold")
         for why, names in reasons.items():
             table.add_row(escape(why), escape("\n".join(names)))

@@ -82,13 +82,13 @@ def amaxes_shared(program: Program) -> str | None:
 
 def tensors_whole(program: Program) -> str | None:
     """Of the parameters that lie in one tensor of the checkpoint, or in one list of experts, all are
-    quantized or none."""
+    quantized or none; or a pass was allowed to leave some experts of a list."""
     quantized = {parameter_name(node) for node in program.graph.nodes if is_weight_quantize(node)}
     names, owners = program.hub.names, dict[str, str]()
     for name in quantized & names.keys():
-        owners |= dict.fromkeys(_holders(names[name]), name)
+        owners |= dict.fromkeys(holders(names[name]), name)
     for name, stored in names.items():
-        for holder in _holders(stored) if name not in quantized else ():
+        for holder in holders(stored) if name not in quantized and name not in program.left else ():
             owner = owners.get(holder)
             if owner is not None and names[owner] is not stored:  # one parameter may have several names
                 return (
@@ -98,7 +98,7 @@ def tensors_whole(program: Program) -> str | None:
     return None
 
 
-def _holders(stored: Stored) -> Iterator[str]:
+def holders(stored: Stored) -> Iterator[str]:
     """The tensors of a parameter, a list of experts as one name with `*` for their number."""
     for part in stored.parts:
         words = zip(*(key.split(".") for key in part.keys[:2]), strict=True)  # the first two experts'

@@ -229,8 +229,10 @@ def _reason(names: Sequence[str], read: dict[str, Node], left: dict[str, str], m
     """Why a tensor of the checkpoint, which holds the given parameters, stays as it is."""
     if not names:
         return "not part of the model's class: carried through"
-    if (name := next((name for name in names if name in read), None)) is None:
+    if (name := next((name for name in names if name in read or name in left), None)) is None:
         return "the text path never reads it"
+    if name not in read:
+        return left[name]
     readers = list(_readers(read[name]))
     is_table = any(reader.target is _ATEN.embedding.default for reader in readers)
     known = left.get(name) or misses.get(name)

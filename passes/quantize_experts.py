@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, is_weight_quantize, joined
+from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, holders, is_weight_quantize, joined
 from fxq.nodes import int_at, node_at
 from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
@@ -123,12 +123,17 @@ def _unfit(program: Program, sites: Iterable[Match | Miss]) -> dict[str, str]:
 
 
 def _unreached(program: Program) -> dict[str, str]:
-    """Stacks of matrices that no matmul of the graph reads although their block is part of it -> why."""
+    """Stacks of matrices that no matmul of the graph reads although their block, or their list of experts in
+    the checkpoint, is part of it -> why."""
     read = {str(n.target): n for n in program.graph.nodes if n.op == "get_attr"}
-    reasons: dict[str, str] = {}
-    for name in _stacks(program.hub):
+    stored, stacks, reasons = program.hub.stored, _stacks(program.hub), dict[str, str]()
+    lists = {holder: name for name in stacks if name in read for holder in holders(stored[name])}
+    for name in stacks:
         if name not in read:
-            if _block_is_read(name, program.hub, read):
+            mates = [lists[holder] for holder in holders(stored[name]) if holder in lists]
+            if mates:
+                reasons[name] = f"the graph reads, of its list of experts in the checkpoint, {mates[0]} alone"
+            elif _block_is_read(name, program.hub, read):
                 reasons[name] = "the graph never reads these experts"
         elif leaves := [user for user in read[name].users if user.target is dialect.LEAF]:
             reasons[name] = f"these experts lie inside the opaque call {leaves[0].args[0]}"
