@@ -303,3 +303,18 @@ def test_numba_serves_the_cpu_and_other_dtypes_go_to_torch() -> None:
         assert kernels.implementation(torch.empty(1, dtype=dtype)) is cpu
     assert kernels.implementation(torch.empty(1, dtype=torch.float64)) is eager
     assert kernels.implementation(torch.empty(1, device="meta")) is eager
+
+
+def test_without_a_writable_cache_the_kernel_still_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba")
+    from fxq.kernels import cpu_jit
+
+    compile_ = numba.njit
+
+    def njit(*args: Any, **options: Any) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("no locator available")
+        return compile_(*args, **options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert cpu_jit._jit(lambda x: x + 1)(2) == 3
