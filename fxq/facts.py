@@ -2,7 +2,8 @@
 not."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from torch.fx import Node
 
@@ -26,6 +27,7 @@ from fxq.structure import (
 from fxq.text import format_target
 
 Fact = Callable[[Program], str | None]
+T = TypeVar("T", bound=Hashable)
 
 
 def experts_fused(program: Program) -> str | None:
@@ -82,13 +84,13 @@ def amaxes_shared(program: Program) -> str | None:
 
 def tensors_whole(program: Program) -> str | None:
     """Of the parameters that lie in one tensor of the checkpoint, or in one list of experts, all are
-    quantized or none; or a pass was allowed to leave some experts of a list."""
+    quantized or none."""
     quantized = {parameter_name(node) for node in program.graph.nodes if is_weight_quantize(node)}
     names, owners = program.hub.names, dict[str, str]()
     for name in quantized & names.keys():
         owners |= dict.fromkeys(holders(names[name]), name)
     for name, stored in names.items():
-        for holder in holders(stored) if name not in quantized and name not in program.left else ():
+        for holder in holders(stored) if name not in quantized else ():
             owner = owners.get(holder)
             if owner is not None and names[owner] is not stored:  # one parameter may have several names
                 return (
@@ -162,11 +164,11 @@ def tensor_mates(program: Program) -> dict[str, list[Member]]:
     return mates
 
 
-def joined(sets: Iterable[Sequence[Node]]) -> list[list[Node]]:
-    """Sets of nodes, those that overlap made one, in order of their first node."""
-    parent: dict[Node, Node] = {}
+def joined(sets: Iterable[Sequence[T]]) -> list[list[T]]:
+    """Sets of nodes (or names), those that overlap made one, in order of their first node."""
+    parent: dict[T, T] = {}
 
-    def head(node: Node) -> Node:
+    def head(node: T) -> T:
         while (above := parent.setdefault(node, node)) is not node:
             parent[node] = parent[above]
             node = above
@@ -175,7 +177,7 @@ def joined(sets: Iterable[Sequence[Node]]) -> list[list[Node]]:
     for nodes in sets:
         for node in nodes:
             parent[head(node)] = head(nodes[0])
-    groups: dict[Node, list[Node]] = {}
+    groups: dict[T, list[T]] = {}
     for node in parent:
         groups.setdefault(head(node), []).append(node)
     return list(groups.values())

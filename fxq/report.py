@@ -107,19 +107,19 @@ def unquantized(graph: Graph, program: Program) -> Iterator[str]:
     for name, reason in program.left.items():
         by_reason.setdefault(fold([reason])[0][0], []).append(name)
     for reason, names in by_reason.items():
-        yield f"{_listed(names, program)} left unquantized: {reason}"
+        yield f"{_listed(names, program)}: {reason}"
     experts = {str(m.parameter.target): m for m in weight_matmuls(graph) if multiplies_experts(m)}
     quantized = {parameter_name(node) for node in graph.nodes if is_weight_quantize(node)}
     if unasked := [name for name in experts if name not in quantized and name not in program.left]:
-        yield f"{_listed(unasked, program)} left unquantized: no pass of the spec quantizes experts"
+        yield f"{_listed(unasked, program)}: no pass of the spec quantizes experts"
 
 
 def _listed(names: Sequence[str], program: Program) -> str:
     """Parameters counted, under the names of the checkpoint."""
     stored = program.hub.names
-    keys = [(stored[n].keys[0][0] if n in stored else n).removesuffix(".weight") for n in names]
-    patterns = ", ".join(pattern for pattern, _ in fold(keys))
-    return f"{len(names)} weights ({patterns}) are" if len(names) > 1 else f"{patterns} is"
+    keys = [key for n in names for key in ([part[0] for part in stored[n].keys] if n in stored else [n])]
+    patterns = ", ".join(pattern for pattern, _ in fold(key.removesuffix(".weight") for key in keys))
+    return f"{len(names)} weight{'s' * (len(names) > 1)} left unquantized ({patterns})"
 
 
 def fold(names: Iterable[str]) -> list[tuple[str, int]]:

@@ -188,18 +188,22 @@ def _block_is_read(name: str, hub: Hub, read: Container[str]) -> bool:
 
 
 def _layers(program: Program) -> list[list[str]]:
-    """Expert weights, those together that feed one another or read one value: engines know each set as one
-    module, all quantized or not."""
+    """Expert weights, those together that feed one another, read one value or lie in one list of the
+    checkpoint: engines know each set as one module, all quantized or not."""
     frontiers = Frontiers(program.graph)
-    experts = {node: m.parameter for node, m in frontiers.matmuls.items() if multiplies_experts(m)}
-    together: dict[Node, list[Node]] = {}
-    chains: list[list[Node]] = []
-    for node, parameter in experts.items():
-        feeding = frontiers.of(frontiers.matmuls[node].x)
+    matmuls = {node: m for node, m in frontiers.matmuls.items() if multiplies_experts(m)}
+    experts = {node: str(m.parameter.target) for node, m in matmuls.items()}
+    chains: list[list[str]] = []
+    together: dict[object, list[str]] = {}  # by the value that they read, or by their list
+    for node, name in experts.items():
+        feeding = frontiers.of(matmuls[node].x)
         if all(other in experts for other in feeding):
-            chains.append([parameter, *(experts[other] for other in feeding)])
-        together.setdefault(frontiers.input_of(node), []).append(parameter)
-    return [[str(p.target) for p in layer] for layer in joined([*chains, *together.values()])]
+            chains.append([name, *(experts[other] for other in feeding)])
+        together.setdefault(frontiers.input_of(node), []).append(name)
+    for name in _stacks(program.hub):
+        for holder in holders(program.hub.stored[name]):
+            together.setdefault(holder, []).append(name)
+    return joined([*chains, *together.values()])
 
 
 def _quantized_slices(site: Match, format: str) -> int:

@@ -132,7 +132,7 @@ def test_a_spec_without_a_pass_for_them_says_so(opened: Opened, tmp_path: Path) 
     assert found.experts == 0
     assert any("no pass of the spec quantizes experts" in why for _, _, why in found.excluded)
     (warning,) = found.warnings
-    assert "4 weights (model.layers.*.mlp.experts.*.gate_proj" in warning
+    assert "4 weights left unquantized (model.layers.*.mlp.experts.*.gate_proj, " in warning
     assert "no pass of the spec quantizes experts" in warning
 
 
@@ -201,8 +201,10 @@ def test_allowed_partial_coverage_is_listed_and_warned_of(narrow: Path, tmp_path
     compiled = fxq.compile(narrow, WEIGHT_ONLY, out=tmp_path / "out", allow_partial=True)
     assert reader.check(str(tmp_path / "out"), str(narrow)) == []
     warnings = " ".join(compiled.report.warnings)
-    assert "model.layers.*.mlp.experts.*.down_proj is left unquantized: each expert's input" in warnings
-    assert "model.layers.*.mlp.experts.*.gate_proj is left unquantized: its layer holds" in warnings
+    experts = "model.layers.*.mlp.experts.*"
+    assert f"1 weight left unquantized ({experts}.down_proj): each expert's input dimension is 24" in warnings
+    both = f"{experts}.gate_proj, {experts}.up_proj"
+    assert f"1 weight left unquantized ({both}): its layer holds" in warnings
     written = reader.read_checkpoint(str(tmp_path / "out"))
     quantized = set(written.quantized_linears())
     assert {name.split(".")[2] for name in quantized if ".mlp." in name} == {"0"}
