@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_arg
 
-from fxq import dialect
+from fxq import dialect, nvfp4
 from fxq.errors import SourceError
 from fxq.nodes import int_at, node_at, nodes_at
 from fxq.program import Program, WeightSource
@@ -120,12 +120,43 @@ def _lane(value: Any, i: int) -> Any:
 
 class Simulate(Streaming):
     """The deployed model: calibrated amaxes instead of fresh ones, everything quantized as it will be
-    served."""
+    served. Slices that are stacked again are quantized there, in one launch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.together = {q: n for n in self.graph.nodes for q in _quantized_alike(n)}
 
     def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if n.target is dialect.AMAX:
             return self.program.values[n.name].to(self.device)
+        if n in self.together:
+            return args[0]
+        if n.target is dialect.STACK and self.together.get(nodes_at(n, 0)[0]) is n:
+            return self._quantize(_base(args[0]), nodes_at(n, 0))
         return super().call(n, args, kwargs)
+
+    def _quantize(self, w: Tensor, quantizes: Sequence[Node]) -> Tensor:
+        amax = torch.stack([amax_value(node_at(q, 1), self.program.values) for q in quantizes])
+        packed = nvfp4.quantize_weight(w, amax.to(w.device), str(quantizes[0].kwargs["scale"]))
+        out = torch.empty_like(w)
+        for e in range(len(w)):
+            out[e] = nvfp4.dequantize(nvfp4.Packed(packed.weight[e], packed.scale[e], packed.scale_2[e]))
+        return out
+
+
+def _quantized_alike(stack: Node) -> Sequence[Node]:
+    """The nvfp4 quantize nodes that a stack consists of, if they choose scales alike and serve nothing else."""
+    if stack.target is not dialect.STACK:
+        return ()
+    pieces = nodes_at(stack, 0)
+    alike = all(
+        q.target is dialect.QUANTIZE
+        and q.kwargs["format"] == "nvfp4"
+        and q.kwargs["scale"] == pieces[0].kwargs["scale"] != "dynamic"
+        and list(q.users) == [stack]
+        for q in pieces
+    )
+    return pieces if alike else ()
 
 
 class Unquantized(Streaming):

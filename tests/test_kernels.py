@@ -23,8 +23,9 @@ from torch import Tensor
 
 from fxq import kernels, nvfp4
 from fxq.errors import SourceError
+from fxq.interpret import Simulate
 from fxq.kernels import eager
-from tests import reference
+from tests import reference, test_interpret
 from tests.test_nvfp4 import WEIGHTS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -318,3 +319,19 @@ def test_without_a_writable_cache_the_kernel_still_compiles(monkeypatch: pytest.
 
     monkeypatch.setattr(numba, "njit", njit)
     assert cpu_jit._jit(lambda x: x + 1)(2) == 3
+
+
+def test_the_simulator_quantizes_a_fused_weight_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, source = test_interpret._experts("mse")
+    w = source.tensors["w"]
+    program.values.update({f"w_e{e}_amax": m for e, m in enumerate(_amax(w))} | {"x_amax": torch.tensor(1.5)})
+    launched: list[tuple[int, ...]] = []
+    quantize_weight = nvfp4.quantize_weight
+
+    def counted(w: Tensor, amax: Tensor, scale: str) -> nvfp4.Packed:
+        launched.append(tuple(w.shape))
+        return quantize_weight(w, amax, scale)
+
+    monkeypatch.setattr(nvfp4, "quantize_weight", counted)
+    Simulate(program, source, torch.device("cpu")).run_batches(test_interpret.BATCHES)
+    assert launched == [tuple(w.shape)]
