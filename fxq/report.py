@@ -108,10 +108,20 @@ def unquantized(graph: Graph, program: Program) -> Iterator[str]:
         by_reason.setdefault(fold([reason])[0][0], []).append(name)
     for reason, names in by_reason.items():
         yield f"{_listed(names, program)}: {reason}"
-    experts = {str(m.parameter.target): m for m in weight_matmuls(graph) if multiplies_experts(m)}
     quantized = {parameter_name(node) for node in graph.nodes if is_weight_quantize(node)}
-    if unasked := [name for name in experts if name not in quantized and name not in program.left]:
-        yield f"{_listed(unasked, program)}: no pass of the spec quantizes experts"
+    stacks: dict[str, list[str]] = {}
+    for matmul in weight_matmuls(graph):
+        name = str(matmul.parameter.target)
+        if is_expert(matmul.w) and name not in quantized and name not in program.left:
+            routed = multiplies_experts(matmul)
+            why = (
+                "no pass of the spec quantizes experts"
+                if routed
+                else "stacked, but no tokens are routed to it"
+            )
+            stacks.setdefault(why, []).append(name)
+    for why, names in stacks.items():
+        yield f"{_listed(list(dict.fromkeys(names)), program)}: {why}"
 
 
 def _listed(names: Sequence[str], program: Program) -> str:

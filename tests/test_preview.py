@@ -16,7 +16,9 @@ from fxq.compiler import Model, open_model, with_options
 from fxq.errors import SpecError, VerifyError
 from fxq.passes import PASSES
 from fxq.preview import Preview, preview, previews
-from fxq.report import fold
+from fxq.program import Program
+from fxq.report import fold, unquantized
+from fxq.text import parse
 from fxq.weights import Directory
 from tests import reader, tiny
 from tests.families import VOCABULARY, Zoo, random_model, samples, save, zoo
@@ -152,6 +154,7 @@ def test_every_spec_has_a_row_and_one_that_does_not_apply_its_reason(opened: Ope
         assert bool(row.output_bytes) == (row.refused is None)
 
 
+@pytest.mark.slow
 def test_a_vision_tower_is_one_line(tmp_path: Path) -> None:
     (family,) = [f for f in tiny.families() if f.architecture == "Qwen3_5MoeForConditionalGeneration"]
     tiny.tiny_model(family).save_pretrained(tmp_path / "model")
@@ -161,6 +164,20 @@ def test_a_vision_tower_is_one_line(tmp_path: Path) -> None:
     assert line == ("model.visual.*", "the text path never reads it")
     assert reasons(found)["model.language_model.layers.*.mlp.shared_expert_gate"].startswith("a gate")
     assert reasons(found)["model.language_model.layers.*.linear_attn.conv1d"] == "a convolution"
+
+
+def test_stacks_that_are_no_experts_are_not_left_in_silence() -> None:
+    """Features of their own for each matrix: block-diagonal, as far as the graph shows."""
+    graph = parse("""\
+%x : bf16[4,96] = placeholder()
+%parts : bf16[4,3,32] = aten.view(%x, [4, 3, 32])
+%each : bf16[3,4,32] = aten.transpose.int(%parts, 0, 1)
+%w : bf16[3,32,16] = @attn.o_proj
+%y : bf16[3,4,16] = aten.bmm(%each, %w)
+return [%y]
+""")
+    (warning,) = unquantized(graph, Program(graph))
+    assert warning == "1 weight left unquantized (attn.o_proj): stacked, but no tokens are routed to it"
 
 
 def test_numbers_of_layers_are_folded_and_sizes_are_not() -> None:
