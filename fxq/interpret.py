@@ -145,7 +145,7 @@ class Simulate(Streaming):
 
 
 def _quantized_alike(stack: Node) -> Sequence[Node]:
-    """The nvfp4 quantize nodes that a stack consists of, if all choose scales alike and have no other user."""
+    """The quantize nodes that a stack consists of, if all choose scales alike and have no other user."""
     if stack.target is not dialect.STACK:
         return ()
     pieces = nodes_at(stack, 0)
