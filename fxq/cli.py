@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from fxq.errors import FxqError, SpecError, choices
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fxq.preview import Preview
     from fxq.program import Program
     from fxq.report import Report
@@ -366,17 +368,25 @@ def _print_preview(found: "Preview") -> None:
             table.add_row(escape(name), str(count))
         console.print(table)
     if found.excluded:
-        reasons: dict[str, list[str]] = {}
-        for name, count, why in found.excluded:
-            reasons.setdefault(why, []).append(name + (f" ×{count}" if count > 1 else ""))
-        table = Table(title="left as they are", title_justify="left", show_lines=True)
-        table.add_column("why", max_width=24, overflow="fold")
-        table.add_column("names", overflow="fold")
-        for why, names in reasons.items():
-            table.add_row(escape(why), escape("\n".join(names)))
-        console.print(table)
+        console.print(_left_table(found))
     for warning in found.warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+
+
+def _left_table(found: "Preview") -> "Table":
+    """A row a reason, with the names of what stays."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    reasons: dict[str, list[str]] = {}
+    for name, count, why in found.excluded:
+        reasons.setdefault(why, []).append(name + (f" ×{count}" if count > 1 else ""))
+    table = Table(title="left as they are", title_justify="left", show_lines=True)
+    table.add_column("why", max_width=24, overflow="fold")
+    table.add_column("names", overflow="fold")
+    for why, names in reasons.items():
+        table.add_row(escape(why), escape("\n".join(names)))
+    return table
 
 
 def _facts(found: "Preview") -> Iterator[tuple[str, str]]:

@@ -74,18 +74,7 @@ def preview(model: Model, spec: Spec) -> Preview:
     program = dataclasses.replace(
         model.program, graph=copy.deepcopy(model.program.graph), values={}, notes=[], left={}
     )
-    reasons: dict[str, str] = {}
-    coming = list(spec.passes)
-    if all(step.name != _LINEARS for step in coming):
-        reasons = _misses(PASSES[_LINEARS](only=()), program)  # type: ignore[call-arg]
-
-    def look(done: Pass | None, program: Program, count: int = 0) -> None:
-        step = coming.pop(0) if coming else None
-        if step is not None and step.name == _LINEARS:
-            reasons.update(_misses(step, program))
-
-    look(None, program)
-    pipeline.run(spec.passes, program, after=look)
+    reasons = _run(program, spec)
     source = sum(nbytes(info) for info in program.hub.tensors.values())
     weights = sum(nbytes(info) // info.dtype.itemsize for info in program.hub.tensors.values())
     made = Preview(
@@ -134,6 +123,23 @@ def previews(model: Model, specs: Iterable[Spec]) -> Iterator[Preview]:
             description=spec.description,
             needs_data=needs_data(spec.passes) is not None,
         )
+
+
+def _run(program: Program, spec: Spec) -> dict[str, str]:
+    """Run the passes without calibrating; parameter -> why quantize-linears left it when its turn came."""
+    reasons: dict[str, str] = {}
+    coming = list(spec.passes)
+    if all(step.name != _LINEARS for step in coming):
+        reasons = _misses(PASSES[_LINEARS](only=()), program)  # type: ignore[call-arg]
+
+    def look(done: Pass | None, program: Program, count: int = 0) -> None:
+        step = coming.pop(0) if coming else None
+        if step is not None and step.name == _LINEARS:
+            reasons.update(_misses(step, program))
+
+    look(None, program)
+    pipeline.run(spec.passes, program, after=look)
+    return reasons
 
 
 def _misses(step: Pass, program: Program) -> dict[str, str]:
