@@ -40,6 +40,7 @@ def hub_of(model: PreTrainedModel, infos: Infos, where: str) -> Hub:
     of that family; SourceError if a parameter has none."""
     own = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     stored, extra = _stored(model, infos, own)
+    held = set(stored)
     aliases = _aliases(model)
     for alias, name in aliases.items():
         if alias in stored and name not in stored:
@@ -57,8 +58,8 @@ def hub_of(model: PreTrainedModel, infos: Infos, where: str) -> Hub:
     stored |= {alias: stored[aliases[alias]] for alias in unnamed}
     modules = sorted(
         alias.removesuffix(".weight")
-        for alias in unnamed
-        if alias.endswith(".weight") and len(own[alias].shape) > 1
+        for alias in stored.keys() - held
+        if alias.endswith(".weight") and not isinstance(_owner(model, alias), torch.nn.Embedding)
     )
     return Hub(
         stored, {**stored, **_expert_by_expert(model, stored, own)}, dict(infos), extra, tuple(modules)
@@ -74,6 +75,10 @@ def own_names(model: PreTrainedModel) -> list[str]:
     """The names of the state dict, a tensor that has several only under its first."""
     aliases = _aliases(model)
     return [name for name in model.state_dict() if aliases.get(name, name) == name]
+
+
+def _owner(model: PreTrainedModel, parameter: str) -> torch.nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
 
 
 def _aliases(model: PreTrainedModel) -> dict[str, str]:

@@ -4,7 +4,7 @@ All of it follows from the program's types, so nothing is read.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
@@ -148,7 +148,14 @@ def _excluded(program: Program, infos: Mapping[str, TensorInfo], linears: Mappin
             owner = key.rpartition(".")[0]
             if owner and not any(owner in name for name in quantized):
                 modules.add(owner)
-    return modules
+    return {_unambiguous(module, quantized) for module in modules}
+
+
+def _unambiguous(module: str, quantized: Sequence[str]) -> str:
+    """An entry that no engine takes for part of a quantized module's name: vLLM matches plain entries as
+    substrings, and any entry as a glob of the whole name."""
+    hit = any(module in name and module != name for name in quantized)
+    return module[:-1] + "?" if hit else module
 
 
 def _held(program: Program, module: str) -> set[str]:

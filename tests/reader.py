@@ -581,7 +581,7 @@ def _check_exclude(out: Checkpoint, scheme: dict[str, str]) -> Iterator[str]:
     entries = _entries(_quantization_config(out).get("ignore"))
     entries |= _entries(_quantization(out).get("exclude_modules"))
     modules = set(out.linears)
-    wild = sorted(entry for entry in entries if "*" in entry)
+    wild = sorted(entry for entry in entries if _is_glob(entry))
 
     def excluded(name: str) -> bool:
         fused = vllm_name(name, modules)
@@ -604,14 +604,19 @@ def _check_exclude(out: Checkpoint, scheme: dict[str, str]) -> Iterator[str]:
         if name in entries:
             yield f"exclude list: {name} is quantized and listed"
         for w in wild:
-            if fnmatchcase(name, w) or any(fnmatchcase(part, w) for part in name.split(".")):
+            by_part = "*" in w and any(fnmatchcase(part, w) for part in name.split("."))
+            if fnmatchcase(name, w) or by_part:
                 yield f"exclude list: {w} matches the quantized {name}"
     ordered = sorted(entries)
     for prefix, name in prefixes.items():
         for entry in ordered:
-            if entry != name and (entry in prefix or ("*" in entry and fnmatchcase(prefix, entry))):
+            if entry != name and (entry in prefix or (_is_glob(entry) and fnmatchcase(prefix, entry))):
                 yield f"exclude list: {entry} matches {prefix}, vLLM's name for the quantized {name}"
     yield from _check_entries_exist(out, entries, set(scheme))
+
+
+def _is_glob(entry: str) -> bool:
+    return any(character in entry for character in "*?[")
 
 
 def _check_arrays_listed(out: Checkpoint, entries: set[str], quantized: set[str]) -> Iterator[str]:
@@ -621,7 +626,7 @@ def _check_arrays_listed(out: Checkpoint, entries: set[str], quantized: set[str]
         if len(entry.shape) < 3 or entry.dtype not in ("BF16", "F16", "F32"):
             continue
         module = name.removesuffix(".weight")
-        listed = module in entries or any(fnmatchcase(module, e) for e in entries if "*" in e)
+        listed = module in entries or any(fnmatchcase(module, e) for e in entries if _is_glob(e))
         if module not in quantized and not listed and module.rpartition(".")[0] not in entries:
             yield f"exclude list: {module} {list(entry.shape)} is not quantized and not listed"
 
@@ -633,7 +638,7 @@ def _check_entries_exist(out: Checkpoint, entries: set[str], quantized: set[str]
     for entry in sorted(entries - modules - quantized):
         if _leaf(entry) in ("lm_head", "embed_tokens") or entry.startswith("re:"):
             continue
-        if "*" not in entry or not any(fnmatchcase(name, entry) for name in modules):
+        if not _is_glob(entry) or not any(fnmatchcase(name, entry) for name in modules):
             yield f"exclude list: {entry} names nothing in the checkpoint"
 
 
