@@ -246,12 +246,12 @@ def _reason(names: Sequence[str], read: dict[str, Node], left: dict[str, str], m
         return f"an embedding, and {known}" if is_table else known
     if is_table:
         return "an embedding"
+    if len(shape_of(read[name])) < 2:
+        return "a vector: norm, bias or scale"
     if any("conv" in str(reader.target) for reader in readers):
         return "a convolution"
     if (leaf := next((r for r in readers if r.target is dialect.LEAF), None)) is not None:
         return f"inside the opaque call {str(leaf.args[0]).partition(':')[2]}"
-    if len(shape_of(read[name])) < 2:
-        return "a vector: norm, bias or scale"
     matmuls = [matmul for reader in readers if (matmul := as_weight_matmul(reader)) is not None]
     if any(map(multiplies_experts, matmuls)):
         return "experts, and no pass of the spec quantizes experts"
