@@ -59,7 +59,9 @@ def hub_of(model: PreTrainedModel, infos: Infos, where: str) -> Hub:
     modules = sorted(
         alias.removesuffix(".weight")
         for alias in stored.keys() - held
-        if alias.endswith(".weight") and not isinstance(_owner(model, alias), torch.nn.Embedding)
+        if alias.endswith(".weight")
+        and len(own[alias].shape) > 1
+        and not isinstance(_owner(model, alias), torch.nn.Embedding)
     )
     return Hub(
         stored, {**stored, **_expert_by_expert(model, stored, own)}, dict(infos), extra, tuple(modules)

@@ -89,6 +89,19 @@ _REPEATS = frozenset(
         _ATEN.broadcast_to.default,
     }
 )
+# What sends tokens to where other activations say.
+_ROUTES = frozenset(
+    {
+        _ATEN.index.Tensor,
+        _ATEN.index_select.default,
+        _ATEN.gather.default,
+        _ATEN.scatter.src,
+        _ATEN.scatter_add.default,
+        _ATEN.index_add.default,
+        _ATEN.index_put.default,
+        _ATEN.index_copy.default,
+    }
+)
 CHOICES = frozenset(
     {_ATEN.topk.default, _ATEN.argmax.default, _ATEN.sort.default, _ATEN.sort.stable, _ATEN.argsort.default}
 )
@@ -221,20 +234,22 @@ def _einsum_shares_tokens(matmul: WeightMatmul) -> bool:
 
 def _is_repeated(x: Node, copies: int, dim: int) -> bool:
     """Whether activations, with `copies` of them in dimension `dim` < 0, are the same tokens for each matrix,
-    or were made by experts."""
+    tokens dispatched to it, or made by experts."""
     shape = shape_of(x)
     if len(shape) < -dim or shape[dim] != copies:
         return True
     seen, queue = {x}, deque([x])
     while queue:
         node = queue.popleft()
-        if node.target in _REPEATS:
+        if node.target in _REPEATS | _ROUTES:
             return True
         matmul = as_weight_matmul(node)
         if matmul is not None:
             if multiplies_experts(matmul):
                 return True
             continue
+        if node.target in _PRODUCTS | {_ATEN.einsum.default}:  # of tokens by a dispatch mask
+            return True
         new = [n for n in node.all_input_nodes if n not in seen and not isinstance(n.meta["val"], int)]
         seen.update(new)
         queue.extend(new)

@@ -37,6 +37,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -150,7 +151,11 @@ def _class_named_by(config: PreTrainedConfig) -> Any:
                 return found
     if not causal and named and not hasattr(config, "auto_map"):
         found = getattr(transformers, named[0], None)
-        if found is not None and getattr(found, "config_class", None) is type(config):
+        if (
+            inspect.isclass(found)
+            and issubclass(found, PreTrainedModel)
+            and issubclass(found, GenerationMixin)
+        ):
             return found
     return None
 

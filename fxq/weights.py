@@ -247,5 +247,5 @@ def _shards(path: Path) -> dict[str, str]:
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError where memory cannot be mapped
         raise SourceError(f"{file}: not a readable safetensors file: {error}") from error

@@ -126,7 +126,9 @@ def _unreached(program: Program) -> dict[str, str]:
     """Stacks of matrices that no matmul of the graph reads although their block, or their list of experts in
     the checkpoint, is part of it -> why."""
     read = {str(n.target): n for n in program.graph.nodes if n.op == "get_attr"}
-    stored, stacks, reasons = program.hub.stored, _stacks(program.hub), dict[str, str]()
+    stored, reasons = program.hub.stored, dict[str, str]()
+    counts = {shape_of(m.w)[0] for m in weight_matmuls(program.graph) if multiplies_experts(m)}
+    stacks = [n for n in _stacks(program.hub) if stored[n].stacked or _held(program.hub, n)[0] in counts]
     lists = {holder: name for name in stacks if name in read for holder in holders(stored[name])}
     for name in stacks:
         if name not in read:

@@ -63,6 +63,7 @@ EXPERT_INPUTS = {
     "gate/up": {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3"},
     "down": {"down_proj", "w2"},
 }
+SHARED_COUNTS = ("n_shared_experts", "num_shared_experts")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 NOT_CALIBRATED = re.compile(r"(^|\.)(mtp|visual|vision\w*|audio\w*)\.")
 LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
@@ -694,7 +695,8 @@ def _check_experts(out: Checkpoint) -> Iterator[str]:
     counts = _config_values(out, EXPERT_COUNTS)
     for name in sorted(quantized):
         entry = out.tensors.get(out.part(name))
-        if counts and entry is not None and len(entry.shape) == 3 and entry.shape[0] not in counts:
+        stacks = counts and [*counts, *_config_values(out, SHARED_COUNTS)]
+        if stacks and entry is not None and len(entry.shape) == 3 and entry.shape[0] not in stacks:
             yield f"{name}: expected {max(counts)} experts, found {_describe(entry)}"
     layers: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in out.linears:
