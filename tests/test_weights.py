@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,7 +276,7 @@ Conversions = Callable[[str, list[WeightConverter]], None]
 def conversions(monkeypatch: pytest.MonkeyPatch) -> Conversions:
     """Lets transformers load and save a class by other conversions, until the test ends."""
     conversion_mapping.get_checkpoint_conversion_mapping("llama")
-    cache = dict(conversion_mapping._checkpoint_conversion_mapping_cache)
+    cache: dict[str, Any] = dict(conversion_mapping._checkpoint_conversion_mapping_cache or {})
     monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", cache)
     return cache.__setitem__
 
