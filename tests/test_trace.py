@@ -29,7 +29,7 @@ from fxq.interpret import Streaming
 from fxq.nodes import int_at
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.structure import VIEWS, strip, weight_matmuls
-from fxq.trace import EXAMPLE_BATCH, EXAMPLE_LENGTH
+from fxq.trace import EXAMPLE_BATCH, EXAMPLE_LENGTH, trace
 from fxq.verify import verify
 from fxq.weights import Directory
 from tests import tiny
@@ -297,6 +297,27 @@ def test_unusual_constructs_compute_the_same_at_any_length(family: str, tmp_path
             theirs = eager(input_ids=ids, use_cache=False).logits
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs), tuple(ids.shape)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3_moe", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma2", "qwen3_next", "mamba"))],
+)
+def test_a_padded_batch_computes_the_same_as_eager(family: str, side: str, tmp_path: Path) -> None:
+    model = open_model(saved(family, tmp_path / "model"))
+    eager = load(tmp_path / "model", experts_implementation="batched_mm")
+    program = trace(model.twin, padded=True)
+    program.hub = model.source.hub
+    ids, mask = tiny.text_ids(3, 24), torch.ones(3, 24, dtype=torch.long)
+    for row, padding in ((1, 5), (2, 11)):
+        mask[row, :padding] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    assert program.accepts(3, 24) is None
+    (ours,) = Streaming(program, model.source, CPU).run_batches([ids], [mask])
+    with torch.no_grad():
+        theirs = eager(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.slow
