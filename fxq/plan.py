@@ -36,6 +36,7 @@ def plan(program: Program, format: ModuleType) -> Plan:
     linears: dict[str, bool] = {}
     covers: dict[str, _Cover] = {}
     kv_formats: dict[str, None] = {}
+    kept: dict[str, TensorInfo] = {}
     for node in program.graph.nodes:
         if node.target is dialect.STORE_ROWS:
             cover = covers.get(key := str(node.args[0]))
@@ -52,10 +53,12 @@ def plan(program: Program, format: ModuleType) -> Plan:
                     f"{name}: two nodes of the program store it, the second is %{node.name}"
                 )
             infos[name] = info
+            if node.target is dialect.STORE:
+                kept[name] = info
     for cover in covers.values():
         cover.check()
     _check_inputs(linears)
-    excluded = sorted(_excluded(program, infos, linears))
+    excluded = sorted(_excluded(program, kept, linears))
     return Plan(infos, linears, tuple(excluded), next(iter(kv_formats), None))
 
 
@@ -131,14 +134,14 @@ class _Cover:
             raise CheckpointError(f"{self.node.args[0]}: nothing stores row {row} of expert {expert}")
 
 
-def _excluded(program: Program, infos: Mapping[str, TensorInfo], linears: Mapping[str, bool]) -> set[str]:
+def _excluded(program: Program, kept: Mapping[str, TensorInfo], linears: Mapping[str, bool]) -> set[str]:
     """The modules that engines must not quantize: those of unquantized matrices, convolutions and tables, of
     whatever a matmul of the graph reads, and those without a tensor of their own."""
     modules = {module for module in program.hub.modules if not _held(program, module) & linears.keys()}
-    quantized = [key.removesuffix(".weight") for key in infos if key in linears]
+    quantized = [key.removesuffix(".weight") for key in linears]
     read = _read_by_matmuls(program)
-    for key, info in infos.items():
-        if key in linears or not info.dtype.is_floating_point or len(info.shape) < 2:
+    for key, info in kept.items():
+        if not info.dtype.is_floating_point or len(info.shape) < 2:
             continue
         if key.endswith(".weight"):
             modules.add(key.removesuffix(".weight"))

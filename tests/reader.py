@@ -634,7 +634,8 @@ def _check_arrays_listed(out: Checkpoint, entries: set[str], quantized: set[str]
 
 def _check_entries_exist(out: Checkpoint, entries: set[str], quantized: set[str]) -> Iterator[str]:
     """Section 9: nothing but unquantized modules; lm_head and embed_tokens may have no tensor."""
-    paths = [name.split(".") for name in out.tensors]
+    scales = {f"{name}_weight_scale" for name in quantized} | {f"{name}.weight_scale" for name in quantized}
+    paths = [name.split(".") for name in out.tensors if name not in scales]
     modules = {".".join(path[:i]) for path in paths for i in range(1, len(path) + 1)}
     for entry in sorted(entries - modules - quantized):
         if _leaf(entry) in ("lm_head", "embed_tokens") or entry.startswith("re:"):
