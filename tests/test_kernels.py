@@ -153,13 +153,21 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def test_negative_zeros_have_no_sign(quantize: Callable[..., Any]) -> None:
+    w = torch.tensor([1.0, -1.0, 0.0, -0.0] * 8, dtype=torch.bfloat16).view(1, 1, 32)
+    for search in (True, False):
+        codes = quantize(w, _amax(w), search=search)[1]
+        assert (codes[..., 1::2] == 0).all()
+        assert (codes[..., 0::2] >> 4 == codes[..., 0::2] & 7 | 8).all()
+
+
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_a_view_gives_what_its_copy_gives(quantize: Callable[..., Any], layout: str) -> None:
     w = torch.randn(2, 18, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     view = LAYOUTS[layout](w)
     copy = view.clone(memory_format=torch.contiguous_format)
     assert view.stride() != copy.stride() or layout == "misaligned"
-    for found, wanted in zip(quantize(view, _amax(w)), quantize(copy, _amax(w)), strict=True):
+    for found, wanted in zip(quantize(view, _amax(w)), _quantize("eager")(copy, _amax(w)), strict=True):
         assert torch.equal(torch.as_tensor(found), torch.as_tensor(wanted))
 
 
@@ -185,11 +193,11 @@ def test_empty_and_tiny(quantize: Callable[..., Any], shape: tuple[int, ...]) ->
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("search", [True, False])
 def test_what_is_not_finite_is_reported(quantize: Callable[..., Any], value: float, search: bool) -> None:
-    w = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    w = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     amax = _amax(w)
     assert quantize(w, amax, search=search)[2]
     assert not quantize(w, torch.stack([amax[0], torch.tensor(value).abs()]), search=search)[2]
-    w[1, 8, 63] = value
+    w[1, 2, 63] = value
     assert not quantize(w, amax, search=search)[2]
 
 
@@ -220,7 +228,7 @@ blocks = st.lists(
 )
 
 
-@pytest.mark.parametrize(("name", "examples"), [("eager", 60), ("numba", 200), ("triton", 6)])
+@pytest.mark.parametrize(("name", "examples"), [("eager", 60), ("numba", 120), ("triton", 6)])
 def test_no_counterexample_is_found(name: str, examples: int) -> None:
     run = _quantize(name)
 

@@ -15,6 +15,7 @@ from fxq.kernels.gpu_jit import quantize_blocks
 
 _LANES = 32
 _TILES = 8  # tiles of 32 blocks that a program does one after another
+_ROWS = 16  # of a tile where neighbours along a row are far apart: their bf16 fill a sector of 32 bytes
 _GRID_Y = 65535
 
 
@@ -37,15 +38,19 @@ def launch(w: Tensor, scale_2: Tensor, search: bool, pack: bool) -> tuple[Tensor
     ss, sr, sk = w.stride()
     words = 8 // w.element_size()
     wide = sk == 1 and ss % words == 0 and sr % words == 0 and w.data_ptr() % 8 == 0
+    if sk == 1:
+        down, parts = 1, triton.cdiv(rows * blocks, _LANES)
+    else:
+        down, parts = _ROWS, triton.cdiv(rows, _ROWS) * triton.cdiv(blocks, _LANES // _ROWS)
     tiles = _TILES if wide else 1
     native = not triton.knobs.runtime.interpret
-    grid = triton.cdiv(rows * blocks, _LANES * tiles)
+    grid = triton.cdiv(parts, tiles)
     with torch.cuda.device(w.device) if w.is_cuda else nullcontext():  # a launch goes to the current device
         for start in range(0, n, _GRID_Y) if scales.numel() else ():
             part = slice(start, start + _GRID_Y)
             quantize_blocks[grid, min(n - start, _GRID_Y)](
                 w[part], scale_2[part], scales[part], packed[part], bad, rows, blocks, ss, sr, sk,
-                SEARCH=search, PACK=pack, WIDE=wide, BY_ROW=sk != 1, NATIVE=native, LANES=_LANES,
+                SEARCH=search, PACK=pack, WIDE=wide, ROWS=down, NATIVE=native, LANES=_LANES,
                 TILES=tiles, num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
     return scales, packed.view(torch.uint8) if pack else None, bad

@@ -186,28 +186,28 @@ def _decide(v, unit, best, low, high, unsure):
 
 @triton.jit
 def _packed(u, step, NATIVE: tl.constexpr):
-    """The 16 e2m1 codes of u / step (float32, rounded once) as int64 [n], element 0 in the lowest bits."""
-    r = tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)
-    minus_step = -step
+    """The 16 e2m1 codes of u / step (float32, rounded once) as int64 [n], element 0 in the lowest bits.
+
+    u holds no -0.0: a code's sign is u's. A code is the lowest bits of d's mantissa plus two an octave of d's
+    exponent, which starts at 127 + 22 + 3, a multiple of 4, since x is 8 times the quotient.
+    """
+    eighth = step * 0.125
+    r = tl.div_rn(tl.full(step.shape, 1.0, tl.float32), eighth)
     lower = tl.zeros(step.shape, tl.int32)
     upper = tl.zeros(step.shape, tl.int32)
     for i in tl.static_range(16):
         m = tl.abs(u[i])
-        if (
-            NATIVE
-        ):  # Markstein: with a correctly rounded reciprocal, one correction rounds the quotient correctly
+        if NATIVE:
+            # Markstein: with a correctly rounded reciprocal, one correction rounds the quotient correctly
             x = m * r
-            x = tl.fma(tl.fma(x, minus_step, m), r, x)
+            x = tl.fma(tl.fma(x, -eighth, m), r, x)
         else:
-            x = tl.div_rn(m, step)
-        x = tl.minimum(x, 6.0)
-        exponent = tl.maximum(x, 1.0).to(tl.int32, bitcast=True) & 0x7F800000
-        c = exponent.to(tl.float32, bitcast=True) * 4194304.0  # 2**22
-        d = (x + c).to(tl.int32, bitcast=True)
-        code = (
-            (d >> 22) + (d & 7) - 298
-        )  # 2 * (127 + 22): two codes an octave, after the mantissa's lowest bits
-        code = tl.where(u[i] < 0, code | 8, code)
+            x = tl.div_rn(m, eighth)
+        x = tl.minimum(x, 48.0)
+        octave = tl.maximum(x, 8.0).to(tl.int32, bitcast=True) & 0x7F800000
+        d = tl.fma(octave.to(tl.float32, bitcast=True), 4194304.0, x).to(tl.int32, bitcast=True)  # 2**22
+        sign = (u[i].to(tl.int32, bitcast=True) >> 28) & 8
+        code = ((d + (d >> 22)) & 7) | sign
         if i < 8:
             lower |= code << (4 * i)
         else:
@@ -221,7 +221,7 @@ def _packed(u, step, NATIVE: tl.constexpr):
 )
 def quantize_blocks(
     w, scale_2, scales, packed, bad, rows, blocks, ss, sr, sk,
-    SEARCH: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr, BY_ROW: tl.constexpr,
+    SEARCH: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     NATIVE: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     slice_ = tl.program_id(1).to(tl.int64)
@@ -231,19 +231,24 @@ def quantize_blocks(
     up = tl.where(unit < 8.673617379884035e-19, 1.8446744073709552e19, 1.0)  # 2**-60, 2**64
     scaled = unit * up
     total = rows * blocks
+    lane = tl.arange(0, LANES)
     tile = 0
     while tile < TILES:
-        n = (tl.program_id(0) * TILES + tile) * LANES + tl.arange(0, LANES)
-        live = n < total
-        if BY_ROW:  # neighbouring lanes are neighbouring rows
-            row, block = n % rows, n // rows
+        if ROWS > 1:  # a tile of ROWS rows by LANES / ROWS blocks
+            across = tl.cdiv(blocks, LANES // ROWS)
+            part = tl.program_id(0) * TILES + tile
+            row = part // across * ROWS + lane % ROWS
+            block = part % across * (LANES // ROWS) + lane // ROWS
+            live = (row < rows) & (block < blocks)
         else:
+            n = (tl.program_id(0) * TILES + tile) * LANES + lane
             row, block = n // blocks, n % blocks
+            live = n < total
         at = row.to(tl.int64) * sr + block.to(tl.int64) * (16 * sk)
         v = _load(w, at, sk, live, w.dtype.element_ty, WIDE)
         u = ()
         for i in tl.static_range(16):
-            u += (v[i] * up,)
+            u += (tl.fma(v[i], up, 0.0),)  # -0.0 becomes 0.0
         amax = tl.abs(u[0])
         for i in tl.static_range(1, 16):
             amax = tl.maximum(amax, tl.abs(u[i]), propagate_nan=tl.PropagateNan.ALL)
