@@ -41,6 +41,8 @@ VIEWS = frozenset(
     }
 )
 PICKS = frozenset({_ATEN.select.int, _ATEN.index.Tensor, _ATEN.slice.Tensor, dialect.SLICE})
+_SAME_VALUE = VIEWS | {dialect.QUANTIZE}
+_SAME_WEIGHT = _SAME_VALUE | PICKS
 MATMULS = frozenset(
     {
         _ATEN.linear.default,
@@ -126,7 +128,7 @@ def strip(node: Node, past: frozenset[object]) -> Node:
 
 def value_of(node: Node) -> Node:
     """The node that produced these numbers: views, casts and fake-quantization are looked through."""
-    return strip(node, VIEWS | {dialect.QUANTIZE})
+    return strip(node, _SAME_VALUE)
 
 
 def input_quantize(x: Node) -> Node | None:
@@ -137,12 +139,11 @@ def input_quantize(x: Node) -> Node | None:
 
 def _weight_path(node: Node) -> Iterator[Node]:
     """The nodes from a weight operand down to what it is a view, pick, stack or fake-quantization of."""
-    past = VIEWS | PICKS | {dialect.QUANTIZE}
     while True:
         yield node
         if node.target is dialect.STACK:
             node = nodes_at(node, 0)[0]
-        elif node.op == "call_function" and node.target in past and isinstance(node.args[0], Node):
+        elif node.op == "call_function" and node.target in _SAME_WEIGHT and isinstance(node.args[0], Node):
             node = node.args[0]
         else:
             return
