@@ -269,11 +269,14 @@ def _batches(program: Program, samples: Sequence[Sequence[int]]) -> list[Tensor]
     for length in {len(ids) for ids in samples}:
         reason = program.accepts(1, length)
         fitting[length] = next((n for n in range(length, 0, -1) if program.accepts(1, n) is None), 0)
-        if fitting[length] == 0:
-            raise TraceError(f"the trace holds for no sample of up to {length} tokens: {reason}")
         note = f"the trace holds up to {fitting[length]} tokens ({reason}); longer samples were cut"
+        if fitting[length] == 0:
+            note = f"the trace holds for no sample of {length} tokens ({reason}); such samples were left out"
         if reason is not None and note not in program.notes:
             program.notes.append(note)
+    if not any(fitting.values()):
+        raise TraceError(f"the trace holds for no sample of up to {max(fitting)} tokens: {reason}")
+    samples = [ids for ids in samples if fitting[len(ids)]]
     made = calibration.batches([ids[: fitting[len(ids)]] for ids in samples])
     if all(program.accepts(*batch.shape) is None for batch in made):
         return made

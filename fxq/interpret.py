@@ -18,7 +18,7 @@ from fxq import dialect, nvfp4
 from fxq.errors import SourceError
 from fxq.nodes import int_at, node_at, nodes_at
 from fxq.program import Program, WeightSource
-from fxq.structure import VIEWS, parameter_name, root, strip
+from fxq.structure import VIEWS, parameter_name, root, shape_of, strip
 
 # Slices of one weight are handled together up to this many bytes: enough for a launch, little enough to hold.
 BATCH_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -342,6 +342,7 @@ class Bootstrap:
 
     def __init__(self, program: Program, source: WeightSource, device: torch.device) -> None:
         self.program, self.cone = program, WeightCone(program, source, device)
+        self.alike: dict[object, dict[Node, int]] = {}
 
     @torch.no_grad()
     def run(self, step: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
@@ -369,16 +370,49 @@ class Bootstrap:
         return found
 
     def _input_amax(self, hole: Node) -> Tensor:
-        """The largest amax among the inputs of the same fused weight (one expert no token reached), else
-        a constant."""
+        """For an input that no token reached: the largest amax of what shares its scale or its fused weight,
+        else that of the nearest input made and used alike (a fellow expert's), else a constant."""
         peers = [self.program.values[n.name] for n in _input_peers(hole) if n.name in self.program.values]
+        if not peers:
+            peers = [self.program.values[n.name] for n in self._nearest_alike(hole)]
         return torch.stack(peers).amax() if peers else torch.tensor(UNSEEN_INPUT_AMAX)
+
+    def _nearest_alike(self, hole: Node) -> list[Node]:
+        if not self.alike:
+            for place, node in enumerate(self.program.graph.nodes):
+                if node.target is dialect.AMAX and root(node_at(node, 0)) is None:
+                    self.alike.setdefault(_use(node), {})[node] = place
+        fellows = self.alike[_use(hole)]
+        seen = [node for node in fellows if node.name in self.program.values]
+        return sorted(seen, key=lambda node: abs(fellows[node] - fellows[hole]))[:1]
+
+
+def _use(hole: Node) -> object:
+    """What an input is made by and multiplied with: alike for the same linear of two experts or layers."""
+    made: list[object] = []
+    node = node_at(hole, 0)
+    while node.op == "call_function" and len(made) < 6 and node.args and isinstance(node.args[0], Node):
+        made.append(node.target)
+        node = node_at(node, 0)
+    matmuls = dict.fromkeys(user for quantize in _quantizes(hole) for user in quantize.users)
+    shapes = {shape_of(o) for matmul in matmuls for o in matmul.all_input_nodes if root(o) is not None}
+    return tuple(made), frozenset(shapes)
+
+
+def _quantizes(hole: Node) -> list[Node]:
+    """The quantize nodes that use an amax, alone or in a group."""
+    users = [u for user in hole.users for u in (user.users if user.target is dialect.SYNC else [user])]
+    return [user for user in users if user.target is dialect.QUANTIZE and root(node_at(user, 0)) is None]
 
 
 def _input_peers(hole: Node) -> list[Node]:
-    """Input amax nodes of the other experts whose weights lie in the same parameter."""
+    """Input amax nodes that share a group with this one, or whose weights lie in the same parameter."""
     peers: dict[Node, None] = {}
-    for quantize in [u for u in hole.users if u.target is dialect.QUANTIZE]:
+    for group in [u for u in hole.users if u.target is dialect.SYNC]:
+        peers.update(dict.fromkeys(nodes_at(group, 0)))
+    for quantize in _quantizes(hole):
+        if node_at(quantize, 0) is not node_at(hole, 0):
+            continue
         for matmul in quantize.users:
             for operand in matmul.all_input_nodes:
                 parameter = root(operand)

@@ -12,6 +12,7 @@ from torch.fx import Graph
 
 from fxq import dialect
 from fxq.facts import is_weight_quantize
+from fxq.interpret import UNSEEN_INPUT_AMAX
 from fxq.nodes import node_at
 from fxq.program import Program
 from fxq.structure import is_expert, multiplies_experts, parameter_name, root, weight_matmuls
@@ -80,7 +81,11 @@ class Report:
         self.bootstrapped = len(program.bootstrapped)
         holes = {n.name: n for n in graph.nodes if n.target is dialect.AMAX}
         self.unseen_inputs = sum(
-            1 for n in program.bootstrapped if n in holes and root(node_at(holes[n], 0)) is None
+            1
+            for n in program.bootstrapped
+            if n in holes
+            and root(node_at(holes[n], 0)) is None
+            and float(program.values[n]) == UNSEEN_INPUT_AMAX
         )
         layers = _experts_by_layer(program.tokens)
         self.experts = sum(len(counts) for counts in layers.values())

@@ -167,6 +167,11 @@ def twin_of_model(model: PreTrainedModel) -> Twin:
         model.config,
         lambda c: type(model)._from_config(c, dtype=model.dtype, experts_implementation="batched_mm"),
     )
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with twin.mode:
+        for name, tensor in [*twin.model.named_parameters(), *twin.model.named_buffers()]:
+            if name in held and held[name].dtype != tensor.dtype:  # as a cast of the whole model leaves them
+                tensor.data = tensor.data.to(held[name].dtype)
     return dataclasses.replace(twin, buffers={name: model.get_buffer(name).detach() for name in twin.buffers})
 
 

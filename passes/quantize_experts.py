@@ -75,7 +75,12 @@ class QuantizeExperts:
         matches = [site for site in self.sites(program) if isinstance(site, Match)]
         already = any(is_weight_quantize(n) and is_expert(node_at(n, 0)) for n in program.graph.nodes)
         if not matches and self.required and not already:
-            raise nothing_matched(self, program, "fused expert weights (a 3-D parameter in a matmul)")
+            raise nothing_matched(
+                self,
+                program,
+                "stacks of expert weights (a 3-D parameter in a matmul)",
+                ". A spec for all linears, such as nvfp4_default-fp8_cast_kv, takes a model without them",
+            )
         count = 0
         for site in matches:
             slices = _quantized_slices(site, self.weights)

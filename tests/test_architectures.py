@@ -1,4 +1,4 @@
-"""Families of every kind, through benchmarks/architectures.py: traced, equal to eager, compiled, read back."""
+"""One family of each kind through benchmarks/architectures.py: traced, equal to eager, compiled, read."""
 
 import json
 import subprocess

@@ -14,6 +14,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 import fxq
+from fxq.compiler import open_model
+from fxq.interpret import Streaming
 from tests import oracle, reader, reference
 from tests.families import (
     DENSE,
@@ -382,3 +384,14 @@ def test_an_experts_only_spec_refuses_a_model_without_experts(family: str, zoo: 
     with pytest.raises(fxq.VerifyError, match="quantize-experts rewrote nothing"):
         fxq.compile(zoo(family), EXPERTS_ONLY, calib=samples(2), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_live_model_cast_as_a_whole_is_traced_with_its_buffers_cast() -> None:
+    """`.to(bfloat16)` also casts rotary frequencies, which from_pretrained keeps in float32."""
+    model = random_model(FAMILIES["llama"]()).to(torch.float32).to(torch.bfloat16)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    ids = torch.tensor([samples(1)[0]])
+    opened = open_model(model)
+    (ours,) = Streaming(opened.program, opened.source, torch.device("cpu")).run_batches([ids])
+    with torch.no_grad():
+        assert torch.equal(ours, model(input_ids=ids, use_cache=False).logits)
