@@ -37,6 +37,7 @@ ONE_EXPERT = Rule(
     Call(torch.ops.aten.linear.default, Bind("x"), Call(dialect.SLICE, Weight("w", rank=3))),
 )
 RULES = EXPERTS + ONE_EXPERT
+_PICKED = frozenset({torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default})
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
@@ -75,12 +76,8 @@ class QuantizeExperts:
         matches = [site for site in self.sites(program) if isinstance(site, Match)]
         already = any(is_weight_quantize(n) and is_expert(node_at(n, 0)) for n in program.graph.nodes)
         if not matches and self.required and not already:
-            raise nothing_matched(
-                self,
-                program,
-                "stacks of expert weights (a 3-D parameter in a matmul)",
-                ". A spec for all linears, such as nvfp4_default-fp8_cast_kv, takes a model without them",
-            )
+            expected = "stacks of expert weights (a 3-D parameter in a matmul)"
+            raise nothing_matched(self, program, expected, f". {_instead(program)}")
         count = 0
         for site in matches:
             slices = _quantized_slices(site, self.weights)
@@ -104,6 +101,16 @@ class QuantizeExperts:
             if held := [name for name in layer if name in program.left]:
                 why = f"its layer holds {held[0]}, which is left"
                 program.left.update({mate: why for mate in layer if mate not in program.left})
+
+
+def _instead(program: Program) -> str:
+    """What a model without stacks of experts may have, and which pass takes it."""
+    alone = [m for m in weight_matmuls(program.graph) if strip(m.x, VIEWS).target in _PICKED]
+    what = "This model has none"
+    if len(alone) > 1:
+        first = parameter_name(alone[0].w)
+        what = f"{first} and {len(alone) - 1} more read tokens picked for them: experts held as linears"
+    return f"{what}; quantize-linears takes linears (nvfp4_default-fp8_cast_kv)"
 
 
 def _unfit(program: Program, sites: Iterable[Match | Miss]) -> dict[str, str]:

@@ -156,7 +156,7 @@ def test_specs_has_a_row_for_each_spec_that_applies_to_a_model(
     assert SPEC in text
     assert "does not apply: quantize-experts rewrote nothing" in " ".join(text.split())
     assert main(["specs", "nvfp4_experts_only-fp8_cast_kv", "--model", str(zoo("llama_tied"))]) == 1
-    assert "expected fused expert weights" in capsys.readouterr().err
+    assert "expected stacks of expert weights" in capsys.readouterr().err
 
 
 def test_specs_takes_a_file_with_a_model_only(
