@@ -388,7 +388,9 @@ def test_an_experts_only_spec_refuses_a_model_without_experts(family: str, zoo: 
 
 def test_a_live_model_cast_as_a_whole_is_traced_with_its_buffers_cast() -> None:
     """`.to(bfloat16)` also casts rotary frequencies, which from_pretrained keeps in float32."""
-    model = random_model(FAMILIES["llama"]()).to(torch.float32).to(torch.bfloat16)
+    model = random_model(FAMILIES["llama"]())
+    torch.nn.Module.to(model, torch.float32)
+    torch.nn.Module.to(model, torch.bfloat16)
     assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
     ids = torch.tensor([samples(1)[0]])
     opened = open_model(model)
