@@ -219,7 +219,7 @@ magnitudes = st.one_of(
     st.sampled_from([*reference.E2M1.tolist(), *reference.MIDPOINTS.tolist(), 7.0, 4.5, 2.25]),
     st.integers(-40, 3).map(lambda e: 2.0**e),
     st.floats(0, 2.0**-10, width=32),
-    st.sampled_from([4.0, 2.0, 6.0, 1.75, 3.5]).flatmap(
+    st.sampled_from([4.0, 2.0, 6.0, 1.75, 3.5, 2.25, 4.5]).flatmap(
         lambda x: st.integers(-3, 3).map(lambda ulps: float(np.float32(x) * np.float32(1 + ulps * 2.0**-23)))
     ),
 )

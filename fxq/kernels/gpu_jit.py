@@ -70,9 +70,11 @@ def _reciprocal(x, NATIVE: tl.constexpr):
 def _near_losses(u, unit, code, CLIPPED: tl.constexpr, NATIVE: tl.constexpr):
     """Losses (in unit**2, float32 [n], nearly exact) of the codes before, at and after `code`, all >= 8.
 
-    c - (c - x) is x on the e2m1 grid if c has the exponent of max(x, 1) * 2**22. Which of two neighbouring
-    exponents makes no difference for x in [1.75, 2.25] and [3.5, 4.5], so neighbouring codes, a factor of
-    1.125 apart at most, share their c. Only the first CLIPPED codes may have x > 7.
+    c - (c - x) is x on the e2m1 grid if c - x has the exponent of max(x, 1) * 2**22. Which of two
+    neighbouring exponents makes no difference for x in [1.75, 2.25] and [3.5, 4.5], so neighbouring codes, a
+    factor of 1.125 apart at most, share their c. It has a factor of 1 + 2**-7: else, for x just above 4.5 and
+    the middle x just above 4, c - x would lie below the power of two that c reaches. Only the first CLIPPED
+    codes may have x > 7.
     """
     value = ()
     r = ()
@@ -83,7 +85,7 @@ def _near_losses(u, unit, code, CLIPPED: tl.constexpr, NATIVE: tl.constexpr):
         r += (_reciprocal(value[j] * unit, NATIVE),)
         minus_r += (-r[j],)
         loss += (tl.zeros_like(unit + value[j]),)
-    big = r[1] * 4194304.0
+    big = r[1] * 4227072.0  # (1 + 2**-7) * 2**22
     for i in tl.static_range(16):
         m = tl.abs(u[i])
         c = tl.maximum(m * big, 6291456.0)
