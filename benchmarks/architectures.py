@@ -176,11 +176,12 @@ def _child(family: tiny.Family, pipe: Connection) -> None:
         row.stage = stage
         pipe.send((row, False))
 
+    directory = ""
     try:
         with tempfile.TemporaryDirectory() as directory:
             examine(family, row, Path(directory), begin)
     except FxqError as error:
-        row.state, row.reason, row.where = "refused", str(error), _where(error)
+        row.state, row.reason, row.where = "refused", str(error).replace(directory, "MODEL"), _where(error)
     except Exception as error:
         row.state = "eager" if row.stage == "eager" else "wrong"
         row.reason, row.where = f"{type(error).__name__}: {error}", _where(error)
@@ -498,8 +499,25 @@ def table(rows: list[Row]) -> Table:
     return made
 
 
+PAGE = """# Coverage of architectures
+
+Tiny random models of every causal language model of transformers {version}, then of every multimodal class
+around one (`type/Class`). Made by `python benchmarks/architectures.py --markdown > docs/coverage.md`, torch
+{torch}, CPU.
+
+{summary}.
+
+- experts: routed expert matrices of the model; groups: sets of linears that share their global scales.
+- max diff: largest absolute difference between the logits of the interpreted graph and of the eager model,
+  over six batch sizes and lengths.
+- emitted, read back: checkpoints (all linears; experts only) in which an independent reader found no fault.
+- eager: the model's own forward does not run on token ids alone, or its configuration could not be built.
+"""
+
+
 def markdown(rows: list[Row]) -> Iterator[str]:
-    """For a page."""
+    """A page: what was done, the counts, a row for each family."""
+    yield PAGE.format(version=transformers.__version__, torch=torch.__version__, summary=summary(rows))
     yield "| " + " | ".join(HEADER) + " |"
     yield "|---" * len(HEADER) + "|"
     for row in rows:
