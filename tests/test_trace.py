@@ -197,8 +197,8 @@ def test_a_model_that_is_no_causal_language_model_is_refused_with_a_reason(tmp_p
 
 
 @pytest.mark.slow
-def test_a_chunked_scan_is_used_only_at_lengths_its_trace_holds_for(tmp_path: Path) -> None:
-    """Mamba-2 counts its chunks in python, so the trace bakes the number: beyond, results would be wrong."""
+def test_a_chunked_scan_is_exact_at_any_number_of_chunks(tmp_path: Path) -> None:
+    """Mamba-2 counts its chunks in python, which a trace would bake: the scan is one opaque call instead."""
     config = NemotronHConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -215,16 +215,22 @@ def test_a_chunked_scan_is_used_only_at_lengths_its_trace_holds_for(tmp_path: Pa
     )
     model = open_model(save(random_model(config), tmp_path / "model"))
     eager = load(tmp_path / "model")
-    for length in (1, 17, 24, 31):
+    for length in (1, 17, 31, 33, 100):
         assert model.program.accepts(2, length) is None
         ids = torch.randint(3, VOCABULARY, (2, length))
         (found,) = Streaming(model.program, model.source, CPU).run_batches([ids])
         with torch.no_grad():
             assert torch.equal(found, eager(input_ids=ids, use_cache=False).logits)
-    assert model.program.accepts(2, 33) is not None
-    compiled = fxq.compile(
-        tmp_path / "model", "nvfp4_default-fp8_cast_kv", calib=[list(range(3, 63)), [5, 6]]
-    )
+
+
+@pytest.mark.slow
+def test_a_trace_is_used_only_at_lengths_it_holds_for(tmp_path: Path) -> None:
+    """MiniMax loops over blocks of the sequence within a module, so the trace holds for one block alone."""
+    model = open_model(saved("minimax", tmp_path / "model"))
+    assert model.program.accepts(2, 63) is None
+    assert model.program.accepts(2, 65) is not None
+    calib = [tiny.text_ids(1, 100)[0].tolist(), [5, 6]]
+    compiled = fxq.compile(tmp_path / "model", "nvfp4_default-fp8_cast_kv", calib=calib)
     assert any("longer samples were cut" in warning for warning in compiled.report.warnings)
 
 
