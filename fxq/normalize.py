@@ -8,8 +8,8 @@ import torch
 from torch.fx import Graph, Node
 
 from fxq import edit
-from fxq.nodes import int_at, node_at
-from fxq.structure import root, shape_of
+from fxq.nodes import node_at
+from fxq.structure import root, shape_of, swaps_matrix
 
 aten = torch.ops.aten
 
@@ -41,10 +41,6 @@ def _operands(node: Node) -> tuple[Node, Node, Node | None] | None:
 
 def _transposed(w: Node) -> Node:
     """`w` [in, out] as [out, in]; undoes a transpose rather than stacking a second one."""
-    if w.target in (aten.t.default, aten.numpy_T.default):
-        return node_at(w, 0)
-    if w.target is aten.permute.default and [d % 2 for d in list(w.args[1])] == [1, 0]:  # type: ignore[arg-type,union-attr]
-        return node_at(w, 0)
-    if w.target is aten.transpose.int and {int_at(w, 1) % 2, int_at(w, 2) % 2} == {0, 1}:
+    if w.op == "call_function" and swaps_matrix(w):
         return node_at(w, 0)
     return edit.call(w.graph, f"{w.name}_t", aten.t.default, w)

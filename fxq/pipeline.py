@@ -101,7 +101,7 @@ def run(
 ) -> Program:
     """Run each pass, tidy and verify the graph, and hold the pass to what it ensures; `after` sees every
     stage."""
-    verify(program.graph)
+    checked = verify(program.graph)
     for step in passes:
         _hold(step.requires, step, program, "requires", session)
         if isinstance(step, CalibrationPass):
@@ -109,7 +109,7 @@ def run(
         else:
             count = step.run(program)
         tidy(program.graph)
-        verify(program.graph)
+        checked = verify(program.graph, checked)
         if session is not None or not isinstance(step, CalibrationPass):
             _hold(step.ensures, step, program, "ensures", session)
         after(step, program, count)

@@ -3,16 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Node
 
 from fxq import dialect
 from fxq.errors import VerifyError
 from fxq.nodes import int_at, node_at
 from fxq.program import Hub, Stored, row_axis
-from fxq.structure import VIEWS, parameter_name, root, shape_of, strip
-
-_ATEN = torch.ops.aten
+from fxq.structure import VIEWS, parameter_name, root, shape_of, strip, swaps_matrix
 
 
 @dataclass(frozen=True)
@@ -122,28 +119,9 @@ def _swapped(w: Node) -> bool | None:
     swapped = False
     while w.op != "get_attr":
         if w.target is not dialect.SLICE:
-            turn = _turns(w)
+            turn = swaps_matrix(w)
             if turn is None:
                 return None
             swapped ^= turn
         w = node_at(w, 0)
     return swapped
-
-
-def _turns(view: Node) -> bool | None:
-    """Whether one view swaps the last two dimensions; None if it does more."""
-    before, after = shape_of(node_at(view, 0)), shape_of(view)
-    if view.target is _ATEN.t.default:
-        return True
-    if view.target in (_ATEN.transpose.int, _ATEN.permute.default):
-        order = list(range(len(before)))
-        if view.target is _ATEN.permute.default:
-            order = [int(d) % len(before) for d in view.args[1]]  # type: ignore[union-attr, arg-type]
-        else:
-            a, b = int_at(view, 1) % len(before), int_at(view, 2) % len(before)
-            order[a], order[b] = order[b], order[a]
-        plain = list(range(len(before)))
-        turned = [*plain[:-2], *reversed(plain[-2:])]
-        return None if order not in (plain, turned) else order != plain
-    # Row-major views keep rows as long as the last dimension stays.
-    return False if before[-1:] == after[-1:] else None

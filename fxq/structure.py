@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fxq import dialect
-from fxq.nodes import node_at, nodes_at
+from fxq.nodes import int_at, node_at, nodes_at
 
 _ATEN = torch.ops.aten
 VIEWS = frozenset(
@@ -124,6 +124,26 @@ def strip(node: Node, past: frozenset[object]) -> Node:
     while node.op == "call_function" and node.target in past and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
+
+
+def swaps_matrix(view: Node) -> bool | None:
+    """Whether one view swaps the last two dimensions and does nothing else; False if it leaves the matrix
+    as it is, None if it does more."""
+    before, after = shape_of(node_at(view, 0)), shape_of(view)
+    if view.target in (_ATEN.t.default, _ATEN.numpy_T.default) and len(before) == 2:
+        return True
+    if view.target in (_ATEN.transpose.int, _ATEN.permute.default):
+        order = list(range(len(before)))
+        if view.target is _ATEN.permute.default:
+            order = [int(d) % len(before) for d in view.args[1]]  # type: ignore[union-attr, arg-type]
+        else:
+            a, b = int_at(view, 1) % len(before), int_at(view, 2) % len(before)
+            order[a], order[b] = order[b], order[a]
+        plain = list(range(len(before)))
+        turned = [*plain[:-2], *reversed(plain[-2:])]
+        return None if order not in (plain, turned) else order != plain
+    # Row-major views keep rows as long as the last dimension stays.
+    return False if before[-1:] == after[-1:] else None
 
 
 def value_of(node: Node) -> Node:

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.fx import Graph, Node
@@ -36,13 +35,15 @@ _REJECTIONS = (
 )
 
 
-# What each call of a graph was when it was last found good, so that a pass pays for what it changed alone.
-_GOOD: "WeakKeyDictionary[Graph, dict[Node, tuple[object, ...]]]" = WeakKeyDictionary()
+Checked = dict[Node, tuple[object, ...]]  # a call -> what it was when it was found good
 
 
-def verify(graph: Graph) -> None:
-    """Raise VerifyError, naming the node, unless the graph keeps every rule."""
-    before, good = _GOOD.get(graph, {}), dict[Node, tuple[object, ...]]()
+def verify(graph: Graph, checked: Checked | None = None) -> Checked:
+    """Raise VerifyError, naming the node, unless the graph keeps every rule.
+
+    checked: what an earlier call returned; calls that are still the same are not checked again.
+    """
+    before, good = checked or {}, Checked()
     seen: set[Node] = set()
     outputs = 0
     for node in graph.nodes:
@@ -65,7 +66,7 @@ def verify(graph: Graph) -> None:
         seen.add(node)
     if outputs != 1:
         raise VerifyError(f"expected one `return`, found {outputs}")
-    _GOOD[graph] = good
+    return good
 
 
 def _types(node: Node) -> Iterator[object]:
