@@ -51,11 +51,7 @@ from fxq.interpret import Streaming
 from fxq.program import Program
 from tests import reader, tiny
 
-DEFAULT, EXPERTS_ONLY, WEIGHT_ONLY = (
-    "nvfp4_default-fp8_cast_kv",
-    "nvfp4_experts_only-fp8_cast_kv",
-    "nvfp4_weight_only",
-)
+DEFAULT, EXPERTS_ONLY = "nvfp4_default-fp8_cast_kv", "nvfp4_experts_only-fp8_cast_kv"
 SIZES = ((1, 24), (2, 24), (3, 17), (1, 7), (2, 40), (1, 100))
 CALIBRATION = (4, 24)
 STATES = ("ok", "refused", "wrong", "eager")
@@ -354,17 +350,8 @@ def _is_causal(model: PreTrainedModel, *, masked: bool = False) -> bool:
 
 
 def compile_to(row: Row, source: Path, spec: str, calib: list[list[int]], out: Path) -> Path:
-    """Compile as users do; where there is no attention, with the weight-only spec."""
-    try:
-        compiled = fxq.compile(source, spec, calib=calib, out=out)
-    except FxqError as error:
-        if "quantize-kv" not in str(error) or spec != DEFAULT:
-            raise
-        row.notes.append(f"{WEIGHT_ONLY} instead of {spec}: {error}")
-        compiled = None
-    if compiled is None:
-        out = out.with_name(WEIGHT_ONLY)
-        compiled = fxq.compile(source, WEIGHT_ONLY, calib=calib, out=out)
+    """Compile as users do."""
+    compiled = fxq.compile(source, spec, calib=calib, out=out)
     if row.groups is None:
         row.groups = sum(node.target is dialect.SYNC for node in compiled.graph.nodes)
     row.notes += [note for note in compiled.report.warnings if note not in row.notes]

@@ -362,6 +362,16 @@ def attentions(graph: Graph) -> Iterator[Attention]:
                 yield Attention(output, node_at(scores, first[0]), (scores, first[1]), (output, last[1]))
 
 
+def other_softmaxes(graph: Graph) -> Iterator[tuple[Node, str]]:
+    """Every softmax that is no attention's, and why."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _SOFTMAXES:
+            if _nearest_product(node, up=True) is None:
+                yield node, "what it weighs is no product of two activations"
+            elif _nearest_product(node, up=False) is None:
+                yield node, "its result multiplies no activations"
+
+
 def _operands(product: Node) -> tuple[int, int]:
     """The argument positions of a product's two factors."""
     return (1, 2) if product.target is _ATEN.baddbmm.default else (0, 1)

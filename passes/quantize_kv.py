@@ -14,7 +14,7 @@ from fxq.nvfp4 import E4M3_MAX
 from fxq.pattern import Match, Miss
 from fxq.pipeline import nothing_matched
 from fxq.program import Program
-from fxq.structure import VIEWS, Attention, Frontiers, attentions, latent_projection, strip
+from fxq.structure import VIEWS, Attention, Frontiers, attentions, latent_projection, other_softmaxes, strip
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class QuantizeKv:
                 yield Match(
                     "attention", attention.node, {"q": attention.q, "k": attention.k, "v": attention.v}
                 )
+        for node, reason in other_softmaxes(program.graph):
+            yield Miss("attention", node, reason)
 
     def run(self, program: Program) -> int:
         found, frontiers = list(attentions(program.graph)), Frontiers(program.graph)

@@ -9,3 +9,4 @@ pass: quantize-kv
 return [%y]
 --- error
 VerifyError: quantize-kv rewrote nothing
+%soft: what it weighs is no product of two activations
