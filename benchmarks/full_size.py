@@ -26,7 +26,8 @@ from fxq.pipeline import Pass
 from fxq.program import Program, TensorInfo
 from fxq.spec import load
 from fxq.structure import is_expert
-from fxq.trace import trace, twin_of_config
+from fxq.trace import trace
+from fxq.twin import twin_of_config
 
 
 def _qwen3(layers: int | None) -> PreTrainedConfig:

@@ -27,7 +27,8 @@ from fxq.pipeline import Progress, Session, no_progress
 from fxq.program import Program, WeightSource
 from fxq.report import Report
 from fxq.spec import Spec, load
-from fxq.trace import Twin, load_config, load_tokenizer, trace, twin_of_config, twin_of_model
+from fxq.trace import trace
+from fxq.twin import Twin, load_config, load_tokenizer, twin_of_config, twin_of_model
 from fxq.weights import Directory, Live
 
 

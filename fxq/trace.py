@@ -1,57 +1,34 @@
-"""From a Hugging Face directory or live model to a functional graph with names and shapes; no weight is
-read.
+"""From a model's twin to a functional graph with names and shapes.
 
-A twin of the model is built on fake tensors from the (copied) config and exported with symbolic batch and
-sequence sizes, so that the user's model is never patched or run. Experts are traced as `index > bmm`, the
-form in which a token's expert is visible; fuse-experts turns it into something that can be executed at
-scale.
+The twin is exported with symbolic batch and sequence sizes. Experts are traced as `index > bmm`, the form in
+which a token's expert is visible; fuse-experts turns it into something that can be executed at scale.
 """
 
-import contextlib
-import copy
-import dataclasses
 import functools
 import inspect
-import io
-import logging
-import re
 import traceback
-import warnings
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Container
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
 from fxq import dialect, sizes
 from fxq.edit import parameter, tidy
-from fxq.errors import SourceError, TraceError
+from fxq.errors import TraceError
 from fxq.leaves import is_module, opaque
 from fxq.normalize import linears
 from fxq.program import Program
 from fxq.structure import root, shape_of
+from fxq.twin import Twin, first_line, quiet
 
 # Unlikely sizes, so that a dimension in a dump tells where it comes from.
 EXAMPLE_BATCH, EXAMPLE_LENGTH, EXAMPLE_UNKNOWN = 3, 17, 5
@@ -65,205 +42,6 @@ _ASSERTIONS = frozenset(
     }
 )
 _END = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class Twin:
-    """A model of the user's class and config on fake tensors: structure, names and types without weights.
-
-    buffers: the values of the non-persistent buffers (rotary frequencies and the like), which no checkpoint
-    holds. longest: the length beyond which rotary embeddings would change; None if they do not.
-    """
-
-    model: PreTrainedModel
-    config: PreTrainedConfig
-    mode: FakeTensorMode
-    buffers: dict[str, Tensor]
-    longest: int | None = None
-
-
-def load_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The directory's config; SourceError when it is missing, unknown to transformers, or wants to run
-    its own code."""
-    if not (directory / "config.json").is_file():
-        raise SourceError(f"{directory}: expected a Hugging Face model directory, found no config.json")
-    with _quiet():
-        try:
-            return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        except Exception as error:  # transformers raises whatever a config's own code raises
-            raise SourceError(f"{directory / 'config.json'}: {_first_line(error)}") from error
-
-
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The directory's tokenizer; SourceError when there is none that transformers can load."""
-    with _quiet():
-        try:
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        except Exception as error:
-            raise SourceError(
-                f"{directory}: no tokenizer for calibration text ({_first_line(error)}); give lines "
-                "of input_ids instead"
-            ) from error
-
-
-def twin_of_config(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Twin:
-    """The twin of a checkpoint on fake CPU tensors: of the class that its config names if that makes text (a
-    multimodal model is kept whole), else of `AutoModelForCausalLM`."""
-    options: dict[str, Any] = {"dtype": dtype, "experts_implementation": "batched_mm"}
-    named = _class_named_by(config)
-
-    def build(c: PreTrainedConfig) -> PreTrainedModel:
-        if named is not None:
-            model = named._from_config(c, **options)
-        else:
-            model = AutoModelForCausalLM.from_config(c, trust_remote_code=trust_remote_code, **options)
-        _keep_in_float32(model, dtype)
-        return model
-
-    return _twin(config, build)
-
-
-def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Widen what `from_pretrained` keeps in float32 whatever the dtype asked for; `from_config` does not."""
-    names: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
-        names |= set(model._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        names |= set(model._keep_in_fp32_modules or ())
-    if not names:
-        return
-    kept = re.compile("|".join(name.replace("*", ".*") for name in sorted(names)))
-    for module_name, module in model.named_modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor.is_floating_point() and kept.search(f"{module_name}.{name}".lstrip(".")):
-                tensor.data = tensor.data.to(torch.float32)
-
-
-def _class_named_by(config: PreTrainedConfig) -> Any:
-    """The class of a checkpoint that `AutoModelForCausalLM` would not build: a multimodal one, or one that
-    only `architectures` names; else None."""
-    named = config.architectures or ()
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
-        if type(config) in mapping:
-            found: Any = mapping[type(config)]
-            if not causal or found.__name__ in named:
-                return found
-    if not causal and named and not hasattr(config, "auto_map"):
-        found = getattr(transformers, named[0], None)
-        if (
-            inspect.isclass(found)
-            and issubclass(found, PreTrainedModel)
-            and issubclass(found, GenerationMixin)
-        ):
-            return found
-    return None
-
-
-def twin_of_model(model: PreTrainedModel) -> Twin:
-    """The twin of a live model: its own class, a copy of its config; non-persistent buffers are the
-    model's own values."""
-    twin = _twin(
-        model.config,
-        lambda c: type(model)._from_config(c, dtype=model.dtype, experts_implementation="batched_mm"),
-    )
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with twin.mode:
-        for name, tensor in [*twin.model.named_parameters(), *twin.model.named_buffers()]:
-            if name in held and held[name].dtype != tensor.dtype:  # as a cast of the whole model leaves them
-                tensor.data = tensor.data.to(held[name].dtype)
-    return dataclasses.replace(twin, buffers={name: model.get_buffer(name).detach() for name in twin.buffers})
-
-
-def _twin(config: PreTrainedConfig, build: Any) -> Twin:
-    config = copy.deepcopy(config)
-    config._attn_implementation = (
-        None  # the one transformers prefers for this class, not what a user once set
-    )
-    with _quiet():
-        try:
-            with torch.device("meta"), no_init_weights():
-                model = build(config).eval()
-        except Exception as error:
-            raise TraceError(
-                f"{config.model_type}: transformers cannot build a causal language model: "
-                f"{_first_line(error)}"
-            ) from error
-        buffers = _buffer_values(model)
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        _to_fake(model, mode)
-        with mode:
-            model.tie_weights()
-        return Twin(model, config, mode, buffers, _freeze_rotary_updates(model))
-
-
-def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Non-persistent buffers as `from_pretrained` fills them: by the model's own `_init_weights`, on real
-    memory; NaN where it does not say.
-
-    They are filled in place; everything else of `model` stays on meta.
-    """
-    values: dict[str, Tensor] = {}
-    around: set[str] = set()
-    for name, buffer in model.named_non_persistent_buffers():
-        owner, _, leaf = name.rpartition(".")
-        value = buffer
-        if buffer.device.type == "meta":
-            unknown = torch.nan if buffer.is_floating_point() else 0
-            value = torch.full(buffer.shape, unknown, dtype=buffer.dtype, device="cpu")
-        values[name] = model.get_submodule(owner)._buffers[leaf] = value
-        around.update(owner[:end] for end in range(len(owner) + 1) if owner[end : end + 1] in ("", "."))
-    for name in sorted(around | {""}, key=len, reverse=True) if values else ():
-        with contextlib.suppress(Exception):  # whatever an initializer raises for weights that are on meta
-            _owner_model(model, name)._init_weights(model.get_submodule(name))
-    return values
-
-
-def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Parameters and buffers on meta (or real) become fake CPU tensors; ties stay ties."""
-    fakes: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in fakes:
-            with mode:
-                fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return fakes[id(tensor)]
-
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(fake(weight), requires_grad=False)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = fake(buffer)
-
-
-def _freeze_rotary_updates(model: PreTrainedModel) -> int | None:
-    """Keep rotary embeddings that change with the length (longrope, dynamic) as they are for short inputs.
-
-    The switch depends on data, which cannot be traced. Returns the length up to which nothing switches; None
-    if no module of this twin does.
-    """
-    limits: list[int] = []
-    for module in cast(Iterator[Any], model.modules()):
-        kinds = getattr(module, "rope_type", None)
-        for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
-            if kind != "longrope" and "dynamic" not in str(kind):
-                continue
-            parameters = module.config.rope_parameters
-            parameters = parameters if layer is None else parameters[layer]
-            original = parameters.get("original_max_position_embeddings")
-            limits.append(original or module.config.max_position_embeddings)
-            module.rope_type = "default" if layer is None else {**module.rope_type, layer: "default"}
-    return min(limits, default=None)
-
-
-def _owner_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The innermost PreTrainedModel that is, or is around, a submodule: the one whose `_init_weights` knows
-    it."""
-    while True:
-        module = model.get_submodule(name)
-        if isinstance(module, PreTrainedModel) or not name:
-            return module if isinstance(module, PreTrainedModel) else model
-        name = name.rpartition(".")[0]
 
 
 class _Logits(nn.Module):
@@ -327,7 +105,7 @@ def trace(twin: Twin, *, padded: bool = False) -> Program:
             if culprit is None or type(culprit) in opaque_classes:
                 raise TraceError(
                     f"{twin.config.model_type}: {_where(error, twin.model)}torch.export cannot follow it: "
-                    f"{_first_line(error)}"
+                    f"{first_line(error)}"
                 ) from error
             opaque_classes.add(type(culprit))
             continue
@@ -354,7 +132,7 @@ def _export(
     """The functional graph and the guards it came with; `transparent` names scans to look into."""
     size: Any = Dim.AUTO
     leaves = opaque(twin.model, but=transparent, classes=opaque_classes)
-    with _quiet(), torch.no_grad(), twin.mode, leaves, _EveryItem():
+    with quiet(), torch.no_grad(), twin.mode, leaves, _EveryItem():
         shape = EXAMPLE_BATCH, EXAMPLE_LENGTH
         inputs = tuple(torch.ones(shape, dtype=torch.long) for _ in range(2 if padded else 1))
         exported = torch.export.export(
@@ -522,24 +300,3 @@ def _check_buffers(program: Program, twin: Twin) -> None:
                     "how to compute it"
                 )
             program.constants[str(node.target)] = value
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Library chatter is not the user's business; failures come as exceptions."""
-    level, disabled = transformers_logging.get_verbosity(), logging.root.manager.disable
-    transformers_logging.set_verbosity_error()
-    logging.disable(logging.CRITICAL)
-    try:
-        # A failed export prints its whole graph, past the loggers.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        logging.disable(disabled)

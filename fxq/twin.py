@@ -1,0 +1,255 @@
+"""The twin of a Hugging Face model: its own class on fake tensors, from a directory's config or a live model;
+no weight is read, and the user's model is never patched or run."""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from fxq.errors import SourceError, TraceError
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A model of the user's class and config on fake tensors: structure, names and types without weights.
+
+    buffers: the values of the non-persistent buffers (rotary frequencies and the like), which no checkpoint
+    holds. longest: the length beyond which rotary embeddings would change; None if they do not.
+    """
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    mode: FakeTensorMode
+    buffers: dict[str, Tensor]
+    longest: int | None = None
+
+
+def load_config(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The directory's config; SourceError when it is missing, unknown to transformers, or wants to run
+    its own code."""
+    if not (directory / "config.json").is_file():
+        raise SourceError(f"{directory}: expected a Hugging Face model directory, found no config.json")
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        except Exception as error:  # transformers raises whatever a config's own code raises
+            raise SourceError(f"{directory / 'config.json'}: {first_line(error)}") from error
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The directory's tokenizer; SourceError when there is none that transformers can load."""
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            raise SourceError(
+                f"{directory}: no tokenizer for calibration text ({first_line(error)}); give lines "
+                "of input_ids instead"
+            ) from error
+
+
+def twin_of_config(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Twin:
+    """The twin of a checkpoint on fake CPU tensors: of the class that its config names if that makes text (a
+    multimodal model is kept whole), else of `AutoModelForCausalLM`."""
+    options: dict[str, Any] = {"dtype": dtype, "experts_implementation": "batched_mm"}
+    named = _class_named_by(config)
+
+    def build(c: PreTrainedConfig) -> PreTrainedModel:
+        if named is not None:
+            model = named._from_config(c, **options)
+        else:
+            model = AutoModelForCausalLM.from_config(c, trust_remote_code=trust_remote_code, **options)
+        _keep_in_float32(model, dtype)
+        return model
+
+    return _twin(config, build)
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Widen what `from_pretrained` keeps in float32 whatever the dtype asked for; `from_config` does not."""
+    names: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        names |= set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        names |= set(model._keep_in_fp32_modules or ())
+    if not names:
+        return
+    kept = re.compile("|".join(name.replace("*", ".*") for name in sorted(names)))
+    for module_name, module in model.named_modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_floating_point() and kept.search(f"{module_name}.{name}".lstrip(".")):
+                tensor.data = tensor.data.to(torch.float32)
+
+
+def _class_named_by(config: PreTrainedConfig) -> Any:
+    """The class of a checkpoint that `AutoModelForCausalLM` would not build: a multimodal one, or one that
+    only `architectures` names; else None."""
+    named = config.architectures or ()
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
+        if type(config) in mapping:
+            found: Any = mapping[type(config)]
+            if not causal or found.__name__ in named:
+                return found
+    if not causal and named and not hasattr(config, "auto_map"):
+        found = getattr(transformers, named[0], None)
+        if (
+            inspect.isclass(found)
+            and issubclass(found, PreTrainedModel)
+            and issubclass(found, GenerationMixin)
+        ):
+            return found
+    return None
+
+
+def twin_of_model(model: PreTrainedModel) -> Twin:
+    """The twin of a live model: its own class, a copy of its config; non-persistent buffers are the
+    model's own values."""
+    twin = _twin(
+        model.config,
+        lambda c: type(model)._from_config(c, dtype=model.dtype, experts_implementation="batched_mm"),
+    )
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with twin.mode:
+        for name, tensor in [*twin.model.named_parameters(), *twin.model.named_buffers()]:
+            if name in held and held[name].dtype != tensor.dtype:  # as a cast of the whole model leaves them
+                tensor.data = tensor.data.to(held[name].dtype)
+    return dataclasses.replace(twin, buffers={name: model.get_buffer(name).detach() for name in twin.buffers})
+
+
+def _twin(config: PreTrainedConfig, build: Any) -> Twin:
+    config = copy.deepcopy(config)
+    config._attn_implementation = (
+        None  # the one transformers prefers for this class, not what a user once set
+    )
+    with quiet():
+        try:
+            with torch.device("meta"), no_init_weights():
+                model = build(config).eval()
+        except Exception as error:
+            raise TraceError(
+                f"{config.model_type}: transformers cannot build a causal language model: {first_line(error)}"
+            ) from error
+        buffers = _buffer_values(model)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        _to_fake(model, mode)
+        with mode:
+            model.tie_weights()
+        return Twin(model, config, mode, buffers, _freeze_rotary_updates(model))
+
+
+def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Non-persistent buffers as `from_pretrained` fills them: by the model's own `_init_weights`, on real
+    memory; NaN where it does not say.
+
+    They are filled in place; everything else of `model` stays on meta.
+    """
+    values: dict[str, Tensor] = {}
+    around: set[str] = set()
+    for name, buffer in model.named_non_persistent_buffers():
+        owner, _, leaf = name.rpartition(".")
+        value = buffer
+        if buffer.device.type == "meta":
+            unknown = torch.nan if buffer.is_floating_point() else 0
+            value = torch.full(buffer.shape, unknown, dtype=buffer.dtype, device="cpu")
+        values[name] = model.get_submodule(owner)._buffers[leaf] = value
+        around.update(owner[:end] for end in range(len(owner) + 1) if owner[end : end + 1] in ("", "."))
+    for name in sorted(around | {""}, key=len, reverse=True) if values else ():
+        with contextlib.suppress(Exception):  # whatever an initializer raises for weights that are on meta
+            _owner_model(model, name)._init_weights(model.get_submodule(name))
+    return values
+
+
+def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Parameters and buffers on meta (or real) become fake CPU tensors; ties stay ties."""
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            with mode:
+                fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return fakes[id(tensor)]
+
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(fake(weight), requires_grad=False)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = fake(buffer)
+
+
+def _freeze_rotary_updates(model: PreTrainedModel) -> int | None:
+    """Keep rotary embeddings that change with the length (longrope, dynamic) as they are for short inputs.
+
+    The switch depends on data, which cannot be traced. Returns the length up to which nothing switches; None
+    if no module of this twin does.
+    """
+    limits: list[int] = []
+    for module in cast(Iterator[Any], model.modules()):
+        kinds = getattr(module, "rope_type", None)
+        for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind != "longrope" and "dynamic" not in str(kind):
+                continue
+            parameters = module.config.rope_parameters
+            parameters = parameters if layer is None else parameters[layer]
+            original = parameters.get("original_max_position_embeddings")
+            limits.append(original or module.config.max_position_embeddings)
+            module.rope_type = "default" if layer is None else {**module.rope_type, layer: "default"}
+    return min(limits, default=None)
+
+
+def _owner_model(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost PreTrainedModel that is, or is around, a submodule: the one whose `_init_weights` knows
+    it."""
+    while True:
+        module = model.get_submodule(name)
+        if isinstance(module, PreTrainedModel) or not name:
+            return module if isinstance(module, PreTrainedModel) else model
+        name = name.rpartition(".")[0]
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's type and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Library chatter is not the user's business; failures come as exceptions."""
+    level, disabled = transformers_logging.get_verbosity(), logging.root.manager.disable
+    transformers_logging.set_verbosity_error()
+    logging.disable(logging.CRITICAL)
+    try:
+        # A failed export prints its whole graph, past the loggers.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        logging.disable(disabled)
