@@ -19,11 +19,11 @@ from rich.table import Table
 from transformers import DeepseekV3Config, PreTrainedConfig, Qwen3_5MoeTextConfig, Qwen3MoeConfig
 
 from fxq import pipeline
-from fxq.conversion import hub_of, own_names, revert
 from fxq.facts import is_weight_quantize
 from fxq.passes import PASSES
 from fxq.pipeline import Pass
 from fxq.program import Program, TensorInfo
+from fxq.sources.conversion import hub_of, own_names, revert
 from fxq.spec import load
 from fxq.structure import is_expert
 from fxq.trace import trace

@@ -26,10 +26,11 @@ from fxq.passes import PASSES
 from fxq.pipeline import Progress, Session, no_progress
 from fxq.program import Program, WeightSource
 from fxq.report import Report
+from fxq.sources import Directory, Live
+from fxq.sources.encoding import without_encoding
 from fxq.spec import Spec, load
 from fxq.trace import trace
 from fxq.twin import Twin, load_config, load_tokenizer, twin_of_config, twin_of_model
-from fxq.weights import Directory, Live
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,13 +199,12 @@ def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool =
         raise SourceError(
             f"{path}: no such directory; expected a Hugging Face model with config.json and safetensors"
         )
-    config = load_config(path, trust_remote_code=trust_remote_code)
     source = Directory(path)
+    config = load_config(path, trust_remote_code=trust_remote_code)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(source)
     twin = twin_of_config(config, dtype, trust_remote_code=trust_remote_code)
     source.attach(twin.model)
-    plain = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return Model(twin, source, plain, path, trust_remote_code)
+    return Model(twin, source, without_encoding(source.config), path, trust_remote_code)
 
 
 def _open_live(model: PreTrainedModel, trust_remote_code: bool) -> Model:
@@ -213,11 +213,11 @@ def _open_live(model: PreTrainedModel, trust_remote_code: bool) -> Model:
     origin = Directory(directory) if directory is not None else None
     source = Live(model, origin)
     config = _plain_config(model)
-    if directory is not None and load_config(
-        directory, trust_remote_code=trust_remote_code
-    ).to_dict() == _comparable(model):
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return Model(twin, source, config, directory, trust_remote_code)
+    if directory is not None and origin is not None:
+        stored = load_config(directory, trust_remote_code=trust_remote_code).to_dict()
+        if without_encoding(stored) == without_encoding(_comparable(model)):
+            config = origin.config
+    return Model(twin, source, without_encoding(config), directory, trust_remote_code)
 
 
 def _plain_config(model: PreTrainedModel) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from fxq.formats import modelopt
 from fxq.output import Shards
 from fxq.plan import plan
 from fxq.program import Program, TensorInfo
+from fxq.sources import Directory
 from fxq.text import parse
 from fxq.verify import verify
-from fxq.weights import Directory
 from tests import oracle, reader, tiny
 from tests.families import Zoo, load, samples, zoo
 

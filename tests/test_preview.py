@@ -18,8 +18,8 @@ from fxq.passes import PASSES
 from fxq.preview import Preview, preview, previews
 from fxq.program import Program
 from fxq.report import fold, unquantized
+from fxq.sources import Directory
 from fxq.text import parse
-from fxq.weights import Directory
 from tests import reader, tiny
 from tests.families import VOCABULARY, Zoo, random_model, samples, save, zoo
 

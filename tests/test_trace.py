@@ -28,10 +28,10 @@ from fxq.compiler import Model, open_model
 from fxq.interpret import Streaming
 from fxq.nodes import int_at
 from fxq.passes.fuse_experts import FuseExperts
+from fxq.sources import Directory
 from fxq.structure import VIEWS, strip, weight_matmuls
 from fxq.trace import EXAMPLE_BATCH, EXAMPLE_LENGTH, trace
 from fxq.verify import verify
-from fxq.weights import Directory
 from tests import tiny
 from tests.families import FAMILIES, MOE, MOE_LAYERS, VOCABULARY, Zoo, load, random_model, save, zoo
 

@@ -17,7 +17,8 @@ from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, W
 
 import fxq
 from fxq.program import Part
-from fxq.weights import Directory, Live
+from fxq.sources import Directory, Live
+from fxq.sources.shard import Shard
 from tests import reader, tiny
 from tests.families import (
     EXPERTS,
@@ -189,18 +190,29 @@ def test_experts_stored_in_one_piece_are_written_one_by_one(zoo: Zoo, tmp_path: 
         assert ours.raw(name).tobytes() == theirs.raw(name).tobytes(), name
 
 
-def test_read_expert_reads_no_other_expert(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+Reads = list[tuple[str, int]]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """(tensor, bytes) of every read from a file, as they happen."""
+    seen: Reads = []
+    plain = Shard.read
+
+    def read(self: Shard, key: str, out: Tensor, start: int = 0) -> None:
+        seen.append((key, out.nbytes))
+        plain(self, key, out, start)
+
+    monkeypatch.setattr(Shard, "read", read)
+    return seen
+
+
+def test_read_expert_reads_no_other_expert(zoo: Zoo, reads: Reads) -> None:
     directory = _directory(zoo("qwen3_moe"), load(zoo("qwen3_moe")))
-    reads: list[str] = []
-    plain = Directory.read_hub
-
-    def read_hub(self: Directory, key: str) -> Tensor:
-        reads.append(key)
-        return plain(self, key)
-
-    monkeypatch.setattr(Directory, "read_hub", read_hub)
     directory.read_expert("model.layers.0.mlp.experts.gate_up_proj", 6)
-    assert reads == [f"model.layers.0.mlp.experts.6.{p}_proj.weight" for p in ("gate", "up")]
+    assert reads == [
+        (f"model.layers.0.mlp.experts.6.{p}_proj.weight", 32 * HIDDEN * 2) for p in ("gate", "up")
+    ]
 
 
 def _equal_to(model: PreTrainedModel, directory: Directory) -> None:
@@ -258,15 +270,14 @@ def test_experts_that_the_hub_holds_transposed_are_turned_by_shape(
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
-def test_an_expert_of_a_fused_tensor_is_read_alone(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_expert_of_a_fused_tensor_is_read_alone(family: str, tmp_path: Path, reads: Reads) -> None:
     model = tiny.tiny_model(FORMS[family])
     model.save_pretrained(tmp_path / "model")
     directory = _directory(tmp_path / "model", model)
-    monkeypatch.setattr(Directory, "read_hub", lambda self, key: pytest.fail(f"all of {key} was read"))
     for name in _fused(model):
+        reads.clear()
         assert torch.equal(directory.read_expert(name, 1), model.get_parameter(name)[1])
+        assert sum(size for _, size in reads) == model.get_parameter(name)[1].nbytes
 
 
 Conversions = Callable[[str, list[WeightConverter]], None]
@@ -413,8 +424,17 @@ def test_an_index_entry_that_leads_out_is_refused(place: str, broken: Path, zoo:
 
 
 def test_one_tensor_in_two_files_without_an_index_is_refused(broken: Path, zoo: Zoo) -> None:
-    save_file({"lm_head.weight": torch.zeros(16, 16)}, broken / "more.safetensors")
-    _refused(broken, load(zoo("qwen3_moe")), "lm_head.weight", "more.safetensors")
+    (broken / "model.safetensors").rename(broken / "part-1.safetensors")
+    save_file({"lm_head.weight": torch.zeros(16, 16)}, broken / "part-2.safetensors")
+    _refused(broken, load(zoo("qwen3_moe")), "lm_head.weight", "part-1.safetensors", "part-2.safetensors")
+
+
+def test_other_files_beside_the_model_are_not_its_own(broken: Path, zoo: Zoo) -> None:
+    """Such as an adapter's, or the same weights under another project's names."""
+    save_file({"lm_head.weight": torch.zeros(16, 16)}, broken / "adapter_model.safetensors")
+    assert set(_directory(broken, load(zoo("qwen3_moe"))).infos) == set(
+        load_file(broken / "model.safetensors")
+    )
 
 
 def test_a_model_on_the_meta_device_is_refused_by_tensor(zoo: Zoo) -> None:

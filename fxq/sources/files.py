@@ -1,0 +1,104 @@
+"""Which files of a model directory are read: none that an index or a link places outside it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fxq.errors import SourceError
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
+
+
+def check_links(directory: Path) -> None:
+    """SourceError if anything in the directory is a link that leads out of it, or nowhere.
+
+    What lies there is read, or copied into the output, so a link must not lend it another file. The Hugging
+    Face cache is the exception: there snapshots/<revision>/* are links into blobs/ of the same repository.
+    Names that begin with a dot are neither read nor copied.
+    """
+    homes = [directory.resolve()]
+    if homes[0].parent.name == "snapshots" and homes[0].parent.parent.name.startswith("models--"):
+        homes.append(homes[0].parent.parent / "blobs")
+    for path in _links(directory):
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
+            raise SourceError(f"{path}: a link that leads nowhere: {path.readlink()}") from error
+        if target in homes or not any(home in target.parents for home in homes):
+            raise SourceError(
+                f"{path}: a link out of the model directory, to {target}; put the file itself there"
+            )
+
+
+def _links(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.iterdir()):
+        if path.is_symlink() and not path.name.startswith("."):
+            yield path
+        elif path.is_dir() and not path.name.startswith("."):
+            yield from (inner for inner in sorted(path.rglob("*")) if inner.is_symlink())
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as it stands; SourceError unless it is a JSON object."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{directory}: expected a Hugging Face model directory, found no config.json")
+    return _json_object(path)
+
+
+def shards(directory: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    """(names of the safetensors files of the model, the index's tensor -> file or None without one).
+
+    As transformers has it: the files of the index; without one model.safetensors, or else all there are.
+    SourceError if there is none, or the index is wrong about one.
+    """
+    if (directory / INDEX).is_file():
+        listed = _weight_map(directory)
+        return tuple(sorted(set(listed.values()))), listed
+    if (directory / _SINGLE).is_file():
+        return (_SINGLE,), None
+    found = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
+    if not found:
+        others = sorted(f.name for f in directory.glob("*") if f.suffix in _PICKLES)
+        hint = f"; {', '.join(others[:3])} is not read: convert it to safetensors" if others else ""
+        raise SourceError(f"{directory}: expected *.safetensors, found none{hint}")
+    return tuple(found), None
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    index = directory / INDEX
+    listed = _json_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
+        raise SourceError(f"{index}: expected a weight_map from tensor names to file names")
+    for name in sorted(set(listed.values())):
+        if not name or Path(name).name != name or "\0" in name:
+            raise SourceError(f"{index}: {name[:200]!r} leads out of the model directory")
+        if not _is_file(directory / name):
+            held = sum(1 for file in listed.values() if file == name)
+            raise SourceError(
+                f"{directory / name}: listed in {INDEX} for {held} tensors, but there is no such file"
+            )
+    return listed
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__} {str(error)[:100]}"
+        raise SourceError(f"{path}: expected a JSON object: {reason}") from error
+    if not isinstance(found, dict):
+        raise SourceError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
