@@ -18,7 +18,7 @@ from fxq.formats import modelopt
 from fxq.output import Shards
 from fxq.plan import plan
 from fxq.program import Program, TensorInfo
-from fxq.sources import Directory
+from fxq.sources.shard import Shard
 from fxq.text import parse
 from fxq.verify import verify
 from tests import oracle, reader, tiny
@@ -162,18 +162,18 @@ Fail = Callable[[int, BaseException], None]
 
 @pytest.fixture
 def fail(monkeypatch: pytest.MonkeyPatch) -> Fail:
-    """Makes the n-th read of a tensor of a directory raise."""
+    """Makes the n-th read from a file raise."""
 
     def arm(count: int, error: BaseException) -> None:
         reads = iter(range(1, 1_000_000))
-        plain = Directory.read_hub
+        plain = Shard.read
 
-        def read_hub(self: Directory, key: str) -> Tensor:
+        def read(self: Shard, key: str, out: Tensor, start: int = 0) -> None:
             if next(reads) == count:
                 raise error
-            return plain(self, key)
+            plain(self, key, out, start)
 
-        monkeypatch.setattr(Directory, "read_hub", read_hub)
+        monkeypatch.setattr(Shard, "read", read)
 
     return arm
 
