@@ -1,5 +1,5 @@
-"""quantize-linears: linears and their inputs; never routers or other gates, never the output head unless
-it is named."""
+"""quantize-linears: linears and their inputs; never routers or other gates, and unless they are named neither
+the output head nor what engines absorb."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,18 @@ from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.pipeline import nothing_matched
 from fxq.program import Hub, Program
-from fxq.structure import VIEWS, Frontiers, head, parameter_name, routers, shape_of, strip, weight_matmuls
+from fxq.structure import (
+    VIEWS,
+    Frontiers,
+    attentions,
+    head,
+    latent_projection,
+    parameter_name,
+    routers,
+    shape_of,
+    strip,
+    weight_matmuls,
+)
 
 LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w", rank=2)))
 
@@ -28,8 +39,10 @@ class QuantizeLinears:
 
     weights: their format. inputs: the activations' format, or none for weight-only. only, skip: globs over
     module names (`*.mlp.*`); a linear is taken if it matches one of `only` and none of `skip`. The output
-    head is taken only if `only` names it without wildcards. partial: leave a linear whose input dimension
-    does not fit the format, instead of failing.
+    head is taken only if `only` names it without wildcards, and so is the expansion of a cached latent (MLA's
+    kv_b): engines multiply it into queries and outputs, for which vLLM 0.32 takes its values by sending an
+    identity matrix through its quantized input, which distorts or clips them. partial: leave a linear whose
+    input dimension does not fit the format, instead of failing.
     """
 
     weights: Literal["nvfp4"] = "nvfp4"
@@ -47,6 +60,7 @@ class QuantizeLinears:
         """Every matmul by a 2-D parameter; those left alone miss with the structural reason or the glob."""
         frontiers = Frontiers(program.graph)
         chosen_by, output_head = routers(program.graph, frontiers), head(program.graph, frontiers)
+        absorbed = {latent_projection(frontiers, attention) for attention in attentions(program.graph)}
         makers = Counter(chosen_by.values())
         for matmul in list(weight_matmuls(program.graph)):
             if (
@@ -66,6 +80,8 @@ class QuantizeLinears:
                 reason = f"a router: %{choice.name} chooses by its result"
             elif matmul.node is output_head and module not in self.only:
                 reason = "the output head: its result leaves the model"
+            elif matmul.node in absorbed and module not in self.only:
+                reason = "the expansion of a cached latent: engines absorb it, which takes its plain values"
             elif shape_of(result["w"])[0] == 1:
                 reason = "a gate: it has a single output"
             elif shape_of(result["w"])[1] < BLOCK:

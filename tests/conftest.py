@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the `--- after` sections of golden graphs"
     )
+    parser.addoption("--engines", metavar="DIR", help="the environment of tests/engines: vLLM is in it")
 
 
 @pytest.fixture

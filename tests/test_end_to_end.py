@@ -40,7 +40,7 @@ WEIGHT_ONLY_MSE, MLP_ONLY = "nvfp4_weight_only_mse", "nvfp4_mlp_only_mse-fp8_cas
 LINEARS = {
     "qwen3_moe": LAYERS * 4,
     "mixtral": LAYERS * 4,
-    "deepseek_v3": 3 * 5 + 3 + 2 * 3,
+    "deepseek_v3": 3 * 4 + 3 + 2 * 3,
     "llama": LAYERS * 7,
     "llama_tied": LAYERS * 7,
     "qwen3": LAYERS * 7,
