@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 from fxq.errors import CheckpointError, FxqError, SourceError, SpecError, TraceError, VerifyError
 
 if TYPE_CHECKING:
+    from fxq.audit import Findings, verify_checkpoint
     from fxq.compiler import Compiled, compile
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "Compiled",
+    "Findings",
     "FxqError",
     "SourceError",
     "SpecError",
     "TraceError",
     "VerifyError",
     "compile",
+    "verify_checkpoint",
 ]
 
 
@@ -31,4 +34,8 @@ def __getattr__(name: str) -> Any:
         from fxq import compiler
 
         return getattr(compiler, name)
+    if name in ("verify_checkpoint", "Findings"):
+        from fxq import audit
+
+        return getattr(audit, name)
     raise AttributeError(f"module 'fxq' has no attribute {name!r}")

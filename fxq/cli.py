@@ -1,5 +1,7 @@
-"""The command line: compile, dump-graph, specs. Errors are one to three lines; exit status 2 for usage, 1
-for the rest."""
+"""The command line: compile, dump-graph, verify, specs.
+
+Errors are one to three lines; exit status 2 for usage, 1 for the rest.
+"""
 
 import argparse
 import contextlib
@@ -37,6 +39,13 @@ _SPECS = """examples:
   fxq specs nvfp4_default-fp8_kv                                   its YAML, to start from
   fxq specs --model ./model                                        what each would do to it, or why not
   fxq specs my.yaml --model ./model                                in detail: groups, what is left and why
+"""
+_VERIFY = """examples:
+  fxq verify ./model-nvfp4                                         the files alone
+  fxq verify ./model-nvfp4 --base ./model                          and against what they were made from
+  fxq verify ./model-nvfp4 --json | jq .groups                     for programs
+
+exit status: 0 without errors (warnings do not count), 1 with errors or if this is no NVFP4 checkpoint
 """
 _PARTIAL = "leave what cannot be quantized as it is, with a warning, instead of failing"
 
@@ -118,6 +127,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--full", action="store_true", help="every node, as text that parses back; nothing folded")
     add("--format", choices=("text", "json", "dot"), default="text", help="output format (default text)")
     add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
+
+    add = command(
+        "verify",
+        _verify,
+        "Check a quantized checkpoint, whoever wrote it, against what engines need.",
+        _VERIFY,
+    ).add_argument
+    add(
+        "directory",
+        metavar="DIR",
+        type=Path,
+        help="ModelOpt NVFP4 or compressed-tensors nvfp4-pack-quantized",
+    )
+    add("--base", metavar="MODEL", type=Path, help="the model it was made from: compare every tensor with it")
+    add("--json", action="store_true", help="print every finding as JSON")
 
     add = command(
         "specs", _specs, "List the shipped specs, print one, or show what they would do to a model.", _SPECS
@@ -297,6 +321,21 @@ def _fitted(text: str) -> str:
     return "".join(
         (line if len(line) <= width else line[: width - 1] + "…") + "\n" for line in text.splitlines()
     )
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from fxq.audit import verify_checkpoint
+
+    findings = verify_checkpoint(arguments.directory, arguments.base)
+    if arguments.json:
+        print(json.dumps(findings.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        from fxq.audit.show import show
+
+        show(findings, Console())
+    return 1 if findings.errors else 0
 
 
 def _specs(arguments: argparse.Namespace) -> int:
