@@ -211,8 +211,8 @@ def _open_live(model: PreTrainedModel, trust_remote_code: bool) -> Model:
     twin = twin_of_model(model)
     directory = _directory_of(model)
     origin = Directory(directory) if directory is not None else None
-    source = Live(model, origin)
-    config = _plain_config(model)
+    source = Live(model, origin, twin.model)
+    config = _plain_config(model, type(twin.model).__name__)
     if directory is not None and origin is not None:
         stored = load_config(directory, trust_remote_code=trust_remote_code).to_dict()
         if without_encoding(stored) == without_encoding(_comparable(model)):
@@ -220,9 +220,9 @@ def _open_live(model: PreTrainedModel, trust_remote_code: bool) -> Model:
     return Model(twin, source, without_encoding(config), directory, trust_remote_code)
 
 
-def _plain_config(model: PreTrainedModel) -> dict[str, Any]:
+def _plain_config(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(copy.deepcopy(model.config).to_json_string())
-    config.setdefault("architectures", [type(model).__name__])
+    config.setdefault("architectures", [architecture])
     return config
 
 

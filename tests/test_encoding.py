@@ -59,21 +59,26 @@ def _decoded(values: Tensor, scales: Tensor, block: tuple[int, int] | None) -> T
 
 @pytest.fixture
 def convert(zoo: Zoo, tmp_path: Path) -> Convert:
-    """A family's checkpoint as an FP8 one: its linears but lm_head and routers."""
+    """A family's checkpoint as an FP8 one."""
+    return lambda family, block=BLOCK, scale="weight_scale_inv": fp8_copy(
+        zoo(family), tmp_path / f"{family}-{scale}", block, scale
+    )
 
-    def made(family: str, block: tuple[int, int] | None = BLOCK, scale: str = "weight_scale_inv") -> Path:
-        path = Path(shutil.copytree(zoo(family), tmp_path / f"{family}-{scale}"))
-        tensors: dict[str, Tensor] = {}
-        for key, tensor in load_file(path / "model.safetensors").items():
-            tensors[key] = tensor
-            if key.endswith("_proj.weight"):
-                tensors[key], scales = _quantized(tensor, block)
-                tensors[key.removesuffix("weight") + scale] = scales if block else scales.reshape(())
-        save_file(tensors, path / "model.safetensors", {"format": "pt"})
-        _state(path, {"quant_method": "fp8", "weight_block_size": list(block) if block else None})
-        return path
 
-    return made
+def fp8_copy(
+    source: Path, path: Path, block: tuple[int, int] | None, scale: str = "weight_scale_inv"
+) -> Path:
+    """A checkpoint whose linears, but lm_head and routers, are in FP8."""
+    shutil.copytree(source, path)
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in load_file(path / "model.safetensors").items():
+        tensors[key] = tensor
+        if key.endswith("_proj.weight"):
+            tensors[key], scales = _quantized(tensor, block)
+            tensors[key.removesuffix("weight") + scale] = scales if block else scales.reshape(())
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    _state(path, {"quant_method": "fp8", "weight_block_size": list(block) if block else None})
+    return path
 
 
 def _state(path: Path, quantization: Any, key: str = "quantization_config") -> None:

@@ -1,4 +1,4 @@
-"""A model in memory, wherever its parameters lie, read through its state dict under the hub's names."""
+"""A model in memory, seen under the hub's names."""
 
 import dataclasses
 from collections import defaultdict
@@ -11,26 +11,33 @@ from fxq.errors import SourceError
 from fxq.program import Hub, TensorInfo, row_axis
 from fxq.sources.conversion import hub_of, own_names, revert
 from fxq.sources.directory import Directory
+from fxq.sources.parameters import Parameters
 
 
 class Live:
-    """A model in memory, read through its state dict; `origin`, the directory it came from, supplies the
-    hub's names and what the model ignores."""
+    """A live model, left as it is.
 
-    def __init__(self, model: PreTrainedModel, origin: Directory | None = None) -> None:
-        self.model, self.origin = model, origin
-        self.state = {name: t.detach() for name, t in model.state_dict().items()}
-        for name, tensor in self.state.items():
-            if tensor.device.type == "meta":
-                raise SourceError(
-                    f"{name}: its values are not in memory (device meta); load the model without offloading"
-                )
+    origin: the directory that it came from, which supplies the hub's names and what the model ignores.
+    twin: the same class and config on fake tensors, whose names and ties count where wrapping the model
+    (FSDP, offloading) hid them; the model itself by default. Raises SourceError with its name for a
+    parameter that cannot be read.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, origin: Directory | None = None, twin: PreTrainedModel | None = None
+    ) -> None:
+        _check_not_quantized(model)
+        self.parameters, self.origin, self._twin = Parameters(model), origin, twin or model
+        if twin is not None:
+            _name_alike(twin, model)
+            _check_shapes(self.parameters, twin)
         if origin is None:
-            reverted = revert(model, {name: self.state[name].to("meta") for name in own_names(model)})
+            meta = {name: _meta(self.parameters[name]) for name in own_names(self._twin)}
+            reverted = revert(self._twin, meta)
             infos = {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in reverted.items()}
-            self.hub = hub_of(model, infos, type(model).__name__)
+            self.hub = hub_of(self._twin, infos, type(self._twin).__name__)
         else:
-            origin.attach(model)
+            origin.attach(self._twin)
             self.hub = self._in_own_dtypes(origin.hub)
         self._where = _places(self.hub)
 
@@ -39,16 +46,14 @@ class Live:
         tensors = dict(hub.tensors)
         for name, stored in hub.stored.items():
             for key in (key for keys in stored.keys for key in keys):
-                tensors[key] = TensorInfo(tensors[key].shape, self.state[name].dtype)
+                tensors[key] = TensorInfo(tensors[key].shape, self.parameters[name].dtype)
         return dataclasses.replace(hub, tensors=tensors)
 
     def read(self, name: str) -> Tensor:
-        if name not in self.state:
-            raise SourceError(f"{name}: the model's state dict has no such tensor")
-        return self.state[name].cpu()
+        return self.parameters.read(name).cpu()
 
     def read_expert(self, name: str, expert: int) -> Tensor:
-        return self.state[name][expert].cpu()
+        return self.parameters.read(name)[expert].cpu()
 
     def read_hub(self, key: str) -> Tensor:
         places = self._where.get(key, ())
@@ -58,7 +63,7 @@ class Live:
             return self.origin.read_hub(key)
         if any(self.hub.stored[name].convert is not None for name, _, _ in places):
             names = dict.fromkeys(name for name, _, _ in places)
-            return revert(self.model, {name: self.state[name] for name in names})[key].cpu()
+            return revert(self._twin, {name: self.parameters.read(name) for name in names})[key].cpu()
         info = self.hub.tensors[key]
         axis = row_axis(info.shape)
         out = torch.empty(info.shape, dtype=info.dtype)
@@ -73,12 +78,49 @@ class Live:
     def _piece(self, name: str, part: int, expert: int | None) -> Tensor:
         """The rows of a parameter (or of one expert of it) that a part of it holds."""
         stored = self.hub.stored[name]
-        held = self.state[name] if expert is None else self.state[name][expert]
+        held = self.parameters.read(name) if expert is None else self.parameters.read(name)[expert]
         held = held.mT if stored.transposed else held
         if len(stored.parts) == 1:
             return held
         lengths = [len(p.rows) for p in stored.parts]
         return held.split(lengths, row_axis(held.shape))[part]
+
+
+def _check_not_quantized(model: PreTrainedModel) -> None:
+    stated = getattr(model.config, "quantization_config", None)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and stated is None:
+        stated = getattr(quantizer, "quantization_config", quantizer)
+    if stated is not None:
+        known = stated if isinstance(stated, dict) else vars(stated)
+        method = known.get("quant_method", type(stated).__name__)
+        raise SourceError(
+            f"{type(model).__name__}: this live model is quantized by {getattr(method, 'value', method)}; "
+            "fxq reads unquantized live models: dequantize it, or give its directory if that is fp8"
+        )
+
+
+def _name_alike(twin: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Let the twin be saved under the names that the model was loaded from; those of a decoded FP8
+    checkpoint would have it encoded again."""
+    used = getattr(model, "_weight_conversions", None)
+    operations = [op for c in used or () for op in getattr(c, "operations", ())]
+    if used is not None and not any(type(op).__module__.endswith("finegrained_fp8") for op in operations):
+        twin._weight_conversions = used
+
+
+def _check_shapes(parameters: Parameters, twin: PreTrainedModel) -> None:
+    for name, tensor in twin.state_dict().items():
+        found = parameters[name].shape if name in parameters else None
+        if found != tuple(tensor.shape):
+            raise SourceError(
+                f"{name}: the model's config makes it {list(tensor.shape)}, the model holds "
+                f"{list(found) if found is not None else 'none'}; is it one rank's part of it, or resized?"
+            )
+
+
+def _meta(info: TensorInfo) -> Tensor:
+    return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
 
 def _places(hub: Hub) -> dict[str, list[tuple[str, int, int | None]]]:
