@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxq import dialect, nvfp4
+from fxq.amaxes import amax_value
+from fxq.cone import WeightCone
 from fxq.errors import CheckpointError
 from fxq.formats import modelopt
-from fxq.interpret import WeightCone, amax_value
 from fxq.nodes import int_at, node_at
 from fxq.nvfp4 import Packed
 from fxq.output import Shards, appearing, nbytes, write_json

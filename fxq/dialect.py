@@ -41,13 +41,21 @@ def _expert_linear(x: Tensor, w: Tensor, expert_ids: Tensor) -> Tensor:
     out = x.new_zeros(x.shape[0], w.shape[1])
     order = torch.argsort(expert_ids, stable=True)
     counts = torch.bincount(expert_ids, minlength=w.shape[0])[: w.shape[0]].tolist()
-    sorted_x, start = x[order], 0
+    spare = _rounded(max(counts, default=0))
+    sorted_x, start = x[torch.cat([order, order.new_zeros(spare)])], 0
     for expert, count in enumerate(counts):
         if count:
             rows = order[start : start + count]
-            out[rows] = torch.nn.functional.linear(sorted_x[start : start + count], w[expert])
+            padded = sorted_x[start : start + _rounded(count)]
+            out[rows] = torch.nn.functional.linear(padded, w[expert])[:count]
             start += count
     return out
+
+
+def _rounded(count: int) -> int:
+    """The next of 4 sizes an octave: a matmul library compiles and keeps code for every size it meets."""
+    step = max(16, 1 << max(count.bit_length() - 3, 0))
+    return -(-count // step) * step
 
 
 def _quantize(t: Tensor, amax: Tensor, *, format: str, scale: str) -> Tensor:

@@ -1,31 +1,28 @@
 """Interpreters of the graph: run it, calibrate it, simulate it. A weight is read when first used and freed
 after its last.
 
-Values that differ by calibration batch travel as `Lanes`, and each node runs over all of them before the
-next node: a weight is read once for the whole calibration set, not once a batch.
+Every batch goes through one segment of the graph before the next segment's weights are used, and those are
+read meanwhile: a weight is read once for the whole calibration set, not once a batch.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from fxq import dialect, nvfp4
-from fxq.errors import SourceError
-from fxq.nodes import int_at, node_at, nodes_at
+from fxq.amaxes import amax_of, amax_value, check_finite, slice_of
+from fxq.loading import loaded
+from fxq.nodes import node_at, nodes_at
 from fxq.program import Program, WeightSource
-from fxq.structure import VIEWS, parameter_name, root, shape_of, strip
+from fxq.segments import Segment, nbytes, segments
+from fxq.structure import parameter_name, root
 
-# Slices of one weight are handled together up to this many bytes: enough for a launch, little enough to hold.
-BATCH_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-
-
-class Lanes(tuple[Any, ...]):
-    """One value a calibration batch."""
+Lane = dict[Node, Any]
 
 
 class Streaming(Interpreter):
@@ -34,7 +31,8 @@ class Streaming(Interpreter):
 
     device: where the graph runs; the devices written in the graph are those it was traced on, and are
     replaced. reduce: what to keep of each batch's output (value, batch index), so that logits of many
-    batches never pile up.
+    batches never pile up. What batches keep between segments stays on a GPU as long as it takes no more than
+    half of the memory that was free, and lies in host memory beyond that.
     """
 
     def __init__(
@@ -49,73 +47,114 @@ class Streaming(Interpreter):
         super().__init__(nn.Module(), graph=program.calibrated or program.graph)
         self.program, self.source, self.device, self.step, self.reduce = program, source, device, step, reduce
         self.extra_traceback = False  # errors meant for users stay as they are worded
-        self.results = {n for node in self.graph.nodes if node.op == "output" for n in node.all_input_nodes}
+        outputs = [n for n in self.graph.nodes if n.op == "output"]
+        self.result = next((n for node in outputs for n in node.all_input_nodes), None)
+
+    def wanted(self) -> set[Node]:
+        """The nodes that must run, with all their inputs."""
+        return set(self.graph.nodes)
 
     @torch.no_grad()
     def run_batches(self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> list[Any]:
-        """The graph's first output (as `reduce` keeps it) for each batch of token ids int64 [B, S].
+        """The graph's first output (as `reduce` keeps it) for each batch of token ids int64 [B, S]; None
+        where it is not wanted.
 
         masks: attention masks int64 [B, S], for a graph traced with `padded`.
         """
-        inputs = [batches] if masks is None else [batches, masks]
-        outputs = self.run(*(Lanes(batch.to(self.device) for batch in group) for group in inputs))
-        return list(outputs[0] or ())
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        given = zip(batches, strict=True) if masks is None else zip(batches, masks, strict=True)
+        lanes = _Lanes(self.device, [dict(zip(inputs, values, strict=True)) for values in given])
+        wanted = self.wanted()
+        for node in self.graph.nodes:
+            if node not in wanted or node.op in ("placeholder", "output"):
+                self.step()
+        tokens = sum(batch.numel() for batch in batches)
+        plan = segments(self.graph, wanted, tokens / inputs[0].meta["val"].numel()) if len(lanes) else []
+        self.outputs: list[Any] = [None] * len(lanes)
+        with closing(self._parameters(plan)) as parameters:
+            for segment in plan:
+                shared = self._run_shared(segment, parameters)
+                for i in range(len(lanes)):
+                    lanes.put(i, self._run_lane(segment, {**shared, **lanes.take(i)}, i))
+                self.env = shared = {}
+        return self.outputs
+
+    def _parameters(self, plan: Sequence[Segment]) -> Generator[tuple[Node, Tensor]]:
+        """The parameters of all segments in their order, each read while what is before it is used."""
+        needed = (n for segment in plan for n in segment.shared if self._is_read(n))
+        return loaded(needed, lambda n: self.source.read(str(n.target)), nbytes=nbytes, device=self.device)
+
+    def _is_read(self, n: Node) -> bool:
+        return n.op == "get_attr" and n.target not in self.program.constants
+
+    def _run_shared(self, segment: Segment, parameters: Iterator[tuple[Node, Tensor]]) -> Lane:
+        """What all batches need of a segment."""
+        self.env = {}
+        for node in segment.shared:
+            self.env[node] = next(parameters)[1] if self._is_read(node) else self.run_node(node)
+            if node is self.result:
+                self.outputs = [self.reduce(self.env[node], i) for i in range(len(self.outputs))]
+            for dead in segment.ends[node]:
+                del self.env[dead]
+            self.step()
+        return self.env
+
+    def _run_lane(self, segment: Segment, env: Lane, i: int) -> Lane:
+        """Batch `i` through one segment: what later segments use of it."""
+        self.env = env
+        for node in segment.varying:
+            self.env[node] = self.run_node(node)
+            if node is self.result:
+                self.outputs[i] = self.reduce(self.env[node], i)
+            for dead in segment.ends[node]:
+                del self.env[dead]
+            if i == 0:
+                self.step()
+        return {node: self.env[node] for node in segment.kept}
 
     def run_node(self, n: Node) -> Any:
-        self.step()
-        if n.op in ("placeholder", "get_attr"):
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.op == "output":
-            return args[0]
-        width = _width((args, kwargs))
-        if width is None:
-            return self.call(n, args, kwargs)
-        keep = self.reduce if n in self.results else lambda value, i: value
-        return self.join(n, [keep(self.call(n, _lane(args, i), _lane(kwargs, i)), i) for i in range(width)])
+        if n.op == "get_attr":
+            return self.program.constants[str(n.target)].to(self.device)
+        args, kwargs = map_arg((n.args, n.kwargs), lambda m: self.env[m])  # type: ignore[misc]
+        return self.call(n, args, kwargs)
 
     def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The value of one call for one batch; subclasses change the meaning of an operator here."""
+        """The value of one call, for one batch if it depends on that; subclasses change the meaning of an
+        operator here."""
         moved = {k: self.device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
         return cast(Callable[..., Any], n.target)(*args, **moved)
 
-    def join(self, n: Node, lanes: list[Any]) -> Any:
-        """What a call's values over all batches become."""
-        return Lanes(lanes)
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in self.program.constants:
-            return self.program.constants[target].to(self.device)
-        value = self.source.read(target)
-        return value.to(self.device)
+class _Lanes:
+    """What each batch keeps between segments: on the device while there is room, in host memory beyond."""
 
-    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = map_arg((n.args, n.kwargs), lambda m: self.env[m])  # type: ignore[misc]
-        return args, kwargs
+    def __init__(self, device: torch.device, inputs: list[Lane]) -> None:
+        self.device, self.values = device, inputs
+        self.held = [0] * len(inputs)
+        self.room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
 
+    def __len__(self) -> int:
+        return len(self.values)
 
-def _width(value: Any) -> int | None:
-    """How many batches the arguments differ over; None if they do not."""
-    if isinstance(value, Lanes):
-        return len(value)
-    items = (
-        value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    )
-    return next((w for item in items if (w := _width(item)) is not None), None)
+    def take(self, i: int) -> Lane:
+        """The values of batch `i`, on the device and nowhere else."""
+        values, self.values[i], self.held[i] = self.values[i], {}, 0
+        return {node: map_aggregate(value, self._here) for node, value in values.items()}
 
+    def put(self, i: int, values: Lane) -> None:
+        """Keep the values of batch `i`."""
+        self.values[i] = {node: map_aggregate(v, lambda t: self._fitting(t, i)) for node, v in values.items()}
 
-def _lane(value: Any, i: int) -> Any:
-    if isinstance(value, Lanes):
-        return value[i]
-    if isinstance(value, Mapping):
-        return {k: _lane(v, i) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return (
-            type(value)(_lane(v, i) for v in value)
-            if type(value) in (list, tuple)
-            else [_lane(v, i) for v in value]
-        )
-    return value
+    def _here(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+    def _fitting(self, value: Any, i: int) -> Any:
+        if not isinstance(value, Tensor) or value.device.type == "cpu":
+            return value
+        if sum(self.held) + value.nbytes > self.room:
+            return value.cpu()
+        self.held[i] += value.nbytes
+        return value
 
 
 class Simulate(Streaming):
@@ -183,20 +222,25 @@ class Max(Unquantized):
         super().__init__(*args, **kwargs)
         self.values: dict[str, Tensor] = {}
         self.tokens: dict[str, Tensor] = {}
-        self.needed: set[Node] = set()
+        self.inputs: dict[Node, Tensor] = {}
+        self.holes: dict[Node, list[Node]] = {}
+
+    def wanted(self) -> set[Node]:
+        needed: set[Node] = set()
         for node in reversed(self.graph.nodes):
             if (
-                node in self.needed
+                node in needed
                 or node.target in (dialect.AMAX, dialect.EXPERT_LINEAR)
                 or node.op == "placeholder"
             ):
-                self.needed.update((node, *node.all_input_nodes))
+                needed.update((node, *node.all_input_nodes))
+        return needed
 
-    def run_node(self, n: Node) -> Any:
-        if n not in self.needed:
-            self.step()
-            return [None] if n.op == "output" else None
-        return super().run_node(n)
+    def run_batches(self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> list[Any]:
+        outputs = super().run_batches(batches, masks)
+        for hole, value in self.inputs.items():
+            self._found(hole, value.cpu())
+        return outputs
 
     def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if n.target is dialect.AMAX:
@@ -205,36 +249,31 @@ class Max(Unquantized):
             self._count(n, args[1], args[2])
         return super().call(n, args, kwargs)
 
-    def join(self, n: Node, lanes: list[Any]) -> Any:
-        if n.target is dialect.AMAX:
-            reached = [lane for lane in lanes if lane is not None]
-            if reached:  # else bootstrap looks at its peers
-                self.values[n.name] = torch.stack(reached).amax(0).cpu()
-                _check_finite(n, self.values[n.name])
-            return None
-        return super().join(n, lanes)
-
-    def _amax(self, n: Node, t: Tensor) -> Tensor | None:
+    def _amax(self, n: Node, t: Tensor) -> None:
         if root(node_at(n, 0)) is None:
-            return t.abs().amax().to(torch.float32) if t.numel() else None
-        if _slice_of(n) is None:  # an expert's amax waits for a token to reach it
-            self.values[n.name] = amax_of(t[None])[0].cpu()
-            _check_finite(n, self.values[n.name])
-        return None
+            if t.numel():  # else bootstrap looks at its peers
+                value = amax_of(t[None])[0]
+                self.inputs[n] = torch.maximum(self.inputs[n], value) if n in self.inputs else value
+        elif slice_of(n) is None:  # an expert's amax waits for a token to reach it
+            self._found(n, amax_of(t[None])[0].cpu())
 
     def _count(self, n: Node, w: Tensor, expert_ids: Tensor) -> None:
-        holes = _expert_holes(node_at(n, 1))
+        stack = node_at(n, 1)
+        holes = self.holes.setdefault(stack, _expert_holes(stack))
         if not holes:
             return
-        parameter = parameter_name(node_at(n, 1))
+        parameter = parameter_name(stack)
         counts = torch.bincount(expert_ids, minlength=len(w))[: len(w)].cpu()
         seen = self.tokens.get(parameter, torch.zeros_like(counts))
         self.tokens[parameter] = seen + counts
         new = [e for e in torch.nonzero(counts).flatten().tolist() if holes[e].name not in self.values]
         if new:
             for expert, value in zip(new, amax_of(w, new).cpu(), strict=True):
-                self.values[holes[expert].name] = value
-                _check_finite(holes[expert], value)
+                self._found(holes[expert], value)
+
+    def _found(self, hole: Node, value: Tensor) -> None:
+        check_finite(hole, value)
+        self.values[hole.name] = value
 
 
 def _base(slices: Sequence[Tensor]) -> Tensor:
@@ -263,185 +302,3 @@ def _expert_holes(stack: Node) -> list[Node]:
         piece = node_at(quantize, 0)
         holes.append(next(user for user in piece.users if user.target is dialect.AMAX))
     return holes
-
-
-def _slice_of(hole: Node) -> Node | None:
-    node = strip(node_at(hole, 0), VIEWS)
-    return node if node.target is dialect.SLICE else None
-
-
-def amax_of(w: Tensor, experts: Sequence[int] | None = None) -> Tensor:
-    """float32 [n]: the largest magnitude of each (chosen) w[e], without a temporary of the weight's size."""
-    rows = range(len(w)) if experts is None else experts
-    return torch.stack([torch.maximum(w[e].amax(), -w[e].amin()).to(torch.float32) for e in rows])
-
-
-def _check_finite(hole: Node, value: Tensor) -> None:
-    if bool(torch.isfinite(value)):
-        return
-    parameter = root(node_at(hole, 0))
-    piece = _slice_of(hole)
-    kind = "NaN" if bool(value.isnan()) else "Inf"
-    if parameter is None:
-        raise SourceError(
-            f"%{hole.name}: calibration produced {kind} in an activation; is the model or the text broken?"
-        )
-    where = f", expert {piece.args[1]}" if piece is not None else ""
-    raise SourceError(f"{parameter.target}{where}: the weight holds {kind}; expected finite values")
-
-
-class WeightCone:
-    """Evaluates weight-only nodes (views and slices of parameters) without running the model, many slices
-    at a time."""
-
-    def __init__(self, program: Program, source: WeightSource, device: torch.device) -> None:
-        self.program, self.source, self.device = program, source, device
-
-    def batches(self, nodes: Iterable[Node]) -> Iterator[tuple[list[Node], Tensor]]:
-        """The given nodes, each a weight [out, in], grouped by source tensor: (nodes, values [n, out,
-        in])."""
-        by_parameter: dict[str, list[Node]] = defaultdict(list)
-        for node in nodes:
-            by_parameter[parameter_name(node)].append(node)
-        for group in by_parameter.values():
-            step = max(1, BATCH_BYTES[self.device.type] // max(1, group[0].meta["val"].nbytes))
-            for start in range(0, len(group), step):
-                part = group[start : start + step]
-                first = self.value(part[0])
-                values = first.new_empty(len(part), *first.shape, device=self.device)
-                for i, node in enumerate(part):
-                    values[i].copy_(first if i == 0 else self.value(node))
-                yield part, values
-
-    def value(self, node: Node) -> Tensor:
-        """One weight [out, in] on the CPU; of a fused weight only the expert asked for is read."""
-        if node.op == "get_attr":
-            return self.source.read(str(node.target))
-        if node.target is dialect.SLICE:
-            base, expert = node_at(node, 0), int_at(node, 1)
-            below = strip(base, VIEWS)
-            if base.op == "get_attr":
-                return self.source.read_expert(str(base.target), expert)
-            if (
-                base.target is torch.ops.aten.transpose.int
-                and base.args[0] is below
-                and below.op == "get_attr"
-            ):
-                return self.source.read_expert(str(below.target), expert).T
-        args = cast(tuple[Any, ...], map_arg(node.args, self.value))
-        return cast(Callable[..., Tensor], node.target)(*args, **node.kwargs)
-
-
-# Without any data an input amax of 448 puts the FP8 block scales mid-range: blocks up to 448 do not clip,
-# blocks down to 0.016 keep full precision.
-UNSEEN_INPUT_AMAX = 448.0
-
-
-class Bootstrap:
-    """Fills every amax that data did not reach: weights from the weights, inputs from their layer."""
-
-    def __init__(self, program: Program, source: WeightSource, device: torch.device) -> None:
-        self.program, self.cone = program, WeightCone(program, source, device)
-        self.alike: dict[object, dict[Node, int]] = {}
-
-    @torch.no_grad()
-    def run(self, step: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-        """Values for the empty amax nodes of the program, by name."""
-        empty = [
-            n
-            for n in self.program.graph.nodes
-            if n.target is dialect.AMAX and n.name not in self.program.values
-        ]
-        weights: dict[Node, list[Node]] = defaultdict(list)
-        for hole in empty:
-            if root(node_at(hole, 0)) is not None:
-                weights[node_at(hole, 0)].append(hole)
-        found: dict[str, Tensor] = {}
-        for nodes, values in self.cone.batches(weights):
-            for node, amax in zip(nodes, amax_of(values).cpu(), strict=True):
-                for hole in weights[node]:
-                    _check_finite(hole, amax)
-                    found[hole.name] = amax
-                    step()
-        for hole in empty:
-            if hole.name not in found:
-                found[hole.name] = self._input_amax(hole)
-                step()
-        return found
-
-    def _input_amax(self, hole: Node) -> Tensor:
-        """For an input that no token reached: the largest amax of what shares its scale or its fused weight,
-        else that of the nearest input made and used alike (a fellow expert's), else a constant."""
-        peers = [self.program.values[n.name] for n in _input_peers(hole) if n.name in self.program.values]
-        if not peers:
-            peers = [self.program.values[n.name] for n in self._nearest_alike(hole)]
-        return torch.stack(peers).amax() if peers else torch.tensor(UNSEEN_INPUT_AMAX)
-
-    def _nearest_alike(self, hole: Node) -> list[Node]:
-        if not self.alike:
-            for place, node in enumerate(self.program.graph.nodes):
-                if node.target is dialect.AMAX and root(node_at(node, 0)) is None:
-                    self.alike.setdefault(_use(node), {})[node] = place
-        fellows = self.alike[_use(hole)]
-        seen = [node for node in fellows if node.name in self.program.values]
-        return sorted(seen, key=lambda node: abs(fellows[node] - fellows[hole]))[:1]
-
-
-def _use(hole: Node) -> object:
-    """What an input is made by and multiplied with: alike for the same linear of two experts or layers."""
-    made: list[object] = []
-    node = node_at(hole, 0)
-    while node.op == "call_function" and len(made) < 6 and node.args and isinstance(node.args[0], Node):
-        made.append(node.target)
-        node = node_at(node, 0)
-    matmuls = dict.fromkeys(user for quantize in _quantizes(hole) for user in quantize.users)
-    shapes = {shape_of(o) for matmul in matmuls for o in matmul.all_input_nodes if root(o) is not None}
-    return tuple(made), frozenset(shapes)
-
-
-def _quantizes(hole: Node) -> list[Node]:
-    """The quantize nodes that use an amax, alone or in a group."""
-    users = [u for user in hole.users for u in (user.users if user.target is dialect.SYNC else [user])]
-    return [user for user in users if user.target is dialect.QUANTIZE and root(node_at(user, 0)) is None]
-
-
-def _input_peers(hole: Node) -> list[Node]:
-    """Input amax nodes that share a group with this one, or whose weights lie in the same parameter."""
-    peers: dict[Node, None] = {}
-    for group in [u for u in hole.users if u.target is dialect.SYNC]:
-        peers.update(dict.fromkeys(nodes_at(group, 0)))
-    for quantize in _quantizes(hole):
-        if node_at(quantize, 0) is not node_at(hole, 0):
-            continue
-        for matmul in quantize.users:
-            for operand in matmul.all_input_nodes:
-                parameter = root(operand)
-                if parameter is not None:
-                    peers.update(dict.fromkeys(_input_holes(parameter)))
-    return [peer for peer in peers if peer is not hole]
-
-
-def _input_holes(parameter: Node) -> list[Node]:
-    holes, stack, seen = [], list(parameter.users), set(parameter.users)
-    while stack:
-        node = stack.pop()
-        if root(node) is parameter:
-            new = [u for u in node.users if u not in seen]
-            seen.update(new)
-            stack.extend(new)
-            continue
-        for operand in node.all_input_nodes:
-            if operand.target is dialect.QUANTIZE and root(operand) is None:
-                amax = node_at(operand, 1)
-                holes += list(nodes_at(amax, 0)) if amax.target is dialect.SYNC else [amax]
-    return holes
-
-
-def amax_value(node: Node, values: Mapping[str, Tensor]) -> Tensor:
-    """The float32 [] that an amax, sync, value or constant node stands for once calibrated."""
-    if node.target is dialect.SYNC:
-        return torch.stack([amax_value(n, values) for n in nodes_at(node, 0)]).amax()
-    if node.target is torch.ops.aten.scalar_tensor.default:
-        return torch.tensor(float(cast(float, node.args[0])), dtype=torch.float32)
-    name = str(node.args[0]) if node.target is dialect.VALUE else node.name
-    return values[name]

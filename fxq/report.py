@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import Graph
 
 from fxq import dialect
+from fxq.bootstrap import UNSEEN_INPUT_AMAX
 from fxq.facts import is_weight_quantize
-from fxq.interpret import UNSEEN_INPUT_AMAX
 from fxq.nodes import node_at
 from fxq.program import Program
 from fxq.structure import is_expert, multiplies_experts, parameter_name, root, weight_matmuls

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, Node
 
+from fxq import dialect as _dialect  # noqa: F401 (its operators can be parsed once it is imported)
 from fxq.errors import VerifyError
 
 SHORT = {

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fxq import dialect
+from fxq.bootstrap import Bootstrap
 from fxq.facts import Fact, amaxes_filled
-from fxq.interpret import Bootstrap
 from fxq.pattern import Match, Miss
 from fxq.pipeline import Session
 from fxq.program import Program
