@@ -57,7 +57,7 @@ def timing(device: torch.device, repeat: int) -> None:
     """One table a case: milliseconds, GB/s of weights, ratio to the floor and to 126 candidates."""
     start = time.perf_counter()
     w = gaussian((1, 16, 64), device)
-    implementation(device).quantize(w, torch.ones(1, device=device), True, True)
+    implementation(device).quantize(w, torch.ones(1, device=device), True, True, False)
     print(f"first call, with loading or compiling: {time.perf_counter() - start:.2f} s")
     bandwidth = copy_bandwidth(device, repeat)
     print(f"copy: {bandwidth / 1e9:.0f} GB/s, read and written\n")
@@ -81,23 +81,26 @@ def report(
     slow = measure(lambda: tried(every, scale_2[: len(every)]), w.device, 3) * w.numel() / every.numel()
     scales = w.numel() / 16
     rows: list[tuple[str, Callable[[], Any], float]] = [
-        ("search + pack", lambda: run(w, scale_2, True, True), w.nbytes + w.numel() / 2 + scales),
-        ("search, scales only", lambda: run(w, scale_2, True, False), w.nbytes + scales),
-        ("plain max + pack", lambda: run(w, scale_2, False, True), w.nbytes + w.numel() / 2 + scales),
-        ("plain max, scales only", lambda: run(w, scale_2, False, False), w.nbytes + scales),
+        (f"{name}{what}", functools.partial(run, w, scale_2, search, pack, measure), moved)
+        for name, search in (("search", True), ("plain max", False))
+        for what, pack, measure, moved in (
+            (" + pack", True, False, w.nbytes + w.numel() / 2 + scales),
+            (" + pack + errors", True, True, w.nbytes + w.numel() / 2 + scales),
+            (", scales only", False, False, w.nbytes + scales),
+        )
     ]
     print(f"{title}, {w.nbytes / 1e6:.0f} MB")
-    print(f"| {'':22} |       ms | GB/s of weights | M weights/s | x floor | faster than 126 |")
+    print(f"| {'':25} |       ms | GB/s of weights | M weights/s | x floor | faster than 126 |")
     print("|---|---|---|---|---|---|")
     for name, function, moved in rows:
         seconds = measure(function, w.device, repeat)
         print(
-            f"| {name:22} | {seconds * 1e3:8.3f} | {w.nbytes / seconds / 1e9:15.1f} |"
+            f"| {name:25} | {seconds * 1e3:8.3f} | {w.nbytes / seconds / 1e9:15.1f} |"
             f" {w.numel() / seconds / 1e6:11.0f} | {seconds * bandwidth / moved:7.2f}"
             f" | {slow / seconds:15.1f} |"
         )
     print(
-        f"| {'126 candidates, scales':22} | {slow * 1e3:8.3f} | from {every.numel() / 1e6:.1f} M weights |\n"
+        f"| {'126 candidates, scales':25} | {slow * 1e3:8.3f} | from {every.numel() / 1e6:.1f} M weights |\n"
     )
 
 
@@ -257,25 +260,31 @@ def exactness(device: torch.device, blocks: int) -> None:
     rows = 4096 if device.type == "cuda" else 64
     per_slice = rows * 2048 // 16
     slices = math.ceil(blocks / len(DISTRIBUTIONS) / per_slice)
-    print("| blocks | number | other codes | worst loss / least - 1 | larger of equals | codes not nearest |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| blocks | number | other codes | worst loss / least - 1 | larger of equals | codes not nearest |"
+        " error reported |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for name, make in DISTRIBUTIONS.items():
-        found = [0.0] * 5
+        found = [0.0] * 6
         for seed in range(slices):
             w = make((1, rows, 2048), torch.Generator(device).manual_seed(seed))
             w = w.float() if "float32" in name else w.bfloat16()
-            checked = check(w, nvfp4.quantize_weight(w, w.abs().amax((1, 2)).float(), "mse"))
+            checked = check(w, nvfp4.quantize_measured(w, w.abs().amax((1, 2)).float(), "mse"))
             found = [
-                max(a, b) if i == 2 else a + b for i, (a, b) in enumerate(zip(found, checked, strict=True))
+                max(a, b) if i in (2, 5) else a + b
+                for i, (a, b) in enumerate(zip(found, checked, strict=True))
             ]
-        number, other, worst, larger, wrong = found
+        number, other, worst, larger, wrong, off = found
         print(
-            f"| {name} | {number:.0f} | {other:.0f} | {worst:.1e} | {larger:.0f} | {wrong:.0f} |", flush=True
+            f"| {name} | {number:.0f} | {other:.0f} | {worst:.1e} | {larger:.0f} | {wrong:.0f} | {off:.1e} |",
+            flush=True,
         )
 
 
-def check(w: Tensor, packed: nvfp4.Packed) -> tuple[float, ...]:
-    """(blocks, codes unlike the brute force's, worst relative excess, larger ones of equals, wrong bytes)."""
+def check(w: Tensor, packed: nvfp4.Measured) -> tuple[float, ...]:
+    """(blocks, codes unlike the brute force's, worst relative excess, larger ones of equals, wrong bytes,
+    what the root of the error reported is off by, in that of the energy) of one slice."""
     chosen = packed.scale.view(torch.uint8).reshape(-1)
     code, least, lost = least_of_all(w, packed.scale_2, chosen)
     excess = torch.where(least > 0, lost / least - 1, torch.where(lost > 0, torch.inf, 0.0))
@@ -291,7 +300,9 @@ def check(w: Tensor, packed: nvfp4.Packed) -> tuple[float, ...]:
         wrong += int(((m - grid[codes[part].int()] * s).abs() > nearest + 2.0**-22 * s * 6).sum())
     signs = torch.stack([packed.weight >> 3 & 1, packed.weight >> 7], -1).reshape(-1, 16)
     wrong += int((signs != (magnitudes < 0)).sum())
-    return len(chosen), float((chosen != code).sum()), float(excess.max()), float(larger.sum()), float(wrong)
+    off = float((packed.error.sqrt() - lost.sum().sqrt()).abs() / packed.energy.sqrt())
+    other = float((chosen != code).sum())
+    return len(chosen), other, float(excess.max()), float(larger.sum()), float(wrong), off
 
 
 def least_of_all(w: Tensor, scale_2: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -132,9 +132,9 @@ class _Writer:
     def _pack(self, packs: list[Node], values: Tensor, stores: Mapping[Node, list[Node]]) -> None:
         amax = torch.stack([amax_value(node_at(p, 1), self.program.values) for p in packs]).to(values.device)
         scale = str(packs[0].kwargs["scale"])
-        packed = nvfp4.quantize_weight(values, amax, scale)
-        errors, energies = (t.tolist() for t in nvfp4.squared_error(values, packed))
-        packed = Packed(packed.weight.cpu(), packed.scale.cpu(), packed.scale_2.cpu())
+        measured = nvfp4.quantize_measured(values, amax, scale)
+        errors, energies = measured.error.tolist(), measured.energy.tolist()
+        packed = Packed(measured.weight.cpu(), measured.scale.cpu(), measured.scale_2.cpu())
         for i, pack in enumerate(packs):
             self.written.errors[_weight_name(node_at(pack, 0))] = (errors[i], energies[i])
             self.written.weights += values[i].numel()

@@ -18,6 +18,7 @@ from fxq.kernels.eager import BLOCK, E2M1_MAX, E4M3_MAX, e4m3_values, pack_rows,
 __all__ = [
     "BLOCK",
     "E4M3_MAX",
+    "Measured",
     "Packed",
     "dequantize",
     "e4m3_values",
@@ -27,9 +28,9 @@ __all__ = [
     "max_scales",
     "mse_scales",
     "pack",
+    "quantize_measured",
     "quantize_weight",
     "round_e2m1",
-    "squared_error",
 ]
 
 _RECIPROCAL = torch.tensor(1 / (E2M1_MAX * E4M3_MAX), dtype=torch.float32)
@@ -45,6 +46,15 @@ class Packed:
     weight: Tensor
     scale: Tensor
     scale_2: Tensor
+
+
+@dataclass(frozen=True)
+class Measured(Packed):
+    """A quantized weight and what it lost: `error` sum (w - w')**2 and `energy` sum w**2 over the last two
+    dimensions, float64 [...]; neither depends on the weights beside it."""
+
+    error: Tensor
+    energy: Tensor
 
 
 def global_scale(amax: Tensor) -> Tensor:
@@ -94,18 +104,30 @@ def quantize_weight(w: Tensor, amax: Tensor, scale: str) -> Packed:
     NaN: the caller knows its name.
     """
     scale_2 = global_scale(amax)
-    block_scale, packed = _quantize(w, scale_2, scale, pack=True)
+    block_scale, packed, _ = _quantize(w, scale_2, scale, pack=True)
     assert packed is not None
     return Packed(packed, block_scale, scale_2)
 
 
-def _quantize(w: Tensor, scale_2: Tensor, scale: str, *, pack: bool) -> tuple[Tensor, Tensor | None]:
+def quantize_measured(w: Tensor, amax: Tensor, scale: str) -> Measured:
+    """`quantize_weight` with errors and energies, summed in the same launch."""
+    scale_2 = global_scale(amax)
+    block_scale, packed, sums = _quantize(w, scale_2, scale, pack=True, measure=True)
+    assert packed is not None
+    assert sums is not None
+    return Measured(packed, block_scale, scale_2, *sums.reshape(2, *w.shape[:-2]))
+
+
+def _quantize(
+    w: Tensor, scale_2: Tensor, scale: str, *, pack: bool, measure: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     slices = w.reshape(w.shape[:-2].numel(), *w.shape[-2:])
-    codes, packed = kernels.quantize(
-        slices, scale_2.reshape(-1), search={"max": False, "mse": True}[scale], pack=pack
+    search = {"max": False, "mse": True}[scale]
+    codes, packed, sums = kernels.quantize(
+        slices, scale_2.reshape(-1), search=search, pack=pack, measure=measure
     )
     codes = codes.view(torch.float8_e4m3fn).reshape(*w.shape[:-1], w.shape[-1] // BLOCK)
-    return codes, None if packed is None else packed.reshape(*w.shape[:-1], w.shape[-1] // 2)
+    return codes, None if packed is None else packed.reshape(*w.shape[:-1], w.shape[-1] // 2), sums
 
 
 def dequantize(packed: Packed) -> Tensor:
@@ -115,24 +137,6 @@ def dequantize(packed: Packed) -> Tensor:
     codes = torch.stack([packed.weight & 15, packed.weight >> 4], -1).flatten(-2)
     step = packed.scale.to(torch.float32) * packed.scale_2[..., None, None]
     return (_blocks(grid[codes.int()]) * step[..., None]).flatten(-2)
-
-
-def squared_error(w: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """(sum (w - w')**2, sum w**2) in float64 over the last two dimensions, each of shape [...]."""
-    error, energy = [], []
-    lead = w.shape[:-2]
-    for index in range(max(1, lead.numel())):
-        one = w.reshape(-1, *w.shape[-2:])[index]
-        part = Packed(
-            *(
-                t.reshape(-1, *t.shape[len(lead) :])[index]
-                for t in (packed.weight, packed.scale, packed.scale_2)
-            )
-        )
-        difference = dequantize(part).to(torch.float64).sub_(one)
-        error.append(difference.square_().sum())
-        energy.append(one.to(torch.float64).square_().sum())
-    return torch.stack(error).reshape(lead), torch.stack(energy).reshape(lead)
 
 
 def fake_quantize_activation(x: Tensor, amax: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from fxq.errors import SourceError
 from fxq.interpret import Simulate
 from fxq.kernels import eager
 from tests import reference, test_interpret
-from tests.test_nvfp4 import WEIGHTS
+from tests.test_nvfp4 import WEIGHTS, about
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CUDA = torch.cuda.is_available()
@@ -61,16 +61,43 @@ def quantize(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return _quantize(request.param)
 
 
+@pytest.fixture(params=sorted(IMPLEMENTATIONS))
+def sums(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    return _sums(request.param)
+
+
 def _quantize(name: str) -> Callable[..., Any]:
+    """(scales, packed bytes or None, whether everything was finite) by one implementation."""
+    quantize = _moved(name)
+
+    def run(w: Tensor, amax: Tensor, search: bool = True, pack: bool = True) -> Any:
+        scales, packed, sums, finite = quantize(w, amax, search, pack, False)
+        assert sums is None
+        return scales.cpu(), None if packed is None else packed.cpu(), finite
+
+    return run
+
+
+def _sums(name: str) -> Callable[..., Tensor]:
+    """(squared error, energy) float64 [2, n] by one implementation."""
+    quantize = _moved(name)
+
+    def run(w: Tensor, amax: Tensor, search: bool = True) -> Tensor:
+        sums: Tensor = quantize(w, amax, search, True, True)[2]
+        return sums.cpu()
+
+    return run
+
+
+def _moved(name: str) -> Callable[..., Any]:
     module = IMPLEMENTATIONS[name]()
     device = DEVICE if name == "triton" else torch.device("cpu")
 
-    def run(w: Tensor, amax: Tensor, search: bool = True, pack: bool = True) -> Any:
+    def run(w: Tensor, amax: Tensor, search: bool, pack: bool, measure: bool) -> Any:
         scale_2 = nvfp4.global_scale(amax)
         whole = w.as_strided((w.untyped_storage().nbytes() // w.element_size(),), (1,), 0)
         moved = whole.to(device).as_strided(w.shape, w.stride(), w.storage_offset())
-        scales, packed, finite = module.quantize(moved, scale_2.to(device), search, pack)
-        return scales.cpu(), None if packed is None else packed.cpu(), finite
+        return module.quantize(moved, scale_2.to(device), search, pack, measure)
 
     return run
 
@@ -123,6 +150,39 @@ def test_plain_maxima_are_the_reference_s(quantize: Callable[..., Any], dtype: t
         step = reference.e4m3_decode(wanted).astype(np.float32) * nvfp4.global_scale(amax[e]).numpy()
         codes = reference.quantize_codes(w[e].float().numpy(), step, np.float32)
         np.testing.assert_array_equal(packed[e].numpy(), reference.pack(codes))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e5, 0.3])
+@pytest.mark.parametrize("search", [True, False])
+def test_errors_and_energies_are_those_of_the_bytes(
+    sums: Callable[..., Tensor], search: bool, factor: float
+) -> None:
+    w = _mixture(torch.bfloat16, rows=1)[[0, 7, 10, 12, 14, 15]]
+    amax = _amax(w) * factor
+    scales, packed, _ = _quantize("eager")(w, amax, search)
+    found = sums(w, amax, search)
+    assert found.dtype == torch.float64
+    for e, (error, energy) in enumerate(found.T.tolist()):
+        unit = float(nvfp4.global_scale(amax[e]))
+        lost = w[e].double().numpy() - reference.dequantize(packed[e].numpy(), scales[e].numpy(), unit)
+        wanted = np.square(w[e].double().numpy()).sum()
+        assert energy == pytest.approx(wanted, rel=1e-6)
+        assert error == about(np.square(lost).sum(), wanted)
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("layout", ["rows", "stored transposed"])
+def test_the_error_of_a_slice_is_the_same_in_any_batch(
+    sums: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, search: bool, layout: str
+) -> None:
+    if importlib.util.find_spec("triton"):
+        monkeypatch.setattr(_triton(), "_ADDED", 2)  # several programs a slice, several levels of sums
+    w = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(5)).bfloat16()
+    place = LAYOUTS.get(layout, Tensor.contiguous)
+    amax = _amax(w)
+    together = sums(place(w), amax, search)
+    for chosen in ([2], [1, 0]):
+        assert torch.equal(sums(place(w[chosen]), amax[chosen], search), together[:, chosen])
 
 
 @pytest.mark.parametrize("factor", [3.0, 1000.0, 1e5, 0.3])

@@ -19,20 +19,26 @@ BLOCK = eager.BLOCK
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def quantize(w: Tensor, scale_2: Tensor, *, search: bool, pack: bool) -> tuple[Tensor, Tensor | None]:
-    """(block scales, e4m3 codes uint8 [n, rows, K/16]; e2m1 codes uint8 [n, rows, K/2] if `pack`).
+def quantize(
+    w: Tensor, scale_2: Tensor, *, search: bool, pack: bool, measure: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(scales, packed, sums): e4m3 codes of blocks uint8 [n, rows, K/16]; if `pack`, e2m1 codes uint8
+    [n, rows, K/2]; if also `measure`, float64 [2, n]: sum (w - w')**2, w' being what the codes decode to, and
+    sum w**2.
 
     w [n, rows, K]: any strides, nothing is copied whole; bfloat16, float16 or float32, other dtypes by torch
     operators. scale_2 f32 [n]. search: the scales of least squared error, else those that reach each block's
-    maximum.
+    maximum. Sums are added in an order that the shape and layout of a slice decide, not those beside it; they
+    are exact but for roundings of w by a few 2**-24 of itself.
     Raises SourceError if a weight or a scale_2 is infinite or NaN, ValueError if K is no multiple of 16.
     """
     if w.shape[-1] % BLOCK:
         raise ValueError(f"expected rows of a multiple of {BLOCK} weights, found {w.shape[-1]}")
-    scales, packed, finite = implementation(w).quantize(w, scale_2.to(w.device), search, pack)
+    quantize = implementation(w).quantize
+    scales, packed, sums, finite = quantize(w, scale_2.to(w.device), search, pack, measure)
     if not finite:
         raise SourceError(_not_finite(w, scale_2))
-    return scales, packed
+    return scales, packed, sums
 
 
 def implementation(w: Tensor) -> ModuleType:

@@ -3,9 +3,12 @@ kernel over it. Beside weight and result that needs a few hundred KB a thread.
 """
 
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fxq.kernels.cpu_jit import quantize_rows
@@ -17,8 +20,10 @@ CHUNK = 1 << 15
 STRIDED_COLUMNS = 256
 
 
-def quantize(w: Tensor, scale_2: Tensor, search: bool, pack: bool) -> tuple[Tensor, Tensor | None, bool]:
-    """(scales uint8 [n, rows, K/16], packed uint8 [n, rows, K/2] or None, whether everything was finite).
+def quantize(
+    w: Tensor, scale_2: Tensor, search: bool, pack: bool, measure: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
+    """(scales, packed or None, sums or None, whether everything was finite): see `kernels.quantize`.
 
     w [n, rows, K], bfloat16, float16 or float32, any strides; scale_2 f32 [n]. Uses as many threads as torch.
     """
@@ -29,23 +34,32 @@ def quantize(w: Tensor, scale_2: Tensor, search: bool, pack: bool) -> tuple[Tens
     across = min(width, CHUNK if w.stride(-1) == 1 else STRIDED_COLUMNS)
     down = max(1, CHUNK // max(1, across))
 
-    def part(at: tuple[int, int, int]) -> bool:
-        index, row, column = at
+    starts = (range(n), range(0, rows, down), range(0, width, max(1, across)))
+    parts = list(itertools.product(*starts))
+    sums = np.zeros((len(parts), 2))  # as good as free, so always there
+
+    def part(number: int) -> bool:
+        index, row, column = parts[number]
         values = w[index, row : row + down, column : column + across].detach().to(torch.float32).contiguous()
         outputs = (
             out[index, row : row + down, column // weights : (column + across) // weights]
             for out, weights in ((scales, BLOCK), (packed, 2))
         )
         arrays = (t.numpy() for t in (values, values.view(torch.int32), *outputs))
-        return bool(quantize_rows(*arrays, units[index], search, pack))
+        return bool(quantize_rows(*arrays, sums[number], units[index], search, pack))
 
-    starts = (range(n), range(0, rows, down), range(0, width, max(1, across)))
-    parts = list(itertools.product(*starts))
     threads = min(torch.get_num_threads(), len(parts))
     if threads <= 1:
-        done = [part(at) for at in parts]
+        done = [part(number) for number in range(len(parts))]
     else:
         with ThreadPoolExecutor(threads) as pool:
-            done = list(pool.map(part, parts))
+            done = list(pool.map(part, range(len(parts))))
     finite = all(done) and bool(torch.isfinite(scale_2).all())
-    return scales, packed if pack else None, finite
+    return scales, packed if pack else None, _totals(sums, n) if measure else None, finite
+
+
+def _totals(sums: NDArray[np.float64], n: int) -> Tensor:
+    """float64 [2, n] of pairs [parts, 2], as many for each slice, added exactly."""
+    by_slice = sums.reshape(n, len(sums) // max(1, n), 2)
+    totals = [[math.fsum(pairs[:, i].tolist()) for pairs in by_slice] for i in range(2)]
+    return torch.tensor(totals, dtype=torch.float64)

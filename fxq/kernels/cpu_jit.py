@@ -102,15 +102,17 @@ def _reaching(a, unit):
     return ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
 
 
-def _quantize_rows(rows, bits, scales, packed, unit, search, pack):
+def _quantize_rows(rows, bits, scales, packed, sums, unit, search, pack):
     """Whether rows f32 [n, K] were finite. Writes e4m3 codes to scales uint8 [n, K/16] and, if `pack`, e2m1
-    codes to packed uint8 [n, K/2]. bits: the same memory as int32. unit: scale_2.
+    codes to packed uint8 [n, K/2] and (squared error, energy) to sums [2]. bits: the same memory as int32.
+    unit: scale_2.
     """
     w, loss = np.empty(16), np.empty(_WINDOW)
     scale = _VALUES * unit
     inverse = 1 / scale
     unit32 = np.float32(unit)
     codes = np.empty(16, np.uint8)
+    error, energy = np.zeros(16), np.zeros(16)
     finite = True
     for r in range(rows.shape[0]):
         for b in range(rows.shape[1] // 16):
@@ -128,17 +130,22 @@ def _quantize_rows(rows, bits, scales, packed, unit, search, pack):
             scales[r, b] = code
             if pack:
                 step = np.float32(_VALUES[code]) * unit32
+                square = np.float64(step) * np.float64(step)
                 for i in range(16):
                     v = rows[r, 16 * b + i]
-                    x = min(abs(v) / step, np.float32(6))
+                    exact = abs(v) / step
+                    x = min(exact, np.float32(6))
                     c = np.float32(2.0**22 if x < 2 else 2.0**23 if x < 4 else 2.0**24)
                     q = (c + x) - c
                     magnitude = min(min(2 * q, q + 2), np.float32(0.5) * q + 4)
                     codes[i] = np.uint8(magnitude) | (8 if v < 0 else 0)
+                    error[i] += np.float64((exact - q) * (exact - q)) * square
+                    energy[i] += np.float64(exact * exact) * square
                 for i in range(8):
                     packed[r, 8 * b + i] = codes[2 * i] | (codes[2 * i + 1] << 4)
+    sums[0], sums[1] = error.sum(), energy.sum()
     return finite
 
 
 # One signature, so one compilation: results may be columns of a larger tensor.
-quantize_rows = _jit(_quantize_rows, "b1(f4[:, ::1], i4[:, ::1], u1[:, :], u1[:, :], f8, b1, b1)")
+quantize_rows = _jit(_quantize_rows, "b1(f4[:, ::1], i4[:, ::1], u1[:, :], u1[:, :], f8[::1], f8, b1, b1)")

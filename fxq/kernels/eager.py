@@ -28,34 +28,56 @@ def round_e2m1(magnitude: Tensor) -> Tensor:
     return ((magnitude / step).round() * step).clamp_max(E2M1_MAX)
 
 
-def quantize(w: Tensor, scale_2: Tensor, search: bool, pack: bool) -> tuple[Tensor, Tensor | None, bool]:
-    """(scales uint8 [n, rows, K/16], packed uint8 [n, rows, K/2] or None, whether everything was finite).
+def quantize(
+    w: Tensor, scale_2: Tensor, search: bool, pack: bool, measure: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
+    """(scales, packed or None, sums or None, whether everything was finite): see `kernels.quantize`.
 
     w [n, rows, K], any dtype and strides; scale_2 f32 [n].
     """
     n, rows, width = w.shape
     scales = torch.empty(n, rows, width // BLOCK, dtype=torch.uint8, device=w.device)
-    packed = torch.empty(n, rows, width // 2, dtype=torch.uint8, device=w.device) if pack else None
+    packed = torch.empty(n, rows, width // 2 if pack else 0, dtype=torch.uint8, device=w.device)
+    sums = torch.zeros(2, n, dtype=torch.float64, device=w.device)
     finite = torch.isfinite(scale_2).all()
     for index in range(n):
         for part in _row_chunks(w[index]):
             values, unit = w[index, part], scale_2[index]
             scale = _searched(values, unit) if search else _reaching(values, unit)
             scales[index, part] = scale.view(torch.uint8)
-            if packed is not None:
-                packed[index, part] = pack_rows(values, scale, unit)
+            if pack:
+                magnitudes = _magnitudes(values, scale, unit)
+                packed[index, part] = _joined(magnitudes, values)
+                if measure:
+                    sums[:, index] += _sums(values, magnitudes, scale.to(torch.float64) * unit)
             finite = finite & torch.isfinite(values).all()
-    return scales, packed, bool(finite)
+    return scales, packed if pack else None, sums if measure else None, bool(finite)
 
 
 def pack_rows(rows: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     """e2m1 codes of `rows / (scale * scale_2)` [rows, K], two a byte: uint8 [rows, K/2]."""
+    return _joined(_magnitudes(rows, scale, scale_2), rows)
+
+
+def _magnitudes(rows: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
+    """|rows| on the e2m1 grid, in units of `scale * scale_2`: float32 [rows, K/16, 16]."""
     blocks = rows.unflatten(-1, (-1, BLOCK)).to(torch.float32)
     step = scale.to(torch.float32) * scale_2
-    q = round_e2m1(blocks.abs() / step[..., None])
-    code = torch.where(q < 2, 2 * q, torch.where(q < 4, q + 2, q / 2 + 4)).to(torch.uint8)
-    code = (code | ((blocks < 0).to(torch.uint8) << 3)).flatten(-2)
+    return round_e2m1(blocks.abs() / step[..., None])
+
+
+def _joined(q: Tensor, rows: Tensor) -> Tensor:
+    """The codes of magnitudes q on the e2m1 grid with the signs of `rows`, two a byte."""
+    code = torch.where(q < 2, 2 * q, torch.where(q < 4, q + 2, q / 2 + 4)).to(torch.uint8).flatten(-2)
+    code |= (rows < 0).to(torch.uint8) << 3
     return code[..., 0::2] | (code[..., 1::2] << 4)
+
+
+def _sums(rows: Tensor, q: Tensor, step: Tensor) -> Tensor:
+    """float64 [2]: squared error of the magnitudes q in steps of each block, and sum rows**2."""
+    exact = rows.unflatten(-1, (-1, BLOCK)).to(torch.float64).abs()
+    error = (q * step[..., None] - exact).square_().sum()
+    return torch.stack([error, exact.square_().sum()])
 
 
 def _reaching(rows: Tensor, scale_2: Tensor) -> Tensor:

@@ -131,7 +131,9 @@ def _keep(loss, code, best, least, second):
 
 @triton.jit
 def _search(u, amax, unit, live, NATIVE: tl.constexpr):
-    """(code, lowest and highest code tried, whether float64 must decide between them) of each block."""
+    """(code, its loss in unit**2, lowest and highest code tried, whether float64 must decide between them) of
+    each block.
+    """
     a = amax / unit
     first = _ceil_code(a * 0.16666667)
     regular = first >= 10
@@ -165,30 +167,34 @@ def _search(u, amax, unit, live, NATIVE: tl.constexpr):
         ~regular | (a > 2700.0) | (_value(low - 1) * 6.0 >= floor)
     )  # scales too small, or too far apart, for the above
     unsure = live & ((second - least <= 2.0 * error) | irregular) & (a > 0) & (a < float("inf"))
-    return tl.where(a > 0, best, 1), tl.where(irregular, 1, low), high, unsure
+    return tl.where(a > 0, best, 1), least, tl.where(irregular, 1, low), high, unsure
 
 
 @triton.jit
-def _decide(v, unit, best, low, high, unsure):
-    """The code of least float64 loss from low to high where unsure, the smaller in ties."""
+def _decide(v, unit, best, loss, low, high, unsure):
+    """The code of least float64 loss from low to high where unsure, the smaller in ties, and its loss in
+    unit**2.
+    """
+    unit = unit.to(tl.float64)
     code = low
     least = tl.full(best.shape, float("inf"), tl.float64)
     count = tl.max(tl.where(unsure, high - low, 0), 0)
     found = low
     j = 0
     while j <= count:
-        loss = _exact_loss(v, unit.to(tl.float64), tl.minimum(code, 126))
-        better = (loss < least) & (code <= high)
+        exact = _exact_loss(v, unit, tl.minimum(code, 126))
+        better = (exact < least) & (code <= high)
         found = tl.where(better, code, found)
-        least = tl.where(better, loss, least)
+        least = tl.where(better, exact, least)
         code += 1
         j += 1
-    return tl.where(unsure, found, best)
+    return tl.where(unsure, found, best), tl.where(unsure, (least / (unit * unit)).to(tl.float32), loss)
 
 
 @triton.jit
-def _packed(u, step, NATIVE: tl.constexpr):
-    """The 16 e2m1 codes of u / step (float32, rounded once) as int64 [n], element 0 in the lowest bits.
+def _packed(u, step, ERROR: tl.constexpr, ENERGY: tl.constexpr, NATIVE: tl.constexpr):
+    """The 16 e2m1 codes of u / step (float32, rounded once) as int64 [n], element 0 in the lowest bits; if
+    ERROR their squared error and if ENERGY the sum of u**2, float32 [n] in (step / 8)**2, else zeros.
 
     u holds no -0.0: a code's sign is u's. A code is the lowest bits of d's mantissa plus two an octave of d's
     exponent, which starts at 127 + 22 + 3, a multiple of 4, since x is 8 times the quotient.
@@ -197,6 +203,8 @@ def _packed(u, step, NATIVE: tl.constexpr):
     r = tl.div_rn(tl.full(step.shape, 1.0, tl.float32), eighth)
     lower = tl.zeros(step.shape, tl.int32)
     upper = tl.zeros(step.shape, tl.int32)
+    error = tl.zeros(step.shape, tl.float32)
+    energy = tl.zeros(step.shape, tl.float32)
     for i in tl.static_range(16):
         m = tl.abs(u[i])
         if NATIVE:
@@ -205,27 +213,35 @@ def _packed(u, step, NATIVE: tl.constexpr):
             x = tl.fma(tl.fma(x, -eighth, m), r, x)
         else:
             x = tl.div_rn(m, eighth)
-        x = tl.minimum(x, 48.0)
-        octave = tl.maximum(x, 8.0).to(tl.int32, bitcast=True) & 0x7F800000
-        d = tl.fma(octave.to(tl.float32, bitcast=True), 4194304.0, x).to(tl.int32, bitcast=True)  # 2**22
+        if ENERGY:
+            energy = tl.fma(x, x, energy)
+        clipped = tl.minimum(x, 48.0)
+        octave = tl.maximum(clipped, 8.0).to(tl.int32, bitcast=True) & 0x7F800000
+        octave = octave.to(tl.float32, bitcast=True)
+        rounded = tl.fma(octave, 4194304.0, clipped)  # 2**22
+        if ERROR:
+            e = x - tl.fma(octave, -4194304.0, rounded)
+            error = tl.fma(e, e, error)
+        d = rounded.to(tl.int32, bitcast=True)
         sign = (u[i].to(tl.int32, bitcast=True) >> 28) & 8
         code = ((d + (d >> 22)) & 7) | sign
         if i < 8:
             lower |= code << (4 * i)
         else:
             upper |= code << (4 * i - 32)
-    return (upper.to(tl.int64) << 32) | (lower.to(tl.int64) & 0xFFFFFFFF)
+    return (upper.to(tl.int64) << 32) | (lower.to(tl.int64) & 0xFFFFFFFF), error, energy
 
 
 @triton.jit(
     do_not_specialize=["rows", "blocks", "ss", "sr", "sk"],
-    do_not_specialize_on_alignment=["w", "scale_2", "scales", "packed", "bad"],
+    do_not_specialize_on_alignment=["w", "scale_2", "scales", "packed", "sums", "bad"],
 )
 def quantize_blocks(
-    w, scale_2, scales, packed, bad, rows, blocks, ss, sr, sk,
-    SEARCH: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    w, scale_2, scales, packed, sums, bad, rows, blocks, ss, sr, sk,
+    SEARCH: tl.constexpr, PACK: tl.constexpr, SUMS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     NATIVE: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    """sums float64 [n, 2, programs], if SUMS: squared error and energy of what each program packs."""
     slice_ = tl.program_id(1).to(tl.int64)
     w += slice_ * ss
     unit = tl.load(scale_2 + slice_)
@@ -234,6 +250,8 @@ def quantize_blocks(
     scaled = unit * up
     total = rows * blocks
     lane = tl.arange(0, LANES)
+    error = tl.zeros((LANES,), tl.float32)
+    energy = tl.zeros((LANES,), tl.float32)
     tile = 0
     while tile < TILES:
         if ROWS > 1:  # a tile of ROWS rows by LANES / ROWS blocks
@@ -257,10 +275,10 @@ def quantize_blocks(
         if tl.max((live & (amax * 0.0 + scaled * 0.0 != 0.0)).to(tl.int32), 0) > 0:  # infinite or NaN
             tl.store(bad, 1)
         if SEARCH:
-            code, low, high, unsure = _search(u, amax, scaled, live, NATIVE)
+            code, loss, low, high, unsure = _search(u, amax, scaled, live, NATIVE)
             if tl.max(unsure.to(tl.int32), 0) > 0:
                 again = _load(w, at, sk, live, w.dtype.element_ty, WIDE)
-                code = _decide(again, unit, code, low, high, unsure)
+                code, loss = _decide(again, unit, code, loss, low, high, unsure)
         else:
             ratio = tl.div_rn(amax, tl.full(amax.shape, 6.0, tl.float32) * scaled)
             ratio = tl.minimum(tl.maximum(ratio, 0.001953125), 448.0)
@@ -268,5 +286,26 @@ def quantize_blocks(
         out = slice_ * total + row.to(tl.int64) * blocks + block
         tl.store(scales + out, code.to(tl.uint8), mask=live)
         if PACK:
-            tl.store(packed + out, _packed(u, _value(code) * scaled, NATIVE), mask=live)
+            value = _value(code)
+            codes, lost, held = _packed(u, value * scaled, SUMS and not SEARCH, SUMS, NATIVE)
+            tl.store(packed + out, codes, mask=live)
+            if SUMS:
+                eighths = value * value * 0.015625
+                error += loss if SEARCH else lost * eighths
+                energy += held * eighths
         tile += 1
+    if SUMS:
+        programs = tl.num_programs(0)
+        sums += slice_ * 2 * programs + tl.program_id(0)
+        square = unit.to(tl.float64) * unit.to(tl.float64)
+        tl.store(sums, tl.sum(error, 0).to(tl.float64) * square)
+        tl.store(sums + programs, tl.sum(energy, 0).to(tl.float64) * square)
+
+
+@triton.jit(do_not_specialize=["width"])
+def add_rows(sums, totals, width, WIDTH: tl.constexpr):
+    """totals float64 [rows, width / WIDTH]: sums of WIDTH neighbours of sums [rows, width]."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = part * WIDTH + tl.arange(0, WIDTH)
+    values = tl.load(sums + row * width + column, mask=column < width, other=0.0)
+    tl.store(totals + row * tl.num_programs(1) + part, tl.sum(values, 0))
