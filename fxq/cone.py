@@ -10,11 +10,11 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxq import dialect
-from fxq.loading import loaded
+from fxq.loading import loaded, staging
 from fxq.nodes import int_at, node_at
 from fxq.program import Program, WeightSource
 from fxq.segments import nbytes
-from fxq.structure import VIEWS, parameter_name, strip
+from fxq.structure import VIEWS, parameter_name, swaps_matrix
 
 # Slices of one weight are handled together up to this many bytes: enough for a launch, little enough to hold.
 BATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
@@ -30,7 +30,8 @@ class WeightCone:
     def batches(self, nodes: Iterable[Node]) -> Iterator[tuple[list[Node], Tensor]]:
         """The given nodes, each a weight [out, in], grouped by source tensor: (nodes, values [n, out, in] on
         the device). The next are read meanwhile."""
-        return loaded(self._parts(nodes), self._stacked, nbytes=_total, device=self.device)
+        parts, concurrent = self._parts(nodes), self.source.concurrent
+        return loaded(parts, self._stacked, nbytes=_total, device=self.device, concurrent=concurrent)
 
     def _parts(self, nodes: Iterable[Node]) -> Iterator[list[Node]]:
         by_parameter: dict[str, list[Node]] = defaultdict(list)
@@ -42,32 +43,38 @@ class WeightCone:
                 yield group[start : start + step]
 
     def _stacked(self, nodes: list[Node]) -> Tensor:
-        first = self.value(nodes[0])
-        if len(nodes) == 1:
-            return first[None]
-        pinned = self.device.type == "cuda"
-        values = torch.empty((len(nodes), *first.shape), dtype=first.dtype, pin_memory=pinned)
-        for i, node in enumerate(nodes):
-            values[i].copy_(first if i == 0 else self.value(node))
+        val = nodes[0].meta["val"]
+        values = staging((len(nodes), *val.shape), val.dtype, self.device)
+        for node, value in zip(nodes, values, strict=True):
+            self._fill(node, value)
         return values
 
-    def value(self, node: Node) -> Tensor:
-        """One weight [out, in] on the CPU; of a fused weight only the expert asked for is read."""
+    def _fill(self, node: Node, out: Tensor) -> None:
+        """One weight [out, in]; of a fused parameter only the expert asked for is read."""
+        if node.op == "get_attr":
+            self.source.read(str(node.target), out)
+        elif (stored := _expert_of_parameter(node)) is not None:
+            name, turned = stored
+            self.source.read_expert(name, int_at(node, 1), out.mT if turned else out)
+        else:
+            out.copy_(self._computed(node))
+
+    def _computed(self, node: Node) -> Tensor:
         if node.op == "get_attr":
             return self.source.read(str(node.target))
-        if node.target is dialect.SLICE:
-            base, expert = node_at(node, 0), int_at(node, 1)
-            below = strip(base, VIEWS)
-            if base.op == "get_attr":
-                return self.source.read_expert(str(base.target), expert)
-            if (
-                base.target is torch.ops.aten.transpose.int
-                and base.args[0] is below
-                and below.op == "get_attr"
-            ):
-                return self.source.read_expert(str(below.target), expert).T
-        args = cast(tuple[Any, ...], map_arg(node.args, self.value))
+        args = cast(tuple[Any, ...], map_arg(node.args, self._computed))
         return cast(Callable[..., Tensor], node.target)(*args, **node.kwargs)
+
+
+def _expert_of_parameter(node: Node) -> tuple[str, bool] | None:
+    """The fused parameter that `node` is an expert of, and whether its matrices are turned; None if it is
+    something else."""
+    if node.target is not dialect.SLICE:
+        return None
+    base, turned = node_at(node, 0), False
+    if base.target in VIEWS and swaps_matrix(base):
+        base, turned = node_at(base, 0), True
+    return (str(base.target), turned) if base.op == "get_attr" else None
 
 
 def _total(nodes: list[Node]) -> int:

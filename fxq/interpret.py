@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from fxq import dialect, nvfp4
 from fxq.amaxes import amax_of, amax_value, check_finite, slice_of
-from fxq.loading import loaded
+from fxq.loading import loaded, staging
 from fxq.nodes import node_at, nodes_at
 from fxq.program import Program, WeightSource
 from fxq.segments import Segment, nbytes, segments
@@ -82,7 +82,13 @@ class Streaming(Interpreter):
     def _parameters(self, plan: Sequence[Segment]) -> Generator[tuple[Node, Tensor]]:
         """The parameters of all segments in their order, each read while what is before it is used."""
         needed = (n for segment in plan for n in segment.shared if self._is_read(n))
-        return loaded(needed, lambda n: self.source.read(str(n.target)), nbytes=nbytes, device=self.device)
+        return loaded(
+            needed, self._read, nbytes=nbytes, device=self.device, concurrent=self.source.concurrent
+        )
+
+    def _read(self, n: Node) -> Tensor:
+        val = n.meta["val"]
+        return self.source.read(str(n.target), staging(val.shape, val.dtype, self.device))
 
     def _is_read(self, n: Node) -> bool:
         return n.op == "get_attr" and n.target not in self.program.constants

@@ -1,7 +1,7 @@
 """Loading ahead: the next tensors are read, and copied to the GPU, while the current one is used."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 # Tensors that are loaded beside the one in use take so many bytes at most, or are one.
 AHEAD_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
 # One thread reads as fast as a CPU can use what it reads; a GPU is faster.
-_THREADS = {"cpu": 1, "cuda": 4}
+_READERS = {"cpu": 1, "cuda": 4}
 
 
 def loaded(
@@ -22,10 +22,11 @@ def loaded(
     *,
     nbytes: Callable[[Item], int],
     device: torch.device,
+    concurrent: bool = False,
 ) -> Generator[tuple[Item, Tensor]]:
     """Every item in order with the tensor that `read` makes of it, on `device`.
 
-    `read` runs on other threads. What it raises is raised where its item would have come; nothing more is
+    `read` runs on another thread, on several at once if `concurrent`. What it raises is raised where its item would have come; nothing more is
     read after that, or once the iterator is closed.
     """
     copies = _Copies(device)
@@ -34,7 +35,9 @@ def loaded(
     upcoming = next(source, None)
     waiting: deque[tuple[Item, Future[Tensor]]] = deque()
     held = 0
-    with ThreadPoolExecutor(_THREADS[device.type], thread_name_prefix="fxq-read") as pool:
+    with ThreadPoolExecutor(
+        _READERS[device.type] if concurrent else 1, thread_name_prefix="fxq-read"
+    ) as pool:
 
         def start() -> None:
             nonlocal upcoming, held
@@ -55,6 +58,11 @@ def loaded(
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def staging(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host memory for a tensor that goes to `device` next: pinned if that is a GPU."""
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
 
 
 class _Copies:

@@ -123,16 +123,23 @@ class Program:
 
 class WeightSource(Protocol):
     """Where tensors come from: a checkpoint directory read lazily, or a live model. Nothing is cached or
-    written."""
+    written.
+
+    concurrent: whether several threads may read at once; else reads come in order, on one thread at a time.
+    """
 
     hub: Hub
+    concurrent: bool
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """A parameter or persistent buffer by its name in memory, on the CPU; SourceError if it cannot be
-        read."""
+        read.
+
+        out: where to put it, of the parameter's shape and dtype (pinned memory, say); new memory by default.
+        """
         ...
 
-    def read_expert(self, name: str, expert: int) -> Tensor:
+    def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
         """`read(name)[expert]` without building the rest of a fused weight."""
         ...
 

@@ -23,15 +23,17 @@ DEPTH, EXPERTS = 6, 4
 class Counting:
     """A weight source over a dictionary: hands out copies, and knows which of them are alive."""
 
+    concurrent = False
+
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors, self.hub = tensors, Hub()
         self.reads: Counter[str] = Counter()
         self.handed: list[tuple[StorageWeakRef, int]] = []
         self.peak_bytes = self.peak = 0
 
-    def _hand_out(self, name: str, tensor: Tensor) -> Tensor:
+    def _hand_out(self, name: str, tensor: Tensor, out: Tensor | None) -> Tensor:
         self.reads[name] += 1
-        copy = tensor.clone()
+        copy = tensor.clone() if out is None else out.copy_(tensor)
         self.handed.append((StorageWeakRef(copy.untyped_storage()), copy.nbytes))
         self.look()
         return copy
@@ -41,11 +43,11 @@ class Counting:
         sizes = [size for storage, size in self.handed if not storage.expired()]
         self.peak, self.peak_bytes = max(self.peak, len(sizes)), max(self.peak_bytes, sum(sizes))
 
-    def read(self, name: str) -> Tensor:
-        return self._hand_out(name, self.tensors[name])
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        return self._hand_out(name, self.tensors[name], out)
 
-    def read_expert(self, name: str, expert: int) -> Tensor:
-        return self._hand_out(f"{name}[{expert}]", self.tensors[name][expert])
+    def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
+        return self._hand_out(f"{name}[{expert}]", self.tensors[name][expert], out)
 
     def read_hub(self, key: str) -> Tensor:
         return self.read(key)

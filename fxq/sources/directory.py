@@ -28,6 +28,8 @@ class Directory:
     quantized ones are not among them.
     """
 
+    concurrent = True
+
     def __init__(self, path: Path) -> None:
         check_links(path)
         self.path, self.config = path, read_config(path)
@@ -45,11 +47,11 @@ class Directory:
         self.hub = hub_of(model, self.infos, str(self.path))
         self._own = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
         stored, own = self.hub.stored[name], self._own[name]
+        out = torch.empty(own.shape, dtype=own.dtype) if out is None else out
         if stored.convert is not None:
-            return stored.convert(self.read_hub).to(own.dtype)
-        out = torch.empty(own.shape, dtype=own.dtype)
+            return out.copy_(stored.convert(self.read_hub))
         if stored.stacked:
             for expert in range(len(out)):
                 self._fill(stored, expert, out[expert])
@@ -57,11 +59,11 @@ class Directory:
             self._fill(stored, None, out)
         return out
 
-    def read_expert(self, name: str, expert: int) -> Tensor:
+    def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
         stored, own = self.hub.stored[name], self._own[name]
+        out = torch.empty(own.shape[1:], dtype=own.dtype) if out is None else out
         if stored.convert is not None:
-            return self.read(name)[expert]
-        out = torch.empty(own.shape[1:], dtype=own.dtype)
+            return out.copy_(self.read(name)[expert])
         self._fill(stored, expert, out)
         return out
 

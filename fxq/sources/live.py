@@ -23,6 +23,8 @@ class Live:
     parameter that cannot be read.
     """
 
+    concurrent = False  # the ranks of a sharded model must gather its parameters in one order
+
     def __init__(
         self, model: PreTrainedModel, origin: Directory | None = None, twin: PreTrainedModel | None = None
     ) -> None:
@@ -49,11 +51,13 @@ class Live:
                 tensors[key] = TensorInfo(tensors[key].shape, self.parameters[name].dtype)
         return dataclasses.replace(hub, tensors=tensors)
 
-    def read(self, name: str) -> Tensor:
-        return self.parameters.read(name).cpu()
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        value = self.parameters.read(name)
+        return value.cpu() if out is None else out.copy_(value)
 
-    def read_expert(self, name: str, expert: int) -> Tensor:
-        return self.parameters.read(name)[expert].cpu()
+    def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
+        value = self.parameters.read(name)[expert]
+        return value.cpu() if out is None else out.copy_(value)
 
     def read_hub(self, key: str) -> Tensor:
         places = self._where.get(key, ())

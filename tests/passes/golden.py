@@ -106,11 +106,13 @@ class Tensors:
     held: Mapping[str, Tensor]
     hub: Hub = dataclasses.field(default_factory=Hub)
 
-    def read(self, name: str) -> Tensor:
-        return self.held[name]
+    concurrent: bool = False
 
-    def read_expert(self, name: str, expert: int) -> Tensor:
-        return self.held[name][expert]
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        return self.held[name] if out is None else out.copy_(self.held[name])
+
+    def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
+        return self.held[name][expert] if out is None else out.copy_(self.held[name][expert])
 
     def read_hub(self, key: str) -> Tensor:
         return self.held[key]
