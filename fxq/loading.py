@@ -26,8 +26,8 @@ def loaded(
 ) -> Generator[tuple[Item, Tensor]]:
     """Every item in order with the tensor that `read` makes of it, on `device`.
 
-    `read` runs on another thread, on several at once if `concurrent`. What it raises is raised where its item would have come; nothing more is
-    read after that, or once the iterator is closed.
+    `read` runs on another thread, on several at once if `concurrent`. What it raises is raised where its item
+    would have come; nothing more is read after that, or once the iterator is closed.
     """
     copies = _Copies(device)
     limit = AHEAD_BYTES[device.type]
