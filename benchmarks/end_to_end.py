@@ -1,0 +1,162 @@
+"""`fxq compile` of whole checkpoints against a plain copy of the same files, and against ModelOpt.
+
+    python benchmarks/end_to_end.py MODEL [MODEL ...] [--spec NAME ...] [--device cuda] [--modelopt PYTHON]
+
+Each MODEL (benchmarks/make_checkpoint.py makes them, with calib.jsonl inside) is read once before the clock
+starts, so that all runs find the files in the page cache. Every run is a process of its own: wall time from
+launch to exit, peak resident memory above that of a process that only imports, peak GPU memory. --modelopt
+names a python that has nvidia-modelopt; it loads the model and runs the recipe nearest to the spec.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+_IMPORTS = """
+import torch, transformers, fxq.compiler, fxq.kernels, fxq.passes, torch.export, torch._dynamo, numba
+import resource
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+_MODELOPT = """
+import json, sys, time
+import torch, modelopt.torch.quantization as mtq
+from modelopt.torch.export import export_hf_checkpoint
+from transformers import AutoModelForCausalLM
+model, out, recipe, device = sys.argv[1:5]
+lines = [json.loads(line)["input_ids"] for line in open(model + "/calib.jsonl")]
+loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device)
+def forward(m):
+    for ids in lines:
+        m(torch.tensor([ids], device=device))
+mtq.quantize(loaded, getattr(mtq, recipe), forward)
+export_hf_checkpoint(loaded, export_dir=out)
+if device == "cuda":
+    print(torch.cuda.max_memory_allocated())
+"""
+
+
+@dataclass
+class Run:
+    """What one process took: seconds, bytes of memory, and bytes of GPU memory."""
+
+    seconds: float
+    memory: int
+    device_memory: int | None = None
+
+
+def process(command: list[str]) -> tuple[Run, str]:
+    """Run a process to its end."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    start = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(f"{' '.join(command[:6])} ... ended with {done.returncode}")
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return Run(seconds, 1024 * memory if memory > before else 0), done.stdout
+
+
+def copy(model: Path, out: Path) -> tuple[float, float]:
+    """Seconds to copy all files, and to have them on the disk."""
+    start = time.perf_counter()
+    shutil.copytree(model, out)
+    copied = time.perf_counter() - start
+    for file in out.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    return copied, time.perf_counter() - start
+
+
+def compile_(model: Path, spec: str, device: str, out: Path) -> tuple[Run, dict[str, object]]:
+    """One `fxq compile` from launch to exit."""
+    command = [sys.executable, "-m", "fxq.cli", "compile", str(model), "--spec", spec, "--out", str(out)]
+    if "weight_only" not in spec:
+        command += ["--calib", str(model / "calib.jsonl")]
+    run, text = process([*command, "--device", device, "--json"])
+    report = json.loads(text)
+    run.memory, run.device_memory = report["peak_host_bytes"], report["peak_device_bytes"]
+    return run, report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--spec", nargs="+", default=["nvfp4_experts_only_mse-fp8_cast_kv"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--scratch", type=Path, help="where outputs are written (default: a temporary directory)"
+    )
+    parser.add_argument("--modelopt", metavar="PYTHON")
+    parser.add_argument("--modelopt-recipe", default="NVFP4_DEFAULT_CFG")
+    arguments = parser.parse_args()
+    imports = int(process([sys.executable, "-c", _IMPORTS])[1])
+    table = Table(title=f"{arguments.device}; imports alone {imports / 2**20:.0f} MiB")
+    for title in (
+        "model",
+        "GB",
+        "run",
+        "s",
+        "GB/s",
+        "of copy",
+        "of copy on disk",
+        "MiB above imports",
+        "GPU GiB",
+    ):
+        table.add_column(title, justify="left" if title in ("model", "run") else "right")
+    for model in arguments.models:
+        measure(model, arguments, imports, table)
+    Console(width=170).print(table)
+
+
+def measure(model: Path, arguments: argparse.Namespace, imports: int, table: Table) -> None:
+    """The rows of one model."""
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+    def row(name: str, run: Run, copied: float, synced: float) -> None:
+        gpu = "-" if run.device_memory is None else f"{run.device_memory / 2**30:.2f}"
+        memory = "-" if not run.memory else f"{(run.memory - imports) / 2**20:.0f}"
+        ratios = (f"{run.seconds / copied:.2f}", f"{run.seconds / synced:.2f}")
+        table.add_row(
+            model.name, f"{size / 1e9:.2f}", name, f"{run.seconds:.1f}", f"{size / run.seconds / 1e9:.2f}",
+            *ratios, memory, gpu,
+        )  # fmt: skip
+
+    for file in model.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as opened:
+            while opened.read(1 << 24):
+                pass
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        copied, synced = copy(model, Path(scratch, "copy"))
+        shutil.rmtree(Path(scratch, "copy"))
+        row("copy", Run(copied, 0), copied, synced)
+        row("copy, on disk", Run(synced, 0), copied, synced)
+        for spec in arguments.spec:
+            run, report = compile_(model, spec, arguments.device, Path(scratch, "out"))
+            shutil.rmtree(Path(scratch, "out"))
+            row(spec, run, copied, synced)
+            print(f"{model.name} {spec}: {report['seconds']}")
+        if arguments.modelopt:
+            out = Path(scratch, "modelopt")
+            command = [arguments.modelopt, "-c", _MODELOPT, str(model), str(out)]
+            run, text = process([*command, arguments.modelopt_recipe, arguments.device])
+            if arguments.device == "cuda":
+                run.device_memory = int(text.split()[-1])
+            row(f"ModelOpt {arguments.modelopt_recipe}", run, copied, synced)
+
+
+if __name__ == "__main__":
+    main()
