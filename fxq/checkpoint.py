@@ -2,11 +2,14 @@
 at all.
 
 Sizes are known before any weight is read, so headers are written first and every tensor goes straight to its
-place: memory is one batch of slices, not one shard.
+place: memory is the batch of slices that is computed and, packed, the one before it; not one shard.
 """
 
+import hashlib
+import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -18,17 +21,21 @@ from torch.fx import Node
 
 from fxq import dialect, nvfp4
 from fxq.amaxes import amax_value
+from fxq.behind import Piece, WriteBehind
 from fxq.cone import WeightCone
 from fxq.errors import CheckpointError
 from fxq.formats import modelopt
 from fxq.nodes import int_at, node_at
 from fxq.nvfp4 import Packed
-from fxq.output import Shards, appearing, nbytes, write_json
+from fxq.output import Block, Shards, nbytes, pieces, write_json
 from fxq.plan import plan as planned
 from fxq.program import Program, WeightSource
+from fxq.workdir import PART, Work, writing
 
 FORMATS: dict[str, ModuleType] = {"modelopt": modelopt}
 SHARD_BYTES = 5_000_000_000
+# Tensors that are carried through are read and written so many bytes at a time.
+PIECE_BYTES = 16 << 20
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _REPLACED = (
     "config.json",
@@ -57,32 +64,39 @@ def write(
     source: WeightSource,
     config: Mapping[str, Any],
     side_files: Path | None,
-    out: Path,
+    work: Work,
     *,
     format: str = "modelopt",
     device: torch.device | None = None,
     shard_bytes: int = SHARD_BYTES,
     step: Callable[[], None] = lambda: None,
 ) -> Written:
-    """Run the lowered program into the directory `out`, which appears complete or not at all.
+    """Run the lowered program and turn the work directory into the output, complete.
 
     config: the source's config.json. side_files: a directory whose tokenizer, chat template and other files
-    are copied as they are. Raises CheckpointError if `out` holds something, or if what would be written
-    breaks the contract.
+    are copied as they are. What an interrupted run of the same program wrote is checked and kept. Raises
+    CheckpointError if there is no room, or if what would be written breaks the contract.
     """
     plan = planned(program, FORMATS[format])
-    with appearing(out) as work:
-        shards = Shards(work, plan.infos, shard_bytes)
-        writer = _Writer(program, source, FORMATS[format], shards, device or torch.device("cpu"), step)
-        writer.run()
+    shards = Shards(work.model, plan.infos, shard_bytes)
+    with writing(work.out), closing(shards):
+        work.clear(shards.names)
+        work.check_space(sum(shards.sizes))
+        shards.open()
+        with WriteBehind(shards, work.journal, _version(program, shards)) as behind:
+            writer = _Writer(
+                program, source, FORMATS[format], shards, behind, device or torch.device("cpu"), step
+            )
+            writer.run()
         shards.finish()
         ours, nested = FORMATS[format].configs(
             config, plan.excluded, has_inputs=all(plan.linears.values()), kv_format=plan.kv_format
         )
-        write_json(work / "config.json", ours)
-        write_json(work / "hf_quant_config.json", nested)
         if side_files is not None:
-            _copy_side_files(side_files, work)
+            _copy_side_files(side_files, work.model)
+        write_json(work.model / "hf_quant_config.json", nested)
+        write_json(work.model / f"config.json{PART}", ours)
+        work.publish([*shards.names, "config.json"])
     written = writer.written
     written.excluded = plan.excluded
     written.linears = tuple(key.removesuffix(".weight") for key in plan.linears)
@@ -93,9 +107,17 @@ def write(
     return written
 
 
+def _version(program: Program, shards: Shards) -> str:
+    """What the bytes of every piece depend on, besides the source: where tensors lie, and what calibration
+    found."""
+    values = {name: float(value) for name, value in sorted(program.values.items())}
+    content = json.dumps([[header.decode("latin-1") for header in shards.headers], values])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
 class _Writer:
     """Interprets the program: weights of one source tensor are packed in one launch, scalars come from
-    calibration."""
+    calibration. A weight with its scales, a cache's scales and an untouched tensor are a piece each."""
 
     def __init__(
         self,
@@ -103,10 +125,12 @@ class _Writer:
         source: WeightSource,
         format: ModuleType,
         shards: Shards,
+        behind: WriteBehind,
         device: torch.device,
         step: Callable[[], None],
     ) -> None:
         self.program, self.source, self.format, self.shards, self.step = program, source, format, shards, step
+        self.behind = behind
         self.cone = WeightCone(program, source, device)
         self.written = Written()
         self.scalars: dict[str, dict[str, Tensor]] = {}
@@ -118,58 +142,100 @@ class _Writer:
             if node.target in (dialect.STORE_LINEAR, dialect.STORE_ROWS):
                 stores.setdefault(node.args[1], []).append(node)
             elif node.target is dialect.STORE_KV and node.args[1] is not None:
-                amaxes = [amax_value(a, self.program.values) for a in node.args[1:]]
-                self._put(self.format.kv_tensors(node.args[0], *amaxes))
+                self._store_kv(node)
             elif node.target is dialect.STORE:
-                self.shards.put(node.args[0], self.source.read_hub(str(node.args[1].args[0])))
-                self.step()
-        packs: dict[Node, list[Node]] = {}
-        for pack in stores:
-            packs.setdefault(node_at(pack, 0), []).append(pack)
-        for weights, values in self.cone.batches(packs):
-            self._pack([packs[w][0] for w in weights], values, stores)
+                self._copy(str(node.args[0]), str(node.args[1].args[0]))
+        self._pack_all(stores)
 
-    def _pack(self, packs: list[Node], values: Tensor, stores: Mapping[Node, list[Node]]) -> None:
+    def _store_kv(self, store: Node) -> None:
+        amaxes = [amax_value(node_at(store, i), self.program.values) for i in (1, 2)]
+        name = f"{store.args[0]} cache"
+        if name not in self.behind.finished:
+            self.behind.put([Piece(name, self._whole(self.format.kv_tensors(store.args[0], *amaxes)))])
+
+    def _copy(self, key: str, hub_key: str) -> None:
+        """Carry a tensor through as it is, a piece at a time."""
+        if key not in self.behind.finished:
+            for first, values in pieces(self.source.read_hub(hub_key), PIECE_BYTES):
+                block = self.shards.piece(key, first, values)
+                self.behind.put([Piece(key, [block], last=self.shards.left[key] == 0)])
+        self.step()
+
+    def _pack_all(self, stores: Mapping[Node, list[Node]]) -> None:
+        packs: dict[Node, list[Node]] = {}
+        errors: dict[Node, tuple[float, float]] = {}
+        for pack, users in stores.items():
+            if (note := self.behind.finished.get(_piece_name(users))) is not None:
+                errors[pack] = (note[0], note[1])
+                for _ in users:
+                    self.step()
+            else:
+                packs.setdefault(node_at(pack, 0), []).append(pack)
+        for weights, values in self.cone.batches(packs):
+            errors |= self._pack([packs[w][0] for w in weights], values, stores)
+        for pack in stores:  # in their order, whatever was written when
+            self.written.errors[_weight_name(node_at(pack, 0))] = errors[pack]
+            self.written.weights += node_at(pack, 0).meta["val"].numel()
+
+    def _pack(
+        self, packs: list[Node], values: Tensor, stores: Mapping[Node, list[Node]]
+    ) -> dict[Node, tuple[float, float]]:
+        """Pack a batch of weights and have it written; returns the squared error and energy of each."""
         amax = torch.stack([amax_value(node_at(p, 1), self.program.values) for p in packs]).to(values.device)
         scale = str(packs[0].kwargs["scale"])
         measured = nvfp4.quantize_measured(values, amax, scale)
         errors, energies = measured.error.tolist(), measured.energy.tolist()
         packed = Packed(measured.weight.cpu(), measured.scale.cpu(), measured.scale_2.cpu())
+        found = dict(zip(packs, zip(errors, energies, strict=True), strict=True))
+        batch = []
         for i, pack in enumerate(packs):
-            self.written.errors[_weight_name(node_at(pack, 0))] = (errors[i], energies[i])
-            self.written.weights += values[i].numel()
+            blocks: list[Block] = []
             for store in stores[pack]:
                 rows = slice(store.kwargs["start"], store.kwargs["end"])
-                self._store(store, Packed(packed.weight[i, rows], packed.scale[i, rows], packed.scale_2[i]))
+                part = Packed(packed.weight[i, rows], packed.scale[i, rows], packed.scale_2[i])
+                blocks += self._blocks(store, part)
                 self.step()
+            batch.append(Piece(_piece_name(stores[pack]), blocks, found[pack]))
+        self.behind.put(batch)
+        return found
 
-    def _store(self, store: Node, packed: Packed) -> None:
+    def _blocks(self, store: Node, packed: Packed) -> list[Block]:
+        """What one store writes."""
         held = store.args[2]
         input_amax = amax_value(held, self.program.values) if isinstance(held, Node) else None
         if store.target is dialect.STORE_LINEAR:
             key = f"{store.args[0]}.weight"
-            self._put(self.format.weight_tensors(key, packed))
-            self._put(self.format.scalar_tensors(key, packed, input_amax))
-            return
+            tensors = self.format.weight_tensors(key, packed)
+            return self._whole({**tensors, **self.format.scalar_tensors(key, packed, input_amax)})
         key, options = str(store.args[0]), cast(dict[str, Any], store.kwargs)
+        blocks = []
         for name, block in self.format.weight_tensors(key, packed).items():
             _check_value(name, block)
             turned = block.T if options["transposed"] else block
             rows = range(len(turned)) if options["transposed"] else range(*options["rows"])
-            self.shards.put_rows(name, turned, rows, expert=options["expert"], experts=options["experts"])
+            blocks.append(
+                self.shards.rows(name, turned, rows, expert=options["expert"], experts=options["experts"])
+            )
         scalars = self.format.scalar_tensors(key, packed, input_amax)
-        if key not in self.scalars:
-            self._put(scalars)
         for name, value in self.scalars.setdefault(key, scalars).items():
             if not torch.equal(value, scalars[name]):
                 raise CheckpointError(
                     f"{name}: %{store.name} brings {float(scalars[name])}, another of its rows {float(value)}"
                 )
+        return blocks + self._whole({n: value for n, value in scalars.items() if self.shards.left[n]})
 
-    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+    def _whole(self, tensors: Mapping[str, Tensor]) -> list[Block]:
         for key, tensor in tensors.items():
             _check_value(key, tensor)
-            self.shards.put(key, tensor)
+        return [self.shards.whole(key, tensor) for key, tensor in tensors.items()]
+
+
+def _piece_name(stores: Sequence[Node]) -> str:
+    """What a packed weight becomes: it is the first there."""
+    store = stores[0]
+    if store.target is dialect.STORE_LINEAR:
+        return f"{store.args[0]}.weight"
+    return f"{store.args[0]} expert {store.kwargs['expert']} rows {store.kwargs['rows']}"
 
 
 def _weight_name(w: Node) -> tuple[str, int | None]:

@@ -7,7 +7,9 @@ import argparse
 import contextlib
 import json
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,16 +59,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.debug:
         return int(arguments.run(arguments))
     try:
-        return int(arguments.run(arguments))
+        with _terminable():
+            return int(arguments.run(arguments))
     except FxqError as error:
-        print(f"fxq: {error}", file=sys.stderr)
+        print("\n".join([f"fxq: {error}", *_notes(error)]), file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("fxq: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        what = "\n".join(_notes(error)) or "nothing was written"
+        print(f"fxq: interrupted; {what}", file=sys.stderr)
+        return 143 if isinstance(error, _Terminated) else 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does: with its work kept."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM is an exception; only the main thread can have it so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         type=Path,
         help="new or empty directory; appears whole or not at all",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with what an interrupted run left beside DIR: finished work is checked, not redone",
     )
     add("--calib", metavar="FILE", type=Path, help='JSON lines of {"text": ...} or {"input_ids": [...]}')
     add("--samples", type=int, default=128, metavar="N", help="calibration lines to use (default 128)")
@@ -166,6 +200,7 @@ def _compile(arguments: argparse.Namespace) -> int:
         chosen,
         calib=arguments.calib,
         out=arguments.out,
+        resume=arguments.resume,
         evaluate=arguments.eval,
         samples=arguments.samples,
         seq_len=arguments.seq_len,

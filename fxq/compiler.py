@@ -7,19 +7,20 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor
 from torch.fx import Graph
 from transformers import PreTrainedModel
 
+from fxq import __version__, checkpoint, identity, pipeline
 from fxq import calib as calibration
-from fxq import checkpoint, pipeline
 from fxq.errors import CheckpointError, SourceError, SpecError, TraceError, choices
 from fxq.interpret import Simulate, Streaming, Unquantized
 from fxq.passes import PASSES
@@ -31,6 +32,9 @@ from fxq.sources.encoding import without_encoding
 from fxq.spec import Spec, load
 from fxq.trace import trace
 from fxq.twin import Twin, load_config, load_tokenizer, twin_of_config, twin_of_model
+from fxq.workdir import Work, check_empty, working, writing
+
+Run = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +63,10 @@ class Compiled:
     completes it.
     """
 
-    def __init__(self, model: Model, program: Program, session: Session, report: Report) -> None:
-        self._model, self._session = model, session
+    def __init__(
+        self, model: Model, program: Program, session: Session, report: Report, run: Callable[..., Run]
+    ) -> None:
+        self._model, self._session, self._run = model, session, run
         self.program, self.report = program, report
 
     @property
@@ -71,15 +77,24 @@ class Compiled:
     def scales(self) -> Mapping[str, Tensor]:
         return MappingProxyType(self.program.values)
 
-    def save(self, out: str | Path, *, shard_bytes: int = checkpoint.SHARD_BYTES) -> Report:
-        """Write the checkpoint into `out`, which must not exist or be empty; it appears whole or not at
-        all."""
+    def save(
+        self, out: str | Path, *, shard_bytes: int = checkpoint.SHARD_BYTES, resume: bool = False
+    ) -> Report:
+        """Write the checkpoint into `out`, which must not exist or be empty; it appears whole or not at all.
+
+        resume: go on with what an interrupted `save` or `compile` of the same model left beside `out`.
+        """
+        out = Path(out).expanduser()
+        check_output(out, self._model.directory)
+        with working(out, resume=resume) as work:
+            work.begin(self._run(shard_bytes))
+            return self._write(work, out, shard_bytes)
+
+    def _write(self, work: Work, out: Path, shard_bytes: int) -> Report:
         if self.program.calibrated is None:
             raise CheckpointError(
                 f"{self.report.spec}: the spec has no `lower` pass, so there is nothing to write"
             )
-        out = Path(out).expanduser()
-        check_output(out, self._model.directory)
         nodes = len(self.program.graph.nodes)
         with _timed(self.report, "write"), self._session.progress("pack and write", nodes) as step:
             written = checkpoint.write(
@@ -87,7 +102,7 @@ class Compiled:
                 self._model.source,
                 self._model.config,
                 self._model.directory,
-                out,
+                work,
                 device=self._session.device,
                 shard_bytes=shard_bytes,
                 step=step,
@@ -137,6 +152,8 @@ def compile(
     *,
     calib: object = None,
     out: str | Path | None = None,
+    resume: bool = False,
+    shard_bytes: int = checkpoint.SHARD_BYTES,
     evaluate: object = None,
     samples: int = 128,
     seq_len: int = 512,
@@ -150,7 +167,9 @@ def compile(
 
     model: a Hugging Face directory with safetensors, or a live model (left as it is). spec: a shipped spec's
     name, a YAML file, or a Spec. calib: a .jsonl path or an iterable of texts, id lists or such mappings;
-    the first `samples` are used, cut to `seq_len` tokens each. evaluate: text, given alike, to measure
+    the first `samples` are used, cut to `seq_len` tokens each. resume: go on with what an interrupted run of
+    the same arguments left beside `out`, if there is anything; the output is the same, byte for byte.
+    shard_bytes: about how large the files of the output become. evaluate: text, given alike, to measure
     perplexity on. device: "cpu" or "cuda", where calibration and packing run. allow_partial: weights that
     the spec asks for and that cannot be quantized are left as they are, with a warning, instead of an error.
     Raises SpecError, SourceError, TraceError, VerifyError or CheckpointError; on any of them nothing is
@@ -171,22 +190,28 @@ def compile(
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     report = Report(chosen.name)
-    opened = open_model(model, trust_remote_code=trust_remote_code)
-    ids = _samples(opened, calib, samples, seq_len) if calib is not None else None
-    with _timed(report, "trace"):
-        program = opened.program
-    batches = _batches(program, ids) if ids is not None else None
-    session = Session(opened.source, where, batches, progress)
-    report.calibration_tokens = sum(batch.numel() for batch in batches or ())
-    with _timed(report, "passes"):
-        pipeline.run(chosen.passes, program, session)
-    report.count(program.calibrated or program.graph, program)
-    compiled = Compiled(opened, program, session, report)
-    _measure_memory(report, where)
-    if evaluate is not None:
-        compiled.perplexity(evaluate)
-    if out is not None:
-        compiled.save(out)
+    with working(Path(out).expanduser(), resume=resume) if out is not None else nullcontext() as work:
+        opened = open_model(model, trust_remote_code=trust_remote_code)
+        ids = _samples(opened, calib, samples, seq_len) if calib is not None else None
+        run = functools.partial(run_of, opened, chosen, ids, where)
+        if work is not None:
+            work.begin(run(shard_bytes))
+        with _timed(report, "trace"):
+            program = opened.program
+        batches = _batches(program, ids) if ids is not None else None
+        session = Session(opened.source, where, batches, progress)
+        if work is not None:
+            session.found = work.calibrations()
+        report.calibration_tokens = sum(batch.numel() for batch in batches or ())
+        with _timed(report, "passes"):
+            pipeline.run(chosen.passes, program, session)
+        report.count(program.calibrated or program.graph, program)
+        compiled = Compiled(opened, program, session, report, run)
+        _measure_memory(report, where)
+        if evaluate is not None:
+            compiled.perplexity(evaluate)
+        if work is not None and out is not None:
+            compiled._write(work, Path(out), shard_bytes)
     return compiled
 
 
@@ -285,13 +310,29 @@ def _batches(program: Program, samples: Sequence[Sequence[int]]) -> list[Tensor]
 
 
 def check_output(out: Path, model: Path | None) -> None:
-    """CheckpointError if `out` holds something already or lies inside the model's directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(
-            f"{out}: expected a new or empty directory, found {'files in it' if out.is_dir() else 'a file'}"
-        )
+    """CheckpointError if `out` holds something already, can be no directory, or lies inside the model's."""
+    with writing(out):
+        check_empty(out)
     if model is not None and model.resolve() in (out.resolve(), *out.resolve().parents):
         raise CheckpointError(f"{out}: lies inside the model's directory {model}, which fxq does not touch")
+
+
+def run_of(
+    model: Model, spec: Spec, ids: Sequence[Sequence[int]] | None, device: torch.device, shard_bytes: int
+) -> Run:
+    """Everything that decides what a run writes, in JSON: two runs of equal values write equal bytes."""
+    versions = {"fxq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    files = identity.of_directory(model.directory) if model.directory is not None else {}
+    return {
+        "versions": versions,
+        "passes": "; ".join(map(repr, spec.passes)),
+        "model": files,
+        "parameters": identity.of_live(model.source) if isinstance(model.source, Live) else "of the files",
+        "config": identity.of_config(model.config),
+        "calibration": identity.of_samples(ids),
+        "device": identity.of_device(device),
+        "shard_bytes": shard_bytes,
+    }
 
 
 def with_options(spec: Spec, format: str | None, allow_partial: bool) -> Spec:

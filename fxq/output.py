@@ -1,19 +1,21 @@
-"""Output files: safetensors shards with headers before their data, in a directory that appears whole."""
+"""Output files: safetensors shards with headers before their data, written at any place in any order."""
 
+import ctypes
+import errno
 import json
 import os
-import shutil
-import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxq.errors import CheckpointError
 from fxq.program import TensorInfo
+from fxq.workdir import PART
 
 _NAMES = {
     torch.bfloat16: "BF16",
@@ -29,10 +31,34 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+INDEX = "model.safetensors.index.json"
+_READ_BYTES = 16 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class Span(NamedTuple):
+    """`runs` times `size` bytes of a tensor: the first at byte `start`, the next `stride` further."""
+
+    key: str
+    start: int
+    size: int
+    runs: int = 1
+    stride: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Values, and the bytes of a tensor that they are to fill."""
+
+    span: Span
+    values: Tensor
 
 
 class Shards:
-    """Safetensors files whose headers are written before their data."""
+    """Safetensors files, called `*.part`, of which every tensor's place is known before it is written.
+
+    Raises CheckpointError if a block does not fit its tensor, or if bytes are given twice or never.
+    """
 
     def __init__(self, directory: Path, infos: Mapping[str, TensorInfo], shard_bytes: int) -> None:
         self.directory, self.infos = directory, infos
@@ -43,12 +69,14 @@ class Shards:
             for i in range(total)
         ]
         self.place: dict[str, tuple[int, int]] = {}
-        self.files: list[BinaryIO] = []
-        for index, keys in enumerate(groups):
-            self.files.append(self._start(index, keys))
+        self.headers = [self._layout(index, keys) for index, keys in enumerate(groups)]
+        sizes = [sum(nbytes(infos[key]) for key in keys) for keys in groups]
+        self.sizes = [len(header) + size for header, size in zip(self.headers, sizes, strict=True)]
         self.left = {key: nbytes(info) for key, info in infos.items()}
+        self.files: list[int] = []
 
-    def _start(self, index: int, keys: list[str]) -> BinaryIO:
+    def _layout(self, index: int, keys: list[str]) -> bytes:
+        """The header of one shard."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         # Wide types first, so that every tensor is aligned.
         offset = 0
@@ -63,22 +91,35 @@ class Shards:
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        file = (self.directory / self.names[index]).open("w+b")
-        file.write(len(text).to_bytes(8, "little") + text)
-        start = file.tell()
-        file.truncate(start + offset)
-        self.place.update({k: (index, self.place[k][1] + start) for k in keys})
-        return file
+        self.place.update({k: (index, self.place[k][1] + 8 + len(text)) for k in keys})
+        return len(text).to_bytes(8, "little") + text
 
-    def put(self, key: str, tensor: Tensor) -> None:
-        """Write one tensor where the header says it is."""
+    def open(self) -> None:
+        """Make the files, or take up those that an interrupted run left."""
+        for name, header, size in zip(self.names, self.headers, self.sizes, strict=True):
+            file = os.open(self.directory / f"{name}{PART}", os.O_RDWR | os.O_CREAT, 0o666)
+            self.files.append(file)
+            os.ftruncate(file, size)
+            _reserve(file, size)
+            _pwrite(file, memoryview(header), 0)
+
+    def whole(self, key: str, tensor: Tensor) -> Block:
+        """All of a tensor."""
         info = self.infos[key]
-        if TensorInfo(tuple(tensor.shape), tensor.dtype) != info or self.left[key] != nbytes(info):
+        if TensorInfo(tuple(tensor.shape), tensor.dtype) != info:
             raise CheckpointError(f"{key}: expected {info} once, found {tuple(tensor.shape)} {tensor.dtype}")
-        self._write(key, 0, tensor)
+        return self._block(Span(key, 0, tensor.nbytes), tensor)
 
-    def put_rows(self, key: str, block: Tensor, rows: range, *, expert: int, experts: int) -> None:
-        """Write `block` [n, width] as rows `rows` of one expert of a tensor seen as [experts, ., width]."""
+    def piece(self, key: str, first: int, tensor: Tensor) -> Block:
+        """What a tensor has along its first dimension from `first` on."""
+        info = self.infos[key]
+        if tensor.dtype != info.dtype or tensor.shape[1:] != info.shape[1:]:
+            raise CheckpointError(f"{key}: expected {info}, found {tuple(tensor.shape)} {tensor.dtype} in it")
+        row = nbytes(info) // max(1, info.shape[0]) if info.shape else 0
+        return self._block(Span(key, first * row, tensor.nbytes), tensor)
+
+    def rows(self, key: str, block: Tensor, rows: range, *, expert: int, experts: int) -> Block:
+        """`block` [n, width] as rows `rows` of one expert of a tensor seen as [experts, ., width]."""
         info = self.infos[key]
         width = info.shape[-1]
         tall = torch.Size(info.shape).numel() // width // experts
@@ -88,38 +129,80 @@ class Shards:
                 f"{expert} of {experts}"
             )
         row = width * info.dtype.itemsize
-        first = expert * tall
+        start = (expert * tall + rows.start) * row
         if rows.step == 1:
-            self._write(key, (first + rows.start) * row, block)
-        else:
-            for number, values in zip(rows, block, strict=True):
-                self._write(key, (first + number) * row, values)
+            return self._block(Span(key, start, block.nbytes), block)
+        return self._block(Span(key, start, row, len(rows), rows.step * row), block)
 
-    def _write(self, key: str, start: int, values: Tensor) -> None:
-        index, offset = self.place[key]
-        self.files[index].seek(offset + start)
-        self.files[index].write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self.left[key] -= values.nbytes
-        if self.left[key] < 0:
-            raise CheckpointError(f"{key}: written more than once")
+    def _block(self, span: Span, values: Tensor) -> Block:
+        self.claim(span)
+        return Block(span, values)
+
+    def claim(self, span: Span) -> None:
+        """Count these bytes as given."""
+        if span.size * span.runs > self.left[span.key]:
+            raise CheckpointError(f"{span.key}: written more than once")
+        self.left[span.key] -= span.size * span.runs
+
+    def write(self, block: Block, crc: int = 0) -> int:
+        """Write a block; returns the CRC-32 of its bytes after those that `crc` is of."""
+        span = block.span
+        data = block.values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        file, offset = self._at(span)
+        for run in range(span.runs):
+            _pwrite(file, data[run * span.size : (run + 1) * span.size], offset + run * span.stride)
+        return zlib.crc32(data, crc)
+
+    def checksum(self, span: Span, crc: int = 0) -> int:
+        """The CRC-32 of what the file holds there, after the bytes that `crc` is of."""
+        file, offset = self._at(span)
+        for run in range(span.runs):
+            for start in range(0, span.size, _READ_BYTES):
+                size = min(_READ_BYTES, span.size - start)
+                crc = zlib.crc32(os.pread(file, size, offset + run * span.stride + start), crc)
+        return crc
+
+    def _at(self, span: Span) -> tuple[int, int]:
+        index, offset = self.place[span.key]
+        return self.files[index], offset + span.start
 
     def finish(self) -> None:
-        """Flush to the disk and write the index; CheckpointError if a promised tensor is not all there."""
+        """Bring all to the disk and write the index; CheckpointError if bytes of a tensor are missing."""
         if missing := [key for key, left in self.left.items() if left]:
             raise CheckpointError(
                 f"{missing[0]}: planned but not fully written ({len(missing)} such tensors)"
             )
         for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+            os.fsync(file)
         if len(self.names) > 1:
             weight_map = {key: self.names[self.place[key][0]] for key in self.infos}
             total = sum(nbytes(info) for info in self.infos.values())
             write_json(
-                self.directory / "model.safetensors.index.json",
+                self.directory / f"{INDEX}{PART}",
                 {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
             )
+            self.names.append(INDEX)
+
+    def close(self) -> None:
+        while self.files:
+            os.close(self.files.pop())
+
+
+def _reserve(file: int, size: int) -> None:
+    """Take the disk space of a file where the file system can: a full disk or a quota shows now, not hours
+    later. (`os.posix_fallocate` would write to every block where it cannot.)"""
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is None:
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(file, 0, 0, size) != 0 and ctypes.get_errno() in _FULL:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _pwrite(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
 
 
 def _split(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]:
@@ -144,45 +227,17 @@ def nbytes(info: TensorInfo) -> int:
     return torch.Size(info.shape).numel() * info.dtype.itemsize
 
 
-@contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A work directory beside `out` that becomes `out` when the block succeeds and vanishes when it fails."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot write there: {error.strerror}") from error
-    try:
-        yield work
-        _sync_directory(work)
-        os.chmod(work, 0o777 & ~_umask())
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        os.rename(work, out)
-        _sync_directory(out.parent)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot write: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def pieces(tensor: Tensor, most: int) -> Iterator[tuple[int, Tensor]]:
+    """A tensor in consecutive parts of its first dimension, each about `most` bytes: (first, values)."""
+    if tensor.dim() == 0 or tensor.nbytes <= most:
+        yield 0, tensor
+        return
+    step = max(1, most * len(tensor) // tensor.nbytes)
+    for first in range(0, len(tensor), step):
+        yield first, tensor[first : first + step]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -1,10 +1,10 @@
 """A pipeline is a tuple of passes: checked for order before anything is traced, and for truth after each
 pass ran."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,13 +30,15 @@ class Session:
     """What calibration passes run with: where weights come from, the calibration batches, the device.
 
     batches: int64 [B, S] each, every row a whole sample (no padding); None when only the graph is wanted.
-    progress: `with progress(label, total) as step` shows a bar that `step()` advances.
+    progress: `with progress(label, total) as step` shows a bar that `step()` advances. found: calibration
+    pass -> what it found (`Program.found`); one that is there already is not run again.
     """
 
     source: WeightSource
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batches: Sequence[Tensor] | None = None
     progress: Progress = field(default_factory=lambda: no_progress)
+    found: MutableMapping[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -102,10 +104,10 @@ def run(
     """Run each pass, tidy and verify the graph, and hold the pass to what it ensures; `after` sees every
     stage."""
     checked = verify(program.graph)
-    for step in passes:
+    for number, step in enumerate(passes, 1):
         _hold(step.requires, step, program, "requires", session)
         if isinstance(step, CalibrationPass):
-            count = step.calibrate(program, session) if session is not None else 0
+            count = _calibrate(step, f"{number} {step.name}", program, session)
         else:
             count = step.run(program)
         tidy(program.graph)
@@ -114,6 +116,19 @@ def run(
             _hold(step.ensures, step, program, "ensures", session)
         after(step, program, count)
     return program
+
+
+def _calibrate(step: CalibrationPass, place: str, program: Program, session: Session | None) -> int:
+    """Run a calibration pass, or take what it found before the run was interrupted."""
+    if session is None:
+        return 0
+    before = len(program.values)
+    if place in session.found:
+        program.restore(session.found[place])
+        return len(program.values) - before
+    count = step.calibrate(program, session)
+    session.found[place] = program.found()
+    return count
 
 
 def _hold(facts: Iterable[Fact], step: Pass, program: Program, verb: str, session: Session | None) -> None:

@@ -3,7 +3,7 @@ calibration found."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -119,6 +119,22 @@ class Program:
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+
+    def found(self) -> dict[str, Any]:
+        """All that calibration found so far, in JSON; float32 survives exactly."""
+        return {
+            "values": {name: float(value) for name, value in self.values.items()},
+            "tokens": {name: counts.tolist() for name, counts in self.tokens.items()},
+            "bootstrapped": sorted(self.bootstrapped),
+        }
+
+    def restore(self, found: Mapping[str, Any]) -> None:
+        """Take over what `found` gave in another process."""
+        for name, value in found["values"].items():
+            self.values[name] = torch.tensor(value, dtype=torch.float32)
+        for name, counts in found["tokens"].items():
+            self.tokens[name] = torch.tensor(counts, dtype=torch.int64)
+        self.bootstrapped.update(found["bootstrapped"])
 
 
 class WeightSource(Protocol):

@@ -1,0 +1,93 @@
+"""Writing on a thread of its own while the next weights are computed, and a record of what is written, from
+which an interrupted run goes on.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from fxq.journal import Journal
+from fxq.output import Block, Shards, Span
+
+# Batches that wait to be written while the next is computed: so many, beside that one, are alive.
+BATCHES_BEHIND = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is done or not done as one: blocks of tensors.
+
+    name: one of a kind in the run. note: what to remember of it, JSON. last: whether these blocks complete
+    it; those of a large tensor come a few at a time.
+    """
+
+    name: str
+    blocks: Sequence[Block]
+    note: Any = None
+    last: bool = True
+
+
+class WriteBehind:
+    """Writes pieces into shards, at most BATCHES_BEHIND batches later.
+
+    finished: name -> note of the pieces that an interrupted run wrote and that read back as they were
+    written; their bytes count as given. version: differs if the same pieces would have other bytes. What
+    fails on the thread is raised by the next `put`, or at the end of the `with` block.
+    """
+
+    def __init__(self, shards: Shards, journal: Journal, version: str) -> None:
+        self.shards, self.journal = shards, journal
+        self.finished = dict[str, Any]()
+        self._begun: dict[str, tuple[int, list[Span]]] = {}
+        self._pending: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fxq-write")
+        self._take_over(version)
+        journal.append({"version": version})
+
+    def _take_over(self, version: str) -> None:
+        current, found = None, dict[str, tuple[int, list[Span], Any]]()
+        for record in self.journal:
+            current = record.get("version", current)
+            if current == version and "piece" in record:
+                name, crc, spans, note = record["piece"]
+                found[name] = crc, [Span(*span) for span in spans], note
+        for name, (expected, spans, note) in found.items():
+            crc = 0
+            for span in spans:
+                crc = self.shards.checksum(span, crc)
+            if crc == expected:
+                self.finished[name] = note
+                for span in spans:
+                    self.shards.claim(span)
+
+    def put(self, batch: Sequence[Piece]) -> None:
+        """Have a batch of pieces written; returns as soon as few enough are waiting."""
+        while len(self._pending) >= BATCHES_BEHIND:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._write, batch))
+
+    def _write(self, batch: Sequence[Piece]) -> None:
+        for piece in batch:
+            crc, spans = self._begun.pop(piece.name, (0, []))
+            for block in piece.blocks:
+                crc = self.shards.write(block, crc)
+                spans.append(block.span)
+            if piece.last:
+                self.journal.append({"piece": [piece.name, crc, spans, piece.note]})
+            else:
+                self._begun[piece.name] = crc, spans
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            while error is None and self._pending:
+                self._pending.popleft().result()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
