@@ -1,7 +1,9 @@
 """Weights without the model: views and slices of parameters, evaluated many at a time."""
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -26,12 +28,17 @@ class WeightCone:
 
     def __init__(self, program: Program, source: WeightSource, device: torch.device) -> None:
         self.program, self.source, self.device = program, source, device
+        self.memory = _Memory(device)
 
     def batches(self, nodes: Iterable[Node]) -> Iterator[tuple[list[Node], Tensor]]:
         """The given nodes, each a weight [out, in], grouped by source tensor: (nodes, values [n, out, in] on
-        the device). The next are read meanwhile."""
+        the device). The next are read meanwhile; the values last until the next are asked for."""
         parts, concurrent = self._parts(nodes), self.source.concurrent
-        return loaded(parts, self._stacked, nbytes=_total, device=self.device, concurrent=concurrent)
+        for part, values in loaded(
+            parts, self._stacked, nbytes=_total, device=self.device, concurrent=concurrent
+        ):
+            yield part, values
+            self.memory.take_back(values)
 
     def _parts(self, nodes: Iterable[Node]) -> Iterator[list[Node]]:
         by_parameter: dict[str, list[Node]] = defaultdict(list)
@@ -44,7 +51,7 @@ class WeightCone:
 
     def _stacked(self, nodes: list[Node]) -> Tensor:
         val = nodes[0].meta["val"]
-        values = staging((len(nodes), *val.shape), val.dtype, self.device)
+        values = self.memory.lend((len(nodes), *val.shape), val.dtype)
         for node, value in zip(nodes, values, strict=True):
             self._fill(node, value)
         return values
@@ -64,6 +71,36 @@ class WeightCone:
             return self.source.read(str(node.target))
         args = cast(tuple[Any, ...], map_arg(node.args, self._computed))
         return cast(Callable[..., Tensor], node.target)(*args, **node.kwargs)
+
+
+class _Memory:
+    """Where batches are read into: on the CPU the same few buffers again and again, as an allocator would
+    keep many more; for a GPU pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.most = device, BATCH_BYTES[device.type]
+        self.spare: list[Tensor] = []
+        self.lent: dict[int, Tensor] = {}
+        self.lock = Lock()
+
+    def lend(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self.device.type == "cuda" or not 0 < nbytes <= self.most:
+            return staging(shape, dtype, self.device)
+        with self.lock:
+            fitting = [i for i, buffer in enumerate(self.spare) if len(buffer) >= nbytes]
+            if fitting:
+                buffer = self.spare.pop(fitting[0])
+            else:  # what is spare is too small: let it go
+                self.spare, buffer = [], torch.empty(nbytes, dtype=torch.uint8)
+            self.lent[buffer.data_ptr()] = buffer
+        return buffer[:nbytes].view(dtype).view(*shape)
+
+    def take_back(self, values: Tensor) -> None:
+        with self.lock:
+            buffer = self.lent.pop(values.data_ptr(), None)
+            if buffer is not None:
+                self.spare.append(buffer)
 
 
 def _expert_of_parameter(node: Node) -> tuple[str, bool] | None:

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxq import dialect, loading, nvfp4, text
 from fxq.bootstrap import Bootstrap
+from fxq.cone import WeightCone
 from fxq.errors import SourceError
 from fxq.interpret import Max, Simulate, Streaming, Unquantized
 from fxq.program import Hub, Program
@@ -296,6 +297,17 @@ def test_a_broken_expert_is_named_by_max_and_by_bootstrap(value: float, word: st
     assert len(str(caught.value).splitlines()) <= 3
     with pytest.raises(SourceError, match=f"w.*expert 2.*{word}"):
         Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
+
+
+def test_batches_of_weights_come_in_the_memory_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", 1)
+    program, source = _chain()
+    weights = [n for n in program.graph.nodes if n.op == "get_attr"]
+    places = set()
+    for nodes, values in WeightCone(program, source, CPU).batches(weights):
+        assert torch.equal(values[0], source.tensors[str(nodes[0].target)])
+        places.add(values.data_ptr())
+    assert len(places) <= 4  # the one in use and the next; the first is the smallest and cannot be used again
 
 
 def test_a_broken_activation_is_named() -> None:
