@@ -2,6 +2,7 @@
 is traced."""
 
 import json
+import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from fxq.errors import SourceError
 
 TOKENS_PER_BATCH = 4096
+LONGEST_LINE = 1 << 26  # bytes
 Encode = Callable[[str], Sequence[int]]
 
 
@@ -28,11 +30,11 @@ def load_samples(
     """
     found: list[list[int]] = []
     for where, item in _items(calib):
-        for ids in _rows(item, encode, where):
+        for ids in _rows(item, _named(encode, where), where):
             for token in ids[:length]:
                 if not 0 <= token < vocabulary:
                     raise SourceError(
-                        f"{where}: token id {token} is outside the model's vocabulary of {vocabulary}"
+                        f"{where}: token id {_short(token)} is outside the model's vocabulary of {vocabulary}"
                     )
             if ids and len(found) < samples:
                 found.append(ids[:length])
@@ -66,21 +68,43 @@ def _items(calib: object) -> Iterable[tuple[str, Any]]:
         return
     path = Path(calib).expanduser()
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+        with path.open("rb") as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE + 1), b""), 1):
                 if line.strip():
                     yield f"{path}:{number}", _json(line, f"{path}:{number}")
     except OSError as error:
         raise SourceError(f"{path}: cannot read calibration lines: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: expected UTF-8 text: {error.reason} at byte {error.start}") from error
+    except ValueError as error:  # a NUL in the name
+        raise SourceError(f"{str(path)!r}: cannot read calibration lines: {error}") from error
 
 
-def _json(line: str, where: str) -> Any:
+def _json(line: bytes, where: str) -> Any:
+    if len(line) > LONGEST_LINE:
+        raise SourceError(f"{where}: expected a line of JSON, found more than {LONGEST_LINE:,} bytes")
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{where}: expected UTF-8 text: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f'{where}: expected JSON such as {{"text": "..."}}: {error}') from error
+
+
+def _named(encode: Encode, where: str) -> Encode:
+    """A tokenizer whose failures name the sample."""
+
+    def named(text: str) -> Sequence[int]:
+        try:
+            text.encode("utf-8")  # half of a surrogate pair is no text
+            return encode(text)
+        except SourceError:
+            raise
+        except Exception as error:  # whatever a tokenizer raises
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise SourceError(
+                f"{where}: the tokenizer cannot encode this text: {type(error).__name__}: {reason}"
+            ) from error
+
+    return named
 
 
 def _rows(item: Any, encode: Encode, where: str) -> list[list[int]]:
@@ -91,11 +115,11 @@ def _rows(item: Any, encode: Encode, where: str) -> list[list[int]]:
         if isinstance(item.get("text"), str):
             return [list(encode(item["text"]))]
         if "text" in item and "input_ids" not in item:
-            raise SourceError(f"{where}: expected text, found {str(item['text'])[:60]!r}")
+            raise SourceError(f"{where}: expected text, found {_short(item['text'])}")
         if "input_ids" not in item:
             raise SourceError(
                 f'{where}: expected a key "text" or "input_ids", found '
-                f"{', '.join(map(str, item)) or 'no key'}"
+                f"{_short(', '.join(map(str, item))) if item else 'no key'}"
             )
         item, kept = item["input_ids"], item.get("attention_mask")
     rows = _lists(item, where, "text or a list of token ids")
@@ -116,8 +140,17 @@ def _lists(item: Any, where: str, expected: str) -> list[list[int]]:
     rows = values if nested else [values]
     for row in rows:
         if not isinstance(row, (list, tuple)) or any(type(t) is not int for t in row):
-            raise SourceError(f"{where}: expected {expected}, found {str(item)[:60]}")
+            raise SourceError(f"{where}: expected {expected}, found {_short(item)}")
     return [list(row) for row in rows]
+
+
+def _short(value: object) -> str:
+    """A value in one line of a message."""
+    try:
+        text = value if isinstance(value, str) else reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text[:60] if text.isprintable() else repr(text[:60])
 
 
 def _name(calib: object) -> str:

@@ -9,6 +9,11 @@ class FxqError(Exception):
 
     exit_status = 1
 
+    def __str__(self) -> str:
+        """The message; control characters that it quotes from a file are escaped, as terminals obey them."""
+        text = super().__str__()
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
 
 class SpecError(FxqError):
     """The spec, the command line or the calibration request is wrong; nothing was traced or read."""

@@ -16,6 +16,7 @@ from fxq.pipeline import Pass, check_order
 
 _KEYS = ("description", "passes")
 _DEEPEST = 2
+_LARGEST = 1 << 20  # characters
 _TAG = "tag:yaml.org,2002:"
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _SCALARS: dict[str, Callable[[str], object]] = {
@@ -36,6 +37,16 @@ class Spec:
     passes: tuple[Pass, ...]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, by which a small file can stand for one without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="a spec has no aliases (*name)", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
 def shipped() -> dict[str, Path]:
     """The specs that come with fxq, by name."""
     folder = Path(__file__).parent / "specs"
@@ -53,9 +64,10 @@ def load(name: str | Path, table: Mapping[str, type[Pass]]) -> Spec:
             )
         path = shipped()[str(name)]
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot read this spec: {error}") from error
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LARGEST + 1)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
+        raise SpecError(f"{_short(str(path))}: cannot read this spec: {error}") from error
     return parse(
         text,
         table,
@@ -65,6 +77,8 @@ def load(name: str | Path, table: Mapping[str, type[Pass]]) -> Spec:
 
 def parse(text: str, table: Mapping[str, type[Pass]], where: str) -> Spec:
     """A spec from YAML text; `where` names it in errors."""
+    if len(text) > _LARGEST:
+        raise SpecError(f"{where}: expected a spec, found more than {_LARGEST:,} characters")
     try:
         return _parse(text, table, where)
     except RecursionError as error:
@@ -73,7 +87,7 @@ def parse(text: str, table: Mapping[str, type[Pass]], where: str) -> Spec:
 
 def _parse(text: str, table: Mapping[str, type[Pass]], where: str) -> Spec:
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""
@@ -164,13 +178,15 @@ def _short(value: object) -> str:
 
 def _scalar(node: yaml.Node, where: str) -> str:
     if not isinstance(node, yaml.ScalarNode) or node.tag != _TAG + "str":
-        raise SpecError(f"{_at(where, node)}: expected a name, found {_short(getattr(node, 'value', None))}")
+        kind = node.tag.removeprefix(_TAG)
+        found = _short(node.value) if isinstance(node, yaml.ScalarNode) and kind in _SCALARS else node.tag
+        raise SpecError(f"{_at(where, node)}: expected a name, found {found}")
     return str(node.value)
 
 
 def _plain(node: yaml.Node, where: str, depth: int = 0) -> object:
     """The value of a node of YAML's core types; other tags (`!!python/...`, timestamps) are refused."""
-    if depth > _DEEPEST:  # aliases can make a small file nest, or repeat, without end
+    if depth > _DEEPEST:
         raise SpecError(f"{_at(where, node)}: nested too deeply for a spec")
     kind = node.tag.removeprefix(_TAG)
     try:

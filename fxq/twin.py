@@ -34,6 +34,8 @@ from transformers.utils import logging as transformers_logging
 
 from fxq.errors import SourceError, TraceError
 
+_LARGEST_BUFFERS = 1 << 31  # bytes of non-persistent buffers
+
 
 @dataclass(frozen=True)
 class Twin:
@@ -170,6 +172,7 @@ def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
 
     They are filled in place; everything else of `model` stays on meta.
     """
+    _check_buffers(model)
     values: dict[str, Tensor] = {}
     around: set[str] = set()
     for name, buffer in model.named_non_persistent_buffers():
@@ -184,6 +187,18 @@ def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
         with contextlib.suppress(Exception):  # whatever an initializer raises for weights that are on meta
             _owner_model(model, name)._init_weights(model.get_submodule(name))
     return values
+
+
+def _check_buffers(model: PreTrainedModel) -> None:
+    """A slip in a config can ask for more memory than there is."""
+    sizes = {name: buffer.nbytes for name, buffer in model.named_non_persistent_buffers()}
+    total = sum(sizes.values())
+    if total > _LARGEST_BUFFERS:
+        name = max(sizes, key=lambda name: sizes[name])
+        raise SourceError(
+            f"{model.config.model_type}: the config makes buffers of {total:,} bytes ({name} has shape "
+            f"{list(model.get_buffer(name).shape)}); expected at most {_LARGEST_BUFFERS:,}"
+        )
 
 
 def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:

@@ -406,3 +406,69 @@ def test_remote_code_is_not_run_unasked(refused: Refuse, model: Model, tmp_path:
     (directory / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'exploded')!r})\n")
     refused(fxq.SourceError, ("config.json",), directory, WEIGHT_ONLY)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_link_out_of_the_directory_is_not_followed(refused: Refuse, model: Model, tmp_path: Path) -> None:
+    directory = model("llama")
+    (tmp_path / "secret.txt").write_text("not yours")
+    (directory / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    refused(fxq.SourceError, ("notes.txt", str(tmp_path / "secret.txt")), directory, WEIGHT_ONLY)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_of_the_model_may_not_be_lent_by_a_link(
+    name: str, refused: Refuse, model: Model, tmp_path: Path
+) -> None:
+    directory = model("llama")
+    shutil.move(directory / name, tmp_path / "elsewhere")
+    (directory / name).symlink_to(tmp_path / "elsewhere")
+    refused(fxq.SourceError, (name, str(tmp_path / "elsewhere")), directory, WEIGHT_ONLY)
+
+
+@pytest.mark.parametrize("target", ["gone", "loop", "."])
+def test_a_link_to_nothing_or_to_all(target: str, refused: Refuse, model: Model) -> None:
+    directory = model("llama")
+    (directory / "loop").symlink_to(target)
+    refused(fxq.SourceError, (str(directory / "loop"), "link"), directory, WEIGHT_ONLY)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pipe_is_no_file_and_nobody_waits_for_it(name: str, refused: Refuse, model: Model) -> None:
+    directory = model("llama")
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    refused(fxq.SourceError, (str(directory),), directory, WEIGHT_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", -1),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 10**30),
+        ("head_dim", 2**40),
+        ("hidden_size", 0),
+    ],
+)
+def test_a_config_that_asks_for_more_than_there_is(
+    field: str, value: int, refused: Refuse, model: Model
+) -> None:
+    directory = model("llama")
+    config = json.loads((directory / "config.json").read_text()) | {field: value}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises((fxq.SourceError, fxq.TraceError)):
+        fxq.compile(directory, WEIGHT_ONLY)
+
+
+def test_a_shard_with_a_tensor_that_the_index_does_not_list(refused: Refuse, model: Model) -> None:
+    directory = _sharded(model("llama"))
+    file = directory / "model-00002-of-00002.safetensors"
+    save_file({**load_file(file), "model.more": torch.zeros(3)}, file, {"format": "pt"})
+    refused(fxq.SourceError, (file.name, "model.more", "index"), directory, WEIGHT_ONLY)
+
+
+def test_a_tensor_of_integers_is_no_weight(refused: Refuse, model: Model) -> None:
+    directory = model("llama")
+    add_tensors(directory, {"model.layers.1.mlp.up_proj.weight": torch.zeros(96, 64, dtype=torch.int8)})
+    refused(fxq.SourceError, ("model.layers.1.mlp.up_proj.weight", "int8"), directory, WEIGHT_ONLY)

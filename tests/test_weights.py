@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -445,3 +447,47 @@ def test_a_model_on_the_meta_device_is_refused_by_tensor(zoo: Zoo) -> None:
 def test_a_parameter_nobody_has_is_an_error_of_ours(zoo: Zoo) -> None:
     with pytest.raises(fxq.SourceError, match="no_such"):
         Live(load(zoo("llama"))).read("no_such.weight")
+
+
+def test_the_hugging_face_cache_is_a_directory_of_links_into_its_blobs(zoo: Zoo, tmp_path: Path) -> None:
+    repository = tmp_path / "models--somebody--some-model"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123abcd"
+    shutil.copytree(zoo("llama"), blobs)
+    snapshot.mkdir(parents=True)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(Path("../../blobs") / blob.name)
+    (tmp_path / "link").symlink_to(snapshot)
+    for path in (snapshot, tmp_path / "link"):
+        directory = Directory(path)
+        for key, tensor in load_file(zoo("llama") / "model.safetensors").items():
+            assert torch.equal(directory.read_hub(key), tensor)
+    (snapshot / "more.json").symlink_to(zoo("llama") / "config.json")
+    with pytest.raises(fxq.SourceError, match=r"more\.json: a link out"):
+        Directory(snapshot)
+
+
+def test_threads_read_what_one_thread_reads(zoo: Zoo) -> None:
+    model = load(zoo("qwen3_moe"))
+    directory = _directory(zoo("qwen3_moe"), model)
+    asked = [(name, e) for name in _fused(model) for e in range(EXPERTS)] * 20
+    with ThreadPoolExecutor(4) as threads:
+        for (name, expert), found in zip(
+            asked, threads.map(lambda a: directory.read_expert(*a), asked), strict=True
+        ):
+            assert torch.equal(found, model.get_parameter(name)[expert])
+
+
+def test_a_file_cut_short_after_it_was_opened_is_named(broken: Path) -> None:
+    directory = Directory(broken)
+    file = broken / "model.safetensors"
+    os.truncate(file, 5000)
+    with pytest.raises(fxq.SourceError, match=r"safetensors: cannot read lm_head\.weight: the file ends"):
+        directory.read_hub("lm_head.weight")
+
+
+def test_a_directory_closes_its_files(broken: Path) -> None:
+    before = set(os.listdir("/dev/fd"))
+    directory = Directory(broken)
+    assert len(os.listdir("/dev/fd")) == len(before) + 1
+    del directory
+    assert len(os.listdir("/dev/fd")) == len(before)

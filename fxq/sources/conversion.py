@@ -40,6 +40,8 @@ def hub_of(model: PreTrainedModel, infos: Infos, where: str) -> Hub:
     of that family; SourceError if a parameter has none."""
     own = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     stored, extra = _stored(model, infos, own)
+    for name, place in stored.items():
+        _check_kind(name, own[name], [key for keys in place.keys for key in keys], infos)
     held = set(stored)
     aliases = _aliases(model)
     for alias, name in aliases.items():
@@ -120,7 +122,7 @@ def _stored(model: PreTrainedModel, infos: Infos, own: Infos) -> tuple[dict[str,
     stored: dict[str, Stored] = {}
     for name, sources in found.items():
         if None in sources:
-            key = sources[None][0]
+            key = _only(name, [key for keys in sources.values() for key in keys])
             stored[name] = Stored.whole(key, infos[key].shape)
             _check_shape(name, key, infos[key].shape, own[name].shape)
         else:
@@ -128,6 +130,12 @@ def _stored(model: PreTrainedModel, infos: Infos, own: Infos) -> tuple[dict[str,
             converter = by_pattern[next(iter(patterns))]
             stored |= _converted(name, converter, patterns, model, infos, own)
     return stored, tuple(extra)
+
+
+def _only(name: str, keys: Sequence[str]) -> str:
+    if len(keys) > 1:
+        raise SourceError(f"{keys[1]}: {keys[0]} is already all of {name}; which of the two counts?")
+    return keys[0]
 
 
 def _converted(
@@ -149,6 +157,14 @@ def _converted(
 def _check_shape(name: str, key: str, found: Sequence[int], expected: Sequence[int]) -> None:
     if tuple(found) != tuple(expected):
         raise SourceError(f"{key}: config.json makes {name} {list(expected)}, the checkpoint {list(found)}")
+
+
+def _check_kind(name: str, own: TensorInfo, keys: Sequence[str], infos: Infos) -> None:
+    """A weight is no integer, whatever its shape."""
+    for key in keys:
+        if infos[key].dtype.is_floating_point != own.dtype.is_floating_point:
+            expected, found = (str(dtype).removeprefix("torch.") for dtype in (own.dtype, infos[key].dtype))
+            raise SourceError(f"{key}: {name} is {expected}, the checkpoint holds {found}")
 
 
 def _full_names(name: str, converter: WeightConverter) -> list[str]:

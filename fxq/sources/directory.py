@@ -17,7 +17,7 @@ from fxq.errors import SourceError
 from fxq.program import Hub, Stored, TensorInfo, row_axis
 from fxq.sources.conversion import hub_of
 from fxq.sources.encoding import Scaled, decode, encoding_of
-from fxq.sources.files import INDEX, check_links, read_config, shards
+from fxq.sources.files import INDEX, check_depth, check_links, read_config, shards
 from fxq.sources.shard import Shard
 
 
@@ -35,6 +35,7 @@ class Directory:
         self.path, self.config = path, read_config(path)
         names, listed = shards(path)
         self._shards = _by_tensor(path, [Shard(path / name) for name in names], listed)
+        check_depth(path, self.config, len(self._shards))
         raw = {key: self._shards[key].entries[key].info for key in sorted(self._shards, key=dot_natural_key)}
         encoding = encoding_of(self.config, raw, path)
         self.infos, self._scaled = encoding.infos, encoding.scaled

@@ -1,7 +1,8 @@
 """Which files of a model directory are read: none that an index or a link places outside it."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from fxq.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DEPTH = re.compile(r"(\w+_)?(layers?|depth|blocks)")
+_DEEPEST = 1000  # layers that any checkpoint may claim
+_NESTED = 64
 _PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
 
 
@@ -49,6 +53,19 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _json_object(path)
 
 
+def check_depth(directory: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """SourceError if a config.json counts fewer layers than none, or more than its checkpoint could hold,
+    before anything is built layer by layer."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_depth(directory, value, tensors)
+        elif not _DEPTH.fullmatch(key) or not isinstance(value, (int, float)):
+            continue
+        elif not 0 <= value <= max(tensors, _DEEPEST):
+            file, found = directory / "config.json", str(value)[:40]
+            raise SourceError(f"{file}: {key} is {found}; the checkpoint has {tensors} tensors")
+
+
 def shards(directory: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     """(names of the safetensors files of the model, the index's tensor -> file or None without one).
 
@@ -74,7 +91,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
         raise SourceError(f"{index}: expected a weight_map from tensor names to file names")
     for name in sorted(set(listed.values())):
-        if not name or Path(name).name != name or "\0" in name:
+        if not name or Path(name).name != name or not name.isprintable():
             raise SourceError(f"{index}: {name[:200]!r} leads out of the model directory")
         if not _is_file(directory / name):
             held = sum(1 for file in listed.values() if file == name)
@@ -101,4 +118,14 @@ def _json_object(path: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: expected a JSON object: {reason}") from error
     if not isinstance(found, dict):
         raise SourceError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    level: list[Any] = [found]
+    for _ in range(_NESTED):
+        level = [inner for value in level for inner in _inside(value)]
+    if level:
+        raise SourceError(f"{path}: nested more than {_NESTED} deep")
     return found
+
+
+def _inside(value: Any) -> list[Any]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [v for v in inner if isinstance(v, (dict, list))]

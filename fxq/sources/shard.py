@@ -37,6 +37,7 @@ DTYPES = {
 }
 LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _ENTRY = {"dtype", "shape", "data_offsets"}
+_LONGEST_NAME = 500  # characters
 _AT_ONCE = 1 << 30  # bytes a read; the kernel's own limit is just below 2**31
 
 
@@ -96,7 +97,9 @@ class _Lie(Exception):
 
 def _entries(text: bytes, size: int) -> dict[str, Entry]:
     header = _json(text)
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise _Lie("its __metadata__ is no mapping from text to text")
     data = 8 + len(text)
     entries = {key: _entry(key, value, data) for key, value in header.items()}
     end, before = data, "the header"
@@ -106,7 +109,7 @@ def _entries(text: bytes, size: int) -> dict[str, Entry]:
             raise _Lie(
                 f"{key} begins at byte {entry.offset} of the file, which {how} {before}, ending at {end}"
             )
-        end, before = entry.offset + _nbytes(entry.info), _named(key)
+        end, before = entry.offset + _nbytes(entry.info), key
     if end != size:
         raise _Lie(f"its tensors end at byte {end}, the file has {size}")
     return entries
@@ -132,29 +135,25 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(key: str, value: Any, data: int) -> Entry:
+    if not key.isprintable() or len(key) > _LONGEST_NAME:
+        raise _Lie(f"{key[:60]!r} is no name of a tensor")
     if not isinstance(value, dict) or value.keys() != _ENTRY:
-        raise _Lie(f"{_named(key)} is not described by {', '.join(sorted(_ENTRY))}")
+        raise _Lie(f"{key} is not described by {', '.join(sorted(_ENTRY))}")
     name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(name, str) or name not in DTYPES:
-        raise _Lie(f"{_named(key)} has dtype {str(name)[:40]}; fxq reads {', '.join(DTYPES)}")
+        raise _Lie(f"{key} has dtype {str(name)[:40]}; fxq reads {', '.join(DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _Lie(
-            f"{_named(key)} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}; expected lists "
+            f"{key} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}; expected lists "
             "of natural numbers"
         )
     info = TensorInfo(tuple(shape), DTYPES[name])
     if math.prod(max(n, 1) for n in shape) * info.dtype.itemsize >= 2**63:  # zero rows of 2**62 columns
-        raise _Lie(f"{_named(key)} has shape {str(shape)[:60]}, larger than any memory")
+        raise _Lie(f"{key} has shape {str(shape)[:60]}, larger than any memory")
     begin, end = offsets
     if end - begin != _nbytes(info):
-        raise _Lie(
-            f"{_named(key)} is {name} {shape}, {_nbytes(info)} bytes, but its data_offsets span {end - begin}"
-        )
+        raise _Lie(f"{key} is {name} {shape}, {_nbytes(info)} bytes, but its data_offsets span {end - begin}")
     return Entry(info, data + begin)
-
-
-def _named(key: str) -> str:
-    return key if len(key) <= 200 and key.isprintable() else repr(key[:200])
 
 
 def _naturals(values: Any) -> bool:
