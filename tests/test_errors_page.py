@@ -25,8 +25,8 @@ INTRODUCTION = """# What fxq says to bad input
 
 Every row was provoked: `python -m pytest tests/test_errors_page.py` makes them all and compares with this
 page (`--update-golden` writes it). In each case nothing was written and the source was left as it was. The
-command line prints the message, and a traceback only with `--debug`; its exit status is 2 for a SpecError and 1
-for the others.
+command line prints the message, and a traceback only with `--debug`; its exit status is 2 for a SpecError and
+1 for the others.
 
 Links are followed only within the model's directory, or into the blobs of the Hugging Face cache that it is
 part of. `config.json`, `model.safetensors.index.json` and shards are data: nothing of a model directory is
@@ -218,10 +218,8 @@ def test_the_page_says_what_fxq_says(zoo: Zoo, tmp_path: Path, update_golden: bo
         assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
         message = str(caught.value).replace(f"{path.parent}/", "")
         assert len(message.splitlines()) <= 3
-        kind = type(caught.value).__name__
-        rows.append(
-            f"| {case.what} | {kind}: {message.replace('|', chr(92) + '|').replace(chr(10), '<br>')} |\n"
-        )
+        cell = message.replace("|", "\\|").replace("\n", "<br>")
+        rows.append(f"| {case.what} | {type(caught.value).__name__}: {cell} |\n")
     page = INTRODUCTION + "".join(rows)
     if update_golden:
         PAGE.write_text(page, encoding="utf-8")
