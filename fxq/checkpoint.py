@@ -19,20 +19,19 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq import dialect, nvfp4
+from fxq import dialect, fp8, nvfp4
 from fxq.amaxes import amax_value
 from fxq.behind import Piece, WriteBehind
 from fxq.cone import WeightCone
 from fxq.errors import CheckpointError
-from fxq.formats import modelopt
+from fxq.formats import compressed_tensors, modelopt
 from fxq.nodes import int_at, node_at
-from fxq.nvfp4 import Packed
 from fxq.output import Block, Shards, nbytes, pieces, write_json
 from fxq.plan import plan as planned
 from fxq.program import Program, WeightSource
 from fxq.workdir import PART, Work, writing
 
-FORMATS: dict[str, ModuleType] = {"modelopt": modelopt}
+FORMATS: dict[str, ModuleType] = {"modelopt": modelopt, "compressed-tensors": compressed_tensors}
 SHARD_BYTES = 5_000_000_000
 # Tensors that are carried through are read and written so many bytes at a time.
 PIECE_BYTES = 16 << 20
@@ -66,7 +65,6 @@ def write(
     side_files: Path | None,
     work: Work,
     *,
-    format: str = "modelopt",
     device: torch.device | None = None,
     shard_bytes: int = SHARD_BYTES,
     step: Callable[[], None] = lambda: None,
@@ -77,32 +75,28 @@ def write(
     are copied as they are. What an interrupted run of the same program wrote is checked and kept. Raises
     CheckpointError if there is no room, or if what would be written breaks the contract.
     """
-    plan = planned(program, FORMATS[format])
+    format = FORMATS[program.format]
+    plan = planned(program, format)
     shards = Shards(work.model, plan.infos, shard_bytes)
     with writing(work.out), closing(shards):
         work.clear(shards.names)
         work.check_space(sum(shards.sizes))
         shards.open()
         with WriteBehind(shards, work.journal, _version(program, shards)) as behind:
-            writer = _Writer(
-                program, source, FORMATS[format], shards, behind, device or torch.device("cpu"), step
-            )
+            writer = _Writer(program, source, format, shards, behind, device or torch.device("cpu"), step)
             writer.run()
         shards.finish()
-        ours, nested = FORMATS[format].configs(
-            config, plan.excluded, has_inputs=all(plan.linears.values()), kv_format=plan.kv_format
-        )
         if side_files is not None:
             _copy_side_files(side_files, work.model)
-        write_json(work.model / "hf_quant_config.json", nested)
-        write_json(work.model / f"config.json{PART}", ours)
+        for name, content in plan.config_files(format, config).items():
+            write_json(work.model / (f"{name}{PART}" if name == "config.json" else name), content)
         work.publish([*shards.names, "config.json"])
     written = writer.written
     written.excluded = plan.excluded
     written.linears = tuple(key.removesuffix(".weight") for key in plan.linears)
     written.bytes = sum(nbytes(info) for info in plan.infos.values())
     written.source_bytes = sum(nbytes(info) for info in program.hub.tensors.values())
-    names = (name for key in plan.linears for name in FORMATS[format].tensor_names(key).values())
+    names = (name for key in plan.linears for name in format.tensor_names(key).values())
     written.quantized_bytes = sum(nbytes(plan.infos[name]) for name in names if name in plan.infos)
     return written
 
@@ -182,24 +176,22 @@ class _Writer:
     ) -> dict[Node, tuple[float, float]]:
         """Pack a batch of weights and have it written; returns the squared error and energy of each."""
         amax = torch.stack([amax_value(node_at(p, 1), self.program.values) for p in packs]).to(values.device)
-        scale = str(packs[0].kwargs["scale"])
-        measured = nvfp4.quantize_measured(values, amax, scale)
+        measured = _quantized(packs[0], values, amax)
         errors, energies = measured.error.tolist(), measured.energy.tolist()
-        packed = Packed(measured.weight.cpu(), measured.scale.cpu(), measured.scale_2.cpu())
+        packed = measured.cpu()
         found = dict(zip(packs, zip(errors, energies, strict=True), strict=True))
         batch = []
         for i, pack in enumerate(packs):
             blocks: list[Block] = []
             for store in stores[pack]:
                 rows = slice(store.kwargs["start"], store.kwargs["end"])
-                part = Packed(packed.weight[i, rows], packed.scale[i, rows], packed.scale_2[i])
-                blocks += self._blocks(store, part)
+                blocks += self._blocks(store, packed.part(i, rows))
                 self.step()
             batch.append(Piece(_piece_name(stores[pack]), blocks, found[pack]))
         self.behind.put(batch)
         return found
 
-    def _blocks(self, store: Node, packed: Packed) -> list[Block]:
+    def _blocks(self, store: Node, packed: nvfp4.Packed | fp8.Packed) -> list[Block]:
         """What one store writes."""
         held = store.args[2]
         input_amax = amax_value(held, self.program.values) if isinstance(held, Node) else None
@@ -236,6 +228,13 @@ def _piece_name(stores: Sequence[Node]) -> str:
     if store.target is dialect.STORE_LINEAR:
         return f"{store.args[0]}.weight"
     return f"{store.args[0]} expert {store.kwargs['expert']} rows {store.kwargs['rows']}"
+
+
+def _quantized(pack: Node, values: Tensor, amax: Tensor) -> nvfp4.Measured | fp8.Measured:
+    """What a pack node computes, of many weights at once."""
+    if pack.target is dialect.PACK_FP8:
+        return fp8.quantize_measured(values, amax)
+    return nvfp4.quantize_measured(values, amax, str(pack.kwargs["scale"]))
 
 
 def _weight_name(w: Node) -> tuple[str, int | None]:

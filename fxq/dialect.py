@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fxq import leaves, nvfp4
+from fxq import fp8, leaves, nvfp4
 
 FORMATS = ("nvfp4", "fp8")
-SCALES = ("max", "mse", "dynamic")
+SCALES = ("max", "mse", "dynamic", "static")
+# How the input of a linear is quantized: nvfp4 and fp8.
+INPUT_SCALES = {"nvfp4": "dynamic", "fp8": "static"}
 
 _LIB = torch.library.Library("fxq", "DEF")
 _LIB.define("expert_linear(Tensor x, Tensor w, Tensor expert_ids) -> Tensor")
@@ -24,6 +26,7 @@ _LIB.define("stack(Tensor[] slices) -> Tensor")
 _LIB.define("value(str name) -> Tensor")
 _LIB.define("load(str key, *, int[] shape, ScalarType dtype) -> Tensor")
 _LIB.define("pack_nvfp4(Tensor w, Tensor amax, *, str scale) -> Tensor[]")
+_LIB.define("pack_fp8(Tensor w, Tensor amax) -> Tensor[]")
 _LIB.define("store_linear(str name, Tensor[] packed, Tensor? input_amax, *, int start, int end) -> ()")
 _LIB.define(
     "store_rows(str key, Tensor[] packed, Tensor? input_amax, *, int start, int end, int[] rows, "
@@ -62,10 +65,10 @@ def _quantize(t: Tensor, amax: Tensor, *, format: str, scale: str) -> Tensor:
     """Fake-quantize: `t` rounded to what the format can hold given amax f32 [], same shape and dtype.
 
     nvfp4 weights ([out, in]) choose block scales once ("max" or "mse"); "dynamic" is what a kernel does to
-    activations. fp8 has one scale a tensor: amax / 448.
+    a linear's input. fp8 has one scale a tensor, amax / 448; that of a linear's input is called "static".
     """
     if format == "fp8":
-        return nvfp4.fake_quantize_fp8(t, amax)
+        return fp8.fake_quantize(t, amax)
     if scale == "dynamic":
         return nvfp4.fake_quantize_activation(t, amax)
     return nvfp4.dequantize(nvfp4.quantize_weight(t, amax, scale)).to(t.dtype)
@@ -74,6 +77,11 @@ def _quantize(t: Tensor, amax: Tensor, *, format: str, scale: str) -> Tensor:
 def _pack_nvfp4(w: Tensor, amax: Tensor, *, scale: str) -> list[Tensor]:
     packed = nvfp4.quantize_weight(w, amax, scale)
     return [packed.weight, packed.scale, packed.scale_2]
+
+
+def _pack_fp8(w: Tensor, amax: Tensor) -> list[Tensor]:
+    packed = fp8.quantize_weight(w, amax)
+    return [packed.weight, packed.scale]
 
 
 def _value(name: str) -> Tensor:
@@ -102,6 +110,7 @@ _EAGER: dict[str, Callable[..., object]] = {
     "value": _value,
     "load": _load,
     "pack_nvfp4": _pack_nvfp4,
+    "pack_fp8": _pack_fp8,
     "store_linear": _store,
     "store_rows": _store,
     "store_kv": _store,
@@ -132,6 +141,7 @@ SHAPES: dict[str, Callable[..., object]] = {
         _meta((*w.shape[:-1], w.shape[-1] // nvfp4.BLOCK), torch.float8_e4m3fn),
         _meta(w.shape[:-2], torch.float32),
     ],
+    "pack_fp8": lambda w, amax: [_meta(w.shape, torch.float8_e4m3fn), _meta(w.shape[:-2], torch.float32)],
     "store_linear": lambda *args, **kwargs: None,
     "store_rows": lambda *args, **kwargs: None,
     "store_kv": lambda *args, **kwargs: None,
@@ -155,6 +165,7 @@ STACK = torch.ops.fxq.stack.default
 VALUE = torch.ops.fxq.value.default
 LOAD = torch.ops.fxq.load.default
 PACK_NVFP4 = torch.ops.fxq.pack_nvfp4.default
+PACK_FP8 = torch.ops.fxq.pack_fp8.default
 STORE_LINEAR = torch.ops.fxq.store_linear.default
 # A weight that shares a tensor of the checkpoint with others: rows [start, end) of `packed` become rows
 # range(*rows) of expert `expert` of the tensor `key`. That tensor has `shape` before packing, seen as

@@ -23,7 +23,6 @@ __all__ = [
     "dequantize",
     "e4m3_values",
     "fake_quantize_activation",
-    "fake_quantize_fp8",
     "global_scale",
     "max_scales",
     "mse_scales",
@@ -46,6 +45,14 @@ class Packed:
     weight: Tensor
     scale: Tensor
     scale_2: Tensor
+
+    def cpu(self) -> "Packed":
+        """The same on the CPU."""
+        return Packed(self.weight.cpu(), self.scale.cpu(), self.scale_2.cpu())
+
+    def part(self, index: int, rows: slice) -> "Packed":
+        """Some rows of one of the weights."""
+        return Packed(self.weight[index, rows], self.scale[index, rows], self.scale_2[index])
 
 
 @dataclass(frozen=True)
@@ -148,13 +155,6 @@ def fake_quantize_activation(x: Tensor, amax: Tensor) -> Tensor:
     step = scale.to(torch.float8_e4m3fn).to(torch.float32) * input_scale
     q = round_e2m1(blocks.abs() / torch.where(step > 0, step, 1.0)) * step
     return torch.copysign(q, blocks).flatten(-2).to(x.dtype)
-
-
-def fake_quantize_fp8(x: Tensor, amax: Tensor) -> Tensor:
-    """Per-tensor FP8: e4m3(x / (amax / 448)) times that scale, saturating; shape and dtype of `x`."""
-    scale = torch.where(amax > 0, amax, torch.full_like(amax, _ZERO_AMAX)).to(torch.float32) / E4M3_MAX
-    q = (x.to(torch.float32) / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return (q.to(torch.float32) * scale).to(x.dtype)
 
 
 def _blocks(w: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ All of it follows from the program's types, so nothing is read.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from fxq import dialect
 from fxq.errors import CheckpointError
+from fxq.formats import Scheme
 from fxq.nodes import node_at
 from fxq.program import Program, TensorInfo
 from fxq.structure import weight_matmuls
@@ -21,19 +22,24 @@ from fxq.structure import weight_matmuls
 
 @dataclass(frozen=True)
 class Plan:
-    """infos: every output tensor. linears: quantized tensor of the checkpoint -> whether its input is
-    quantized. excluded: modules that are listed as unquantized. kv_format: that of the cache, if any."""
+    """infos: every output tensor. linears: quantized tensor of the checkpoint -> its scheme. excluded:
+    modules that are not quantized. kv_format: that of the cache, if any."""
 
     infos: dict[str, TensorInfo]
-    linears: dict[str, bool]
+    linears: dict[str, Scheme]
     excluded: tuple[str, ...]
     kv_format: str | None
+
+    def config_files(self, format: ModuleType, source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Name -> content of the files that declare the output; source: the model's own config.json."""
+        files = format.config_files(source, self.linears, self.excluded, kv_format=self.kv_format)
+        return cast(dict[str, dict[str, Any]], files)
 
 
 def plan(program: Program, format: ModuleType) -> Plan:
     """The output of a lowered program in a format; CheckpointError if it would break the contract."""
     infos: dict[str, TensorInfo] = {}
-    linears: dict[str, bool] = {}
+    linears: dict[str, Scheme] = {}
     covers: dict[str, _Cover] = {}
     kv_formats: dict[str, None] = {}
     kept: dict[str, TensorInfo] = {}
@@ -57,21 +63,21 @@ def plan(program: Program, format: ModuleType) -> Plan:
                 kept[name] = info
     for cover in covers.values():
         cover.check()
-    _check_inputs(linears)
     excluded = sorted(_excluded(program, kept, linears))
-    return Plan(infos, linears, tuple(excluded), next(iter(kv_formats), None))
+    made = Plan(infos, linears, tuple(excluded), next(iter(kv_formats), None))
+    made.config_files(format, {})  # what the format cannot declare fails here, before anything is read
+    return made
 
 
 def _stored(node: Node, format: ModuleType) -> dict[str, TensorInfo]:
     """The tensors that one store writes, or begins to."""
     options, infos = _options(node), dict[str, TensorInfo]()
     if node.target is dialect.STORE_LINEAR or node.target is dialect.STORE_ROWS:
-        ((key, has_input),) = _quantized(node).items()
+        ((key, scheme),) = _quantized(node).items()
         shape = options.get("shape")
         if shape is None:
-            shape = options["end"] - options["start"], 2 * node_at(node, 1).meta["val"][0].shape[-1]
-        transposed = options.get("transposed", False)
-        infos = format.weight_infos(key, shape, transposed=transposed, has_input=has_input)
+            shape = options["end"] - options["start"], node_at(node_at(node, 1), 0).meta["val"].shape[-1]
+        infos = format.weight_infos(key, shape, scheme, transposed=options.get("transposed", False))
     elif node.target is dialect.STORE_KV and node.args[1] is not None:
         infos = format.kv_infos(node.args[0])
     elif node.target is dialect.STORE:
@@ -80,25 +86,26 @@ def _stored(node: Node, format: ModuleType) -> dict[str, TensorInfo]:
     return infos
 
 
-def _quantized(node: Node) -> dict[str, bool]:
-    """The quantized tensor that a store belongs to -> whether its input is quantized; {} for other nodes."""
+def _quantized(node: Node) -> dict[str, Scheme]:
+    """The quantized tensor that a store belongs to -> its scheme; {} for other nodes."""
     if node.target is dialect.STORE_LINEAR:
-        return {f"{node.args[0]}.weight": node.args[2] is not None}
-    return {str(node.args[0]): node.args[2] is not None} if node.target is dialect.STORE_ROWS else {}
+        return {f"{node.args[0]}.weight": _scheme(node)}
+    return {str(node.args[0]): _scheme(node)} if node.target is dialect.STORE_ROWS else {}
+
+
+def _scheme(store: Node) -> Scheme:
+    has_input = store.args[2] is not None
+    if node_at(store, 1).target is not dialect.PACK_FP8:
+        return Scheme.NVFP4 if has_input else Scheme.W4A16
+    if not has_input:
+        raise CheckpointError(
+            f"{store.args[0]}: its weights are FP8, its inputs not; engines know both or none"
+        )
+    return Scheme.FP8
 
 
 def _options(node: Node) -> dict[str, Any]:
     return cast(dict[str, Any], node.kwargs)
-
-
-def _check_inputs(linears: Mapping[str, bool]) -> None:
-    if len(set(linears.values())) > 1:
-        with_input = next(n for n, has in linears.items() if has)
-        without = next(n for n, has in linears.items() if not has)
-        raise CheckpointError(
-            f"{with_input} has quantized inputs and {without} has not: one checkpoint declares one "
-            "algorithm; give quantize-linears and quantize-experts the same `inputs`"
-        )
 
 
 class _Cover:
@@ -134,7 +141,7 @@ class _Cover:
             raise CheckpointError(f"{self.node.args[0]}: nothing stores row {row} of expert {expert}")
 
 
-def _excluded(program: Program, kept: Mapping[str, TensorInfo], linears: Mapping[str, bool]) -> set[str]:
+def _excluded(program: Program, kept: Mapping[str, TensorInfo], linears: Mapping[str, Scheme]) -> set[str]:
     """The modules that engines must not quantize: those of unquantized matrices, convolutions and tables, of
     whatever a matmul of the graph reads, and those without a tensor of their own."""
     modules = {module for module in program.hub.modules if not _held(program, module) & linears.keys()}
@@ -151,14 +158,7 @@ def _excluded(program: Program, kept: Mapping[str, TensorInfo], linears: Mapping
             owner = key.rpartition(".")[0]
             if owner and not any(owner in name for name in quantized):
                 modules.add(owner)
-    return {_unambiguous(module, quantized) for module in modules}
-
-
-def _unambiguous(module: str, quantized: Sequence[str]) -> str:
-    """An entry that no engine takes for part of a quantized module's name: vLLM matches plain entries as
-    substrings, and any entry as a glob of the whole name."""
-    hit = any(module in name and module != name for name in quantized)
-    return module[:-1] + "?" if hit else module
+    return modules
 
 
 def _held(program: Program, module: str) -> set[str]:

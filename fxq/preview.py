@@ -88,7 +88,7 @@ def preview(model: Model, spec: Spec) -> Preview:
     if program.calibrated is None:
         note = "the spec has no `lower` pass: nothing would be written"
         return dataclasses.replace(made, warnings=(*made.warnings, note))
-    planned = plan(program, FORMATS["modelopt"])
+    planned = plan(program, FORMATS[program.format])
     output = sum(nbytes(info) for info in planned.infos.values())
     experts = _expert_tensors(program.graph)
     return dataclasses.replace(

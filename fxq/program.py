@@ -107,6 +107,7 @@ class Program:
     notes: what the user should know about decisions that passes took.
     left: weights that a pass was asked for and could not quantize, and was allowed to leave -> why.
     calibrated: the graph that was lowered, which simulates the deployed model; None until then.
+    format: what the lowered program is written as.
     """
 
     graph: Graph
@@ -116,6 +117,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     bootstrapped: set[str] = field(default_factory=set)
     calibrated: Graph | None = None
+    format: str = "modelopt"
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)

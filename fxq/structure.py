@@ -154,7 +154,7 @@ def value_of(node: Node) -> Node:
 def input_quantize(x: Node) -> Node | None:
     """The node that quantizes a linear's input on the way to it; None if only a cache upstream is."""
     x = strip(x, VIEWS)
-    return x if x.target is dialect.QUANTIZE and x.kwargs["scale"] == "dynamic" else None
+    return x if x.target is dialect.QUANTIZE and x.kwargs["scale"] in dialect.INPUT_SCALES.values() else None
 
 
 def _weight_path(node: Node) -> Iterator[Node]:

@@ -171,6 +171,7 @@ RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
     ),
     dialect.STACK: ((_same_shapes, "the slices differ in shape"),),
     dialect.PACK_NVFP4: ((lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),),
+    dialect.PACK_FP8: ((lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),),
     dialect.STORE_ROWS: (
         (lambda n: 0 <= _option(n, "expert") < _option(n, "experts"), "the expert index is out of range"),
         (

@@ -43,7 +43,7 @@ class Lower:
     """Emit every quantized linear under its hub name, KV scales, and all other tensors of the source as
     they are."""
 
-    format: Literal["modelopt"] = "modelopt"
+    format: Literal["modelopt", "compressed-tensors"] = "modelopt"
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[tuple[Fact, ...]] = (
@@ -78,7 +78,7 @@ class Lower:
         emit.untouched()
         program.notes += emit.notes()
         emit.graph.output(())
-        program.calibrated, program.graph = program.graph, emit.graph
+        program.calibrated, program.graph, program.format = program.graph, emit.graph, self.format
         return emit.count
 
 
@@ -119,14 +119,7 @@ class _Emitter:
         if held.keys[0][0] not in self.replaced:  # once a parameter, not once an expert of it
             self.replaced.update((key, name) for keys in held.keys for key in keys)
         shared = self._largest(f"{w.name}_input_amaxes", [self.copy(amax) for amax in input_amaxes])
-        packed = edit.call(
-            self.graph,
-            f"{w.name}_packed",
-            dialect.PACK_NVFP4,
-            self.copy(w),
-            self.copy(amax),
-            scale=quantize.kwargs["scale"],
-        )
+        packed = self._pack(quantize)
         for place in places(self.program.hub, w):
             held_by = self.stored.setdefault((place.key, place.expert), {})
             if place.rows in held_by:
@@ -137,6 +130,13 @@ class _Emitter:
             held_by[place.rows] = quantize
             self._check_scales(place.key, quantize, self.copy(amax), shared)
             self._store(place, packed, shared)
+
+    def _pack(self, quantize: Node) -> Node:
+        w, amax = self.copy(node_at(quantize, 0)), self.copy(node_at(quantize, 1))
+        name = f"{w.name}_packed"
+        if quantize.kwargs["format"] == "fp8":
+            return edit.call(self.graph, name, dialect.PACK_FP8, w, amax)
+        return edit.call(self.graph, name, dialect.PACK_NVFP4, w, amax, scale=quantize.kwargs["scale"])
 
     def _largest(self, name: str, amaxes: list[Node]) -> Node | None:
         if len(amaxes) < 2:

@@ -49,6 +49,12 @@ MAX_HEADER = 100_000_000
 
 SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
+# The names that compressed-tensors has for the same (section 7).
+COMPRESSED = {
+    "weight": "weight_packed",
+    "weight_scale_2": "weight_global_scale",
+    "input_scale": "input_global_scale",
+}
 FP8_SOURCE_SCALE = "weight_scale_inv"
 # Members that engines merge, and the merged module's name in vLLM (section 3).
 FUSED = {
@@ -147,6 +153,17 @@ class Checkpoint:
         )
 
     @cached_property
+    def is_compressed(self) -> bool:
+        """Whether this is compressed-tensors' layout: global scales are divisors there."""
+        declared = (self.config or {}).get("quantization_config")
+        return isinstance(declared, dict) and declared.get("quant_method") == "compressed-tensors"
+
+    def multiplier(self, name: str, suffix: str) -> np.float32:
+        """A global scale (weight_scale_2 or input_scale) as what codes are multiplied by."""
+        value = np.float32(self.array(self.part(name, suffix)).reshape(()))
+        return np.float32(1) / value if self.is_compressed else value
+
+    @cached_property
     def _fused(self) -> set[str]:
         """Parameters `K` that are no module's `.weight`, but have scales `K_weight_scale` (section 5)."""
         return {n.removesuffix(f"_{s}") for n in self.tensors for s in SCALES[:2] if n.endswith(f"_{s}")}
@@ -155,6 +172,7 @@ class Checkpoint:
         """Sorted modules with a U8 `.weight`, a `.weight_scale` or a `.weight_scale_2`, and fused
         parameters; complete or not."""
         names = {_module(n, s) for n in self.tensors for s in SCALES[:2] if n.endswith("." + s)}
+        names |= {_module(n, "weight_packed") for n in self.tensors if n.endswith(".weight_packed")}
         weights = {n: e for n, e in self.tensors.items() if n.endswith(".weight")}
         modules = names | {_module(n, "weight") for n, e in weights.items() if e.dtype == "U8"}
         return sorted(modules | self._fused)
@@ -163,6 +181,8 @@ class Checkpoint:
         """The tensor `suffix` (weight or one of SCALES) of a quantized linear or fused parameter."""
         if name in self._fused:
             return name if suffix == "weight" else f"{name}_{suffix}"
+        if self.is_compressed:
+            return f"{name}.{COMPRESSED.get(suffix, suffix)}"
         return f"{name}.{suffix}"
 
     def packed_axis(self, name: str) -> int | None:
@@ -187,7 +207,7 @@ class Checkpoint:
     def dequantize(self, name: str, rows: slice = slice(None)) -> Array:
         """float32 [N, K], or [E, ., .] of a fused parameter in its stored orientation (or `rows` of the first
         axis): the exact products, rounded once."""
-        scale_2 = float(self.array(self.part(name, "weight_scale_2")).reshape(()))
+        scale_2 = float(self.multiplier(name, "weight_scale_2"))
         axis, shape = self.packed_axis(name), self.shape(name)
         first = rows if len(shape) == 3 or axis == -1 else slice(None)
         packed, scale = (self.array(self.part(name, s), first) for s in ("weight", "weight_scale"))

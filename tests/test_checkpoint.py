@@ -428,7 +428,7 @@ def test_rows_of_a_tensor_are_planned_as_one() -> None:
         "w_weight_scale": (2, 16, 2),
         "w_weight_scale_2": (),
     }
-    assert found.linears == {"w": False}
+    assert found.linears == {"w": Scheme.W4A16}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxq import dialect, nvfp4
+from fxq import dialect, fp8, nvfp4
 
 E, OUT, IN = 5, 32, 48
 SCALAR = torch.tensor(3.0)
@@ -127,7 +127,7 @@ def test_quantize_of_inputs_and_caches() -> None:
     inputs = dialect.QUANTIZE(x, SCALAR, format="nvfp4", scale="dynamic")
     assert torch.equal(inputs, nvfp4.fake_quantize_activation(x, SCALAR))
     cache = dialect.QUANTIZE(x, SCALAR, format="fp8", scale="max")
-    assert torch.equal(cache, nvfp4.fake_quantize_fp8(x, SCALAR))
+    assert torch.equal(cache, fp8.fake_quantize(x, SCALAR))
 
 
 def test_pack_is_weight_scales_and_scale() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxq import nvfp4
+from fxq import fp8, nvfp4
 from tests import reference
 
 Array = NDArray[Any]
@@ -364,8 +364,8 @@ def test_activations_of_any_rank_and_without_tokens() -> None:
 
 def test_fp8_by_hand() -> None:
     x = torch.tensor([448.0, -1000.0, 1.0, 17.0, 0.0, 2.0**-9, 2.0**-11])
-    assert nvfp4.fake_quantize_fp8(x, torch.tensor(448.0)).tolist() == [448, -448, 1, 16, 0, 2.0**-9, 0]
-    assert nvfp4.fake_quantize_fp8(torch.tensor([1.0, 0.3]), torch.tensor(1.0)).tolist() == pytest.approx(
+    assert fp8.fake_quantize(x, torch.tensor(448.0)).tolist() == [448, -448, 1, 16, 0, 2.0**-9, 0]
+    assert fp8.fake_quantize(torch.tensor([1.0, 0.3]), torch.tensor(1.0)).tolist() == pytest.approx(
         [1.0, 128 / 448]  # 0.3 * 448 lies between 128 and 144
     )
 
@@ -373,7 +373,7 @@ def test_fp8_by_hand() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp8_agrees_with_the_reference(dtype: torch.dtype) -> None:
     x = _weight("student-t", dtype)
-    found = nvfp4.fake_quantize_fp8(x, _amax(x))
+    found = fp8.fake_quantize(x, _amax(x))
     assert found.dtype == dtype
     scale = np.float32(float(_amax(x))) / np.float32(448)
     ratio = np.abs(x.float().numpy()) / scale
@@ -382,7 +382,7 @@ def test_fp8_agrees_with_the_reference(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(found.float().numpy(), torch.from_numpy(wanted).to(dtype).float().numpy())
 
 
-@pytest.mark.parametrize("function", [nvfp4.fake_quantize_activation, nvfp4.fake_quantize_fp8])
+@pytest.mark.parametrize("function", [nvfp4.fake_quantize_activation, fp8.fake_quantize])
 def test_zero_amaxes_and_zero_inputs_stay_finite(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert (function(torch.zeros(2, 32), torch.tensor(0.0)) == 0).all()
     assert torch.isfinite(function(torch.ones(2, 32), torch.tensor(0.0))).all()

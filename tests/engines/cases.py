@@ -31,9 +31,9 @@ class Case:
 
 CASES = tuple(
     Case(format, model, spec)
-    for format in ("modelopt",)
+    for format, specs in (("modelopt", SPECS), ("compressed-tensors", (DEFAULT, WEIGHT_ONLY)))
     for model in MODELS
-    for spec in SPECS
+    for spec in specs
     if spec != EXPERTS_ONLY or model not in DENSE
 )
 

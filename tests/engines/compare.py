@@ -75,6 +75,7 @@ def _meanings(out: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Tensor -> its value: weights dequantized to bfloat16, scales as multipliers, others as stored."""
     depth = int((out.config or {})["num_hidden_layers"])
     quantized = {out.part(name): name for name in out.quantized_linears()}
+    inputs = {out.part(name, "input_scale"): name for name in quantized.values()}
     parts = {
         out.part(name, scale) for name in quantized.values() for scale in ("weight_scale", "weight_scale_2")
     }
@@ -83,26 +84,27 @@ def _meanings(out: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         if name in parts or (layer is not None and int(layer[1]) >= depth):
             continue
         if name in quantized:
-            yield name, _nvfp4(out, quantized[name])
+            yield f"{quantized[name]}.weight", _nvfp4(out, quantized[name])
+        elif name in inputs:
+            scale = torch.tensor(out.multiplier(inputs[name], "input_scale"))
+            yield f"{inputs[name]}.input_scale", _as_engines_hold(f"{inputs[name]}.input_scale", scale)
         else:
             data = torch.from_numpy(np.array(out.raw(name)).reshape(-1).view(np.uint8))
             yield name, _as_engines_hold(name, data.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape))
 
 
 def _as_engines_hold(name: str, value: Tensor) -> Tensor:
-    """The scale of a KV cache goes through a parameter of the model's dtype; experts keep the inverse of
-    their input scale, which is what their emulation multiplies by."""
-    if name.endswith((".k_scale", ".v_scale")):
+    """A KV scale in ModelOpt's place goes through a parameter of the model's dtype (in compressed-tensors' it
+    does not); experts keep the inverse of their input scale, which is what their emulation multiplies by."""
+    if name.endswith(("_proj.k_scale", "_proj.v_scale")):
         return value.to(torch.bfloat16)
     return 1 / value if EXPERT.match(name) and name.endswith(".input_scale") else value
 
 
 def _nvfp4(out: Checkpoint, name: str) -> Tensor:
     """bfloat16 [N, K]: e2m1 * (block scale * weight_scale_2), each product rounded to float32."""
-    weight, scale, scale_2 = (
-        out.array(out.part(name, s)) for s in ("weight", "weight_scale", "weight_scale_2")
-    )
-    step = reference.e4m3_decode(scale).astype(np.float32) * scale_2
+    weight, scale = (out.array(out.part(name, s)) for s in ("weight", "weight_scale"))
+    step = reference.e4m3_decode(scale).astype(np.float32) * out.multiplier(name, "weight_scale_2")
     codes = reference.SIGNED_E2M1[reference.unpack(weight)].astype(np.float32)
     return torch.from_numpy(codes * np.repeat(step, reference.BLOCK, axis=1)).to(torch.bfloat16)
 
@@ -114,7 +116,8 @@ def _held(name: str, meaning: Tensor, out: Checkpoint, loaded: Mapping[str, Tens
     if projection == "kv_b_proj" and leaf == "weight":
         return _absorbed(owner, loaded)
     if leaf in ("k_scale", "v_scale"):
-        return _first(loaded, f"{owner}.attn._{leaf}", f"{owner}.mla_attn.mla_attn._{leaf}")
+        attention = owner if projection in ("k_proj", "v_proj") else module
+        return _first(loaded, f"{attention}.attn._{leaf}", f"{attention}.mla_attn.mla_attn._{leaf}")
     if (expert := EXPERT.fullmatch(module)) is not None:
         stack, place, of = EXPERT_ROWS[expert["projection"]]
         held = loaded.get(f"{expert['layer']}.routed_experts.{stack}_{leaf}")
@@ -126,12 +129,17 @@ def _held(name: str, meaning: Tensor, out: Checkpoint, loaded: Mapping[str, Tens
             if leaf == "input_scale":
                 return held
             before = members[: members.index(projection)]
-            start = sum(out.tensors[f"{owner}.{member}.{leaf}"].shape[0] for member in before)
+            start = sum(_rows(out, f"{owner}.{member}", leaf) for member in before)
             return held[start : start + len(meaning)]
     held = loaded.get(name)
     if held is not None and projection in ("embed_tokens", "lm_head"):
         return held[: len(meaning)]  # vLLM pads the vocabulary
     return held
+
+
+def _rows(out: Checkpoint, module: str, leaf: str) -> int:
+    part = out.part(module) if leaf == "weight" and out.part(module) in out.tensors else f"{module}.{leaf}"
+    return out.tensors[part].shape[0]
 
 
 def _absorbed(attention: str, loaded: Mapping[str, Tensor]) -> Tensor | None:

@@ -28,11 +28,12 @@ NOTES = """
 Weight-only (W4A16): vLLM picks Marlin, which needs a GPU, and refuses to start on a CPU; with the kernel
 stood in for, all that comes before it runs and is compared.
 
-A calibrated KV scale goes through a parameter of the model's dtype in vLLM, so the scale it uses is the
-stored one rounded to bfloat16; that is what is compared. The expansion of a latent (`kv_b_proj` of MLA) is
-compared as the two matrices that vLLM makes of it and uses. Multi-token-prediction layers are not compared:
-vLLM loads them with another class. Experts are loaded, not run; dense W4A4 models also generate.
-"""
+A calibrated KV scale in ModelOpt's format goes through a parameter of the model's dtype in vLLM, so the scale
+it uses is the stored one rounded to bfloat16; that is what is compared (in compressed-tensors it stays as it
+is). compressed-tensors stores divisors: what is compared is 1 / divisor, as vLLM takes it. The expansion of a
+latent (`kv_b_proj` of MLA) is compared as the two matrices that vLLM makes of it and uses.
+Multi-token-prediction layers are not compared: vLLM loads them with another class. Experts are loaded, not
+run; dense W4A4 models also generate. """
 
 
 def rows(cases: Iterable[Case], environment: Path) -> Iterator[str]:
