@@ -142,7 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=128, metavar="N", help="calibration lines to use (default 128)")
     add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
     add("--device", default="cpu", metavar="cpu|cuda", help="where calibration and packing run (default cpu)")
-    add("--format", metavar="FORMAT", help="checkpoint format, instead of the spec's: modelopt")
+    add(
+        "--format",
+        metavar="FORMAT",
+        help="checkpoint format, instead of the spec's: modelopt, compressed-tensors",
+    )
     add("--eval", metavar="FILE", type=Path, help="also measure perplexity before and after on this text")
     add("--allow-partial", action="store_true", help=_PARTIAL)
     add("--json", action="store_true", help="print the summary as JSON")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 import fxq
-from fxq.formats import modelopt
+from fxq.formats import Scheme, modelopt
 from fxq.output import Shards
 from fxq.plan import plan
 from fxq.program import Program, TensorInfo

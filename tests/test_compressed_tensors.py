@@ -69,8 +69,7 @@ def test_transformers_decodes_a_dense_model(spec: str, zoo: Zoo, tmp_path: Path)
 
 
 def test_transformers_still_decodes_experts_without_their_global_scale(zoo: Zoo, tmp_path: Path) -> None:
-    """transformers#48371: when this fails it is mended there, and fxq/formats/compressed_tensors.py says
-    so."""
+    """transformers#48371: when this fails, it is mended there, and what the format's page says is old."""
     ours, _ = _outputs(zoo("mixtral"), WEIGHT_ONLY, tmp_path)
     down = _decoded(ours.path)["model.layers.0.mlp.experts.down_proj"]
     name = "model.layers.0.block_sparse_moe.experts.3.w2"

@@ -33,7 +33,8 @@ it uses is the stored one rounded to bfloat16; that is what is compared (in comp
 is). compressed-tensors stores divisors: what is compared is 1 / divisor, as vLLM takes it. The expansion of a
 latent (`kv_b_proj` of MLA) is compared as the two matrices that vLLM makes of it and uses.
 Multi-token-prediction layers are not compared: vLLM loads them with another class. Experts are loaded, not
-run; dense W4A4 models also generate. """
+run; dense W4A4 models also generate.
+"""
 
 
 def rows(cases: Iterable[Case], environment: Path) -> Iterator[str]:
