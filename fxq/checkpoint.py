@@ -27,8 +27,10 @@ from fxq.errors import CheckpointError
 from fxq.formats import compressed_tensors, modelopt
 from fxq.nodes import int_at, node_at
 from fxq.output import Block, Shards, nbytes, pieces, write_json
+from fxq.plan import Plan
 from fxq.plan import plan as planned
 from fxq.program import Program, WeightSource
+from fxq.traits import Traits, traits
 from fxq.workdir import PART, Work, writing
 
 FORMATS: dict[str, ModuleType] = {"modelopt": modelopt, "compressed-tensors": compressed_tensors}
@@ -46,16 +48,17 @@ _REPLACED = (
 
 @dataclass
 class Written:
-    """What a write measured: per weight (parameter, expert or None) the squared error and energy of its
-    rows."""
+    """What was written, in names and bytes. traits: per weight (parameter, expert or None) its error, and
+    what may explain it."""
 
-    errors: dict[tuple[str, int | None], tuple[float, float]] = field(default_factory=dict)
+    traits: dict[tuple[str, int | None], Traits] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
     linears: tuple[str, ...] = ()
     bytes: int = 0
     source_bytes: int = 0
     weights: int = 0
     quantized_bytes: int = 0
+    packed_bytes: int = 0
 
 
 def write(
@@ -68,12 +71,14 @@ def write(
     device: torch.device | None = None,
     shard_bytes: int = SHARD_BYTES,
     step: Callable[[], None] = lambda: None,
+    beside: Callable[[Path, Plan, Written], None] = lambda directory, plan, written: None,
 ) -> Written:
     """Run the lowered program and turn the work directory into the output, complete.
 
     config: the source's config.json. side_files: a directory whose tokenizer, chat template and other files
-    are copied as they are. What an interrupted run of the same program wrote is checked and kept. Raises
-    CheckpointError if there is no room, or if what would be written breaks the contract.
+    are copied as they are. beside: writes other files into the directory before it appears. What an
+    interrupted run of the same program wrote is checked and kept. Raises CheckpointError if there is no
+    room, or if what would be written breaks the contract.
     """
     format = FORMATS[program.format]
     plan = planned(program, format)
@@ -90,14 +95,22 @@ def write(
             _copy_side_files(side_files, work.model)
         for name, content in plan.config_files(format, config).items():
             write_json(work.model / (f"{name}{PART}" if name == "config.json" else name), content)
+        written = _summed(writer.written, program, plan, format)
+        beside(work.model, plan, written)
         work.publish([*shards.names, "config.json"])
-    written = writer.written
+    return written
+
+
+def _summed(written: Written, program: Program, plan: Plan, format: ModuleType) -> Written:
+    """With the names and sizes of all that was written."""
     written.excluded = plan.excluded
     written.linears = tuple(key.removesuffix(".weight") for key in plan.linears)
     written.bytes = sum(nbytes(info) for info in plan.infos.values())
     written.source_bytes = sum(nbytes(info) for info in program.hub.tensors.values())
-    names = (name for key in plan.linears for name in format.tensor_names(key).values())
-    written.quantized_bytes = sum(nbytes(plan.infos[name]) for name in names if name in plan.infos)
+    for key in plan.linears:
+        names = [name for name in format.tensor_names(key).values() if name in plan.infos]
+        written.quantized_bytes += sum(nbytes(plan.infos[name]) for name in names)
+        written.packed_bytes += nbytes(plan.infos[names[0]])  # the packed weight; its scales follow
     return written
 
 
@@ -157,29 +170,28 @@ class _Writer:
 
     def _pack_all(self, stores: Mapping[Node, list[Node]]) -> None:
         packs: dict[Node, list[Node]] = {}
-        errors: dict[Node, tuple[float, float]] = {}
+        found: dict[Node, Traits] = {}
         for pack, users in stores.items():
             if (note := self.behind.finished.get(_piece_name(users))) is not None:
-                errors[pack] = (note[0], note[1])
+                found[pack] = Traits.of(note)
                 for _ in users:
                     self.step()
             else:
                 packs.setdefault(node_at(pack, 0), []).append(pack)
         for weights, values in self.cone.batches(packs):
-            errors |= self._pack([packs[w][0] for w in weights], values, stores)
+            found |= self._pack([packs[w][0] for w in weights], values, stores)
         for pack in stores:  # in their order, whatever was written when
-            self.written.errors[_weight_name(node_at(pack, 0))] = errors[pack]
+            self.written.traits[_weight_name(node_at(pack, 0))] = found[pack]
             self.written.weights += node_at(pack, 0).meta["val"].numel()
 
     def _pack(
         self, packs: list[Node], values: Tensor, stores: Mapping[Node, list[Node]]
-    ) -> dict[Node, tuple[float, float]]:
-        """Pack a batch of weights and have it written; returns the squared error and energy of each."""
+    ) -> dict[Node, Traits]:
+        """Pack a batch of weights and have it written; returns the traits of each."""
         amax = torch.stack([amax_value(node_at(p, 1), self.program.values) for p in packs]).to(values.device)
         measured = _quantized(packs[0], values, amax)
-        errors, energies = measured.error.tolist(), measured.energy.tolist()
         packed = measured.cpu()
-        found = dict(zip(packs, zip(errors, energies, strict=True), strict=True))
+        found = dict(zip(packs, traits(values, measured), strict=True))
         batch = []
         for i, pack in enumerate(packs):
             blocks: list[Block] = []

@@ -19,14 +19,18 @@ from torch import Tensor
 from torch.fx import Graph
 from transformers import PreTrainedModel
 
-from fxq import __version__, checkpoint, identity, pipeline
+from fxq import __version__, checkpoint, identity, pipeline, report_files
 from fxq import calib as calibration
+from fxq.checkpoint import Written
 from fxq.errors import CheckpointError, SourceError, SpecError, TraceError, choices
 from fxq.interpret import Simulate, Streaming, Unquantized
+from fxq.outcome import Reasons, excluded, groups
 from fxq.passes import PASSES
 from fxq.pipeline import Progress, Session, no_progress
+from fxq.plan import Plan
 from fxq.program import Program, WeightSource
 from fxq.report import Report
+from fxq.report_files import Details
 from fxq.sources import Directory, Live
 from fxq.sources.encoding import without_encoding
 from fxq.spec import Spec, load
@@ -64,9 +68,15 @@ class Compiled:
     """
 
     def __init__(
-        self, model: Model, program: Program, session: Session, report: Report, run: Callable[..., Run]
+        self,
+        model: Model,
+        program: Program,
+        session: Session,
+        report: Report,
+        run: Callable[..., Run],
+        reasons: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._model, self._session, self._run = model, session, run
+        self._model, self._session, self._run, self._reasons = model, session, run, reasons
         self.program, self.report = program, report
 
     @property
@@ -95,9 +105,16 @@ class Compiled:
             raise CheckpointError(
                 f"{self.report.spec}: the spec has no `lower` pass, so there is nothing to write"
             )
-        nodes = len(self.program.graph.nodes)
+        nodes, start = len(self.program.graph.nodes), time.perf_counter()
+
+        def beside(directory: Path, plan: Plan, written: Written) -> None:
+            self._complete(written, out)
+            seconds = {**self.report.seconds, "write": time.perf_counter() - start}
+            report = dataclasses.replace(self.report, seconds=seconds)
+            report_files.write(report, self._details(plan, written), directory)
+
         with _timed(self.report, "write"), self._session.progress("pack and write", nodes) as step:
-            written = checkpoint.write(
+            checkpoint.write(
                 self.program,
                 self._model.source,
                 self._model.config,
@@ -106,14 +123,33 @@ class Compiled:
                 device=self._session.device,
                 shard_bytes=shard_bytes,
                 step=step,
+                beside=beside,
             )
+        return self.report
+
+    def _complete(self, written: Written, out: Path) -> None:
         report = self.report
-        report.measure(written.errors)
+        report.measure({name: (own.error, own.energy) for name, own in written.traits.items()})
         report.tensors_quantized, report.tensors_excluded = len(written.linears), len(written.excluded)
         report.bits_per_weight = 8 * written.quantized_bytes / written.weights
         report.source_bytes, report.output_bytes, report.out = written.source_bytes, written.bytes, str(out)
         _measure_memory(report, self._session.device)
-        return report
+
+    def _details(self, plan: Plan, written: Written) -> Details:
+        model, program = self._model, self.program
+        name = model.directory.resolve().name if model.directory is not None else None
+        return Details(
+            name or str((model.config.get("architectures") or ["model"])[0]),
+            written.traits,
+            program.tokens,
+            tuple(groups(program.graph)),
+            tuple(excluded(program, plan, self._reasons)),
+            {
+                "weights": written.packed_bytes,
+                "scales": written.quantized_bytes - written.packed_bytes,
+                "untouched": written.bytes - written.quantized_bytes,
+            },
+        )
 
     def perplexity(self, text: object, *, samples: int = 64, seq_len: int = 512) -> tuple[float, float]:
         """(unquantized, simulated deployed) perplexity per token of a text given like calibration text.
@@ -204,9 +240,10 @@ def compile(
             session.found = work.calibrations()
         report.calibration_tokens = sum(batch.numel() for batch in batches or ())
         with _timed(report, "passes"):
-            pipeline.run(chosen.passes, program, session)
+            reasons = Reasons(chosen.passes, program)
+            pipeline.run(chosen.passes, program, session, after=reasons.look)
         report.count(program.calibrated or program.graph, program)
-        compiled = Compiled(opened, program, session, report, run)
+        compiled = Compiled(opened, program, session, report, run, reasons.of)
         _measure_memory(report, where)
         if evaluate is not None:
             compiled.perplexity(evaluate)

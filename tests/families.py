@@ -193,6 +193,17 @@ def samples(count: int, length: int = 24, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
+def without_times(files: dict[str, bytes]) -> dict[str, bytes]:
+    """An output's files by relative path, less what its report measured: that differs between equal runs."""
+    kept = {name: content for name, content in files.items() if not name.endswith("fxq-report/report.html")}
+    for name, content in kept.items():
+        if name.endswith("fxq-report/report.json"):
+            report = json.loads(content)
+            del report["measured"]
+            kept[name] = json.dumps(report).encode()
+    return kept
+
+
 def write_lines(path: Path, items: Sequence[Any]) -> Path:
     """A calibration file: one JSON value a line."""
     path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")

@@ -28,6 +28,7 @@ from tests.families import (
     load,
     random_model,
     samples,
+    without_times,
     zoo,
 )
 
@@ -245,9 +246,10 @@ def test_without_data_expert_weights_are_bit_identical(
 
 
 def _files(directory: Path) -> dict[str, bytes]:
-    return {
+    files = {
         str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()
     }
+    return without_times(files)
 
 
 IN_MEMORY = [pytest.param(f, marks=() if f == "qwen3_moe" else SLOW) for f in FAMILIES]

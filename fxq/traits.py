@@ -1,0 +1,77 @@
+"""What packing did to each weight, seen while it is at hand: its error, what kind of values it has, and where
+the search put its block scales."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from fxq import fp8, nvfp4
+from fxq.kernels.eager import E2M1_MAX
+from fxq.nvfp4 import BLOCK, E4M3_MAX
+
+# Block scales are compared by their FP8 codes: 8 steps are a factor of two.
+MOST_STEPS = 16
+STEPS = range(-MOST_STEPS, MOST_STEPS + 1)
+# Of each weight so many rows are looked at for all but the error: their cost is small against packing.
+SAMPLED_ROWS = 32
+_LEAST = 2.0**-9
+
+
+class Traits(NamedTuple):
+    """One weight: sum (w - w')**2 and sum w**2; crest: mean of its blocks' maximum over their root mean
+    square; spread: its global amax over the median block's; steps: how many sampled blocks got a scale so
+    many FP8 codes above (STEPS) the one that reaches their maximum, farther ones counted at the ends; empty
+    for a weight without block scales."""
+
+    error: float
+    energy: float
+    crest: float = 0.0
+    spread: float = 0.0
+    steps: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, record: Sequence[Any]) -> Self:
+        """From what JSON keeps of one."""
+        error, energy, crest, spread, steps = record
+        return cls(error, energy, crest, spread, tuple(steps))
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """10 log10(energy / error); None if it is exact."""
+        return 10 * math.log10(self.energy / self.error) if self.error > 0 < self.energy else None
+
+
+def traits(values: Tensor, packed: nvfp4.Measured | fp8.Measured) -> list[Traits]:
+    """A record for each of the weights [n, rows, K] that were packed together; FP8 has no block scales."""
+    every = max(1, values.shape[1] // SAMPLED_ROWS)
+    whole = values.shape[2] // BLOCK * BLOCK
+    blocks = values[:, ::every, :whole].unflatten(-1, (-1, BLOCK)).to(torch.float32).flatten(1, 2)
+    amax, square = blocks.abs().amax(-1), blocks.square().mean(-1)
+    filled = amax > 0
+    crests = torch.where(filled, amax / square.sqrt().clamp_min(1e-38), 0).sum(1) / filled.sum(1).clamp_min(1)
+    if isinstance(packed, nvfp4.Measured):
+        largest = packed.scale_2 * (E2M1_MAX * E4M3_MAX)
+        steps = _steps(amax, packed.scale[:, ::every].flatten(1), packed.scale_2, filled).tolist()
+    else:
+        largest, steps = packed.scale * E4M3_MAX, [[]] * len(values)
+    spreads = torch.where(filled.any(1), largest / amax.median(1).values.clamp_min(1e-38), 0)
+    columns = (
+        packed.error.tolist(),
+        packed.energy.tolist(),
+        crests.tolist(),
+        spreads.tolist(),
+        map(tuple, steps),
+    )
+    return [Traits(*row) for row in zip(*columns, strict=True)]
+
+
+def _steps(amax: Tensor, scale: Tensor, scale_2: Tensor, filled: Tensor) -> Tensor:
+    """int64 [n, len(STEPS)]: blocks by the distance of their scale from the plain maximum's."""
+    reach = (amax / (E2M1_MAX * scale_2[:, None])).clamp(_LEAST, E4M3_MAX).to(torch.float8_e4m3fn)
+    distance = scale.view(torch.uint8).long() - reach.view(torch.uint8).long()
+    place = (distance.clamp(-MOST_STEPS, MOST_STEPS) + MOST_STEPS).where(filled, len(STEPS))
+    counts = torch.zeros(len(amax), len(STEPS) + 1, dtype=torch.int64, device=amax.device)
+    return counts.scatter_add_(1, place, torch.ones_like(place))[:, :-1]
