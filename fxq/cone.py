@@ -1,5 +1,6 @@
 """Weights without the model: views and slices of parameters, evaluated many at a time."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxq import dialect
-from fxq.loading import loaded, staging
+from fxq.loading import Request, loaded
 from fxq.nodes import int_at, node_at
 from fxq.program import Program, WeightSource
 from fxq.segments import nbytes
@@ -28,15 +29,18 @@ class WeightCone:
 
     def __init__(self, program: Program, source: WeightSource, device: torch.device) -> None:
         self.program, self.source, self.device = program, source, device
-        self.memory = _Memory(device)
+        self.memory = _Memory()
 
     def batches(self, nodes: Iterable[Node]) -> Iterator[tuple[list[Node], Tensor]]:
         """The given nodes, each a weight [out, in], grouped by source tensor: (nodes, values [n, out, in] on
         the device). The next are read meanwhile; the values last until the next are asked for."""
-        parts, concurrent = self._parts(nodes), self.source.concurrent
-        for part, values in loaded(
-            parts, self._stacked, nbytes=_total, device=self.device, concurrent=concurrent
-        ):
+        batches = loaded(
+            map(self._request, self._parts(nodes)),
+            self.device,
+            concurrent=self.source.concurrent,
+            allocate=lambda request: self.memory.lend(request.shape, request.dtype),
+        )
+        for part, values in batches:
             yield part, values
             self.memory.take_back(values)
 
@@ -49,12 +53,10 @@ class WeightCone:
             for start in range(0, len(group), step):
                 yield group[start : start + step]
 
-    def _stacked(self, nodes: list[Node]) -> Tensor:
+    def _request(self, nodes: list[Node]) -> Request[list[Node]]:
         val = nodes[0].meta["val"]
-        values = self.memory.lend((len(nodes), *val.shape), val.dtype)
-        for node, value in zip(nodes, values, strict=True):
-            self._fill(node, value)
-        return values
+        fills = [functools.partial(self._fill, node) for node in nodes]
+        return Request(nodes, (len(nodes), *val.shape), val.dtype, fills)
 
     def _fill(self, node: Node, out: Tensor) -> None:
         """One weight [out, in]; of a fused parameter only the expert asked for is read."""
@@ -74,19 +76,18 @@ class WeightCone:
 
 
 class _Memory:
-    """Where batches are read into: on the CPU the same few buffers again and again, as an allocator would
-    keep many more; for a GPU pinned memory."""
+    """Where batches that stay on the CPU are read into: the same few buffers again and again, as an allocator
+    would keep many more."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.most = device, BATCH_BYTES[device.type]
+    def __init__(self) -> None:
         self.spare: list[Tensor] = []
         self.lent: dict[int, Tensor] = {}
         self.lock = Lock()
 
     def lend(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
-        if self.device.type == "cuda" or not 0 < nbytes <= self.most:
-            return staging(shape, dtype, self.device)
+        if not 0 < nbytes <= BATCH_BYTES["cpu"]:
+            return torch.empty(tuple(shape), dtype=dtype)
         with self.lock:
             fitting = [i for i, buffer in enumerate(self.spare) if len(buffer) >= nbytes]
             if fitting:
@@ -112,7 +113,3 @@ def _expert_of_parameter(node: Node) -> tuple[str, bool] | None:
     if base.target in VIEWS and swaps_matrix(base):
         base, turned = node_at(base, 0), True
     return (str(base.target), turned) if base.op == "get_attr" else None
-
-
-def _total(nodes: list[Node]) -> int:
-    return sum(map(nbytes, nodes))

@@ -5,6 +5,7 @@ Every batch goes through one segment of the graph before the next segment's weig
 read meanwhile: a weight is read once for the whole calibration set, not once a batch.
 """
 
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, cast
@@ -16,10 +17,10 @@ from torch.fx.node import map_aggregate, map_arg
 
 from fxq import dialect, nvfp4
 from fxq.amaxes import amax_of, amax_value, check_finite, slice_of
-from fxq.loading import loaded, staging
+from fxq.loading import Request, loaded
 from fxq.nodes import node_at, nodes_at
 from fxq.program import Program, WeightSource
-from fxq.segments import Segment, nbytes, segments
+from fxq.segments import Segment, segments
 from fxq.structure import parameter_name, root
 
 Lane = dict[Node, Any]
@@ -82,13 +83,17 @@ class Streaming(Interpreter):
     def _parameters(self, plan: Sequence[Segment]) -> Generator[tuple[Node, Tensor]]:
         """The parameters of all segments in their order, each read while what is before it is used."""
         needed = (n for segment in plan for n in segment.shared if self._is_read(n))
-        return loaded(
-            needed, self._read, nbytes=nbytes, device=self.device, concurrent=self.source.concurrent
-        )
+        return loaded(map(self._request, needed), self.device, concurrent=self.source.concurrent)
 
-    def _read(self, n: Node) -> Tensor:
-        val = n.meta["val"]
-        return self.source.read(str(n.target), staging(val.shape, val.dtype, self.device))
+    def _request(self, n: Node) -> Request[Node]:
+        """A parameter of experts in experts, which several threads can read; any other as a stack of one."""
+        name, val = str(n.target), n.meta["val"]
+        stored = self.source.hub.stored.get(name)
+        by_expert = self.source.concurrent and val.dim() == 3 and (stored is None or stored.convert is None)
+        if not by_expert:
+            return Request(n, (1, *val.shape), val.dtype, [functools.partial(self.source.read, name)])
+        fills = [functools.partial(self.source.read_expert, name, expert) for expert in range(len(val))]
+        return Request(n, tuple(val.shape), val.dtype, fills)
 
     def _is_read(self, n: Node) -> bool:
         return n.op == "get_attr" and n.target not in self.program.constants
@@ -97,7 +102,10 @@ class Streaming(Interpreter):
         """What all batches need of a segment."""
         self.env = {}
         for node in segment.shared:
-            self.env[node] = next(parameters)[1] if self._is_read(node) else self.run_node(node)
+            if self._is_read(node):
+                self.env[node] = next(parameters)[1].view(node.meta["val"].shape)
+            else:
+                self.env[node] = self.run_node(node)
             if node is self.result:
                 self.outputs = [self.reduce(self.env[node], i) for i in range(len(self.outputs))]
             for dead in segment.ends[node]:

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from fxq import loading
-from fxq.loading import loaded
+from fxq.loading import Request, loaded
 
 CPU = torch.device("cpu")
 
 
 class Reader:
-    """Reads item n as a tensor of n; notes which thread read what."""
+    """Reads item n as the tensor [n]; notes which thread read what."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.fails_at = fails_at
         self.started: list[int] = []
         self.threads: set[int] = set()
 
-    def __call__(self, item: int) -> Tensor:
+    def requests(self, count: int) -> Iterator[Request[int]]:
+        for item in range(count):
+            yield Request(item, (1,), torch.int64, [functools.partial(self.fill, item)])
+
+    def fill(self, item: int, out: Tensor) -> None:
         self.started.append(item)
         self.threads.add(threading.get_ident())
         if item == self.fails_at:
             raise OSError(f"item {item}")
-        return torch.tensor(item)
+        out.fill_(item)
 
 
 def test_items_come_in_order_and_are_read_on_another_thread() -> None:
     reader = Reader()
-    found = [(item, int(value)) for item, value in loaded(range(50), reader, nbytes=lambda i: 8, device=CPU)]
+    found = [(item, int(value)) for item, value in loaded(reader.requests(50), CPU, concurrent=True)]
     assert found == [(i, i) for i in range(50)]
     assert threading.get_ident() not in reader.threads
 
@@ -43,7 +49,7 @@ def test_no_more_is_read_ahead_than_the_limit_allows(
 ) -> None:
     monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", limit)
     reader = Reader()
-    iterator = loaded(range(10), reader, nbytes=lambda i: 8, device=CPU)
+    iterator = loaded(reader.requests(10), CPU, concurrent=True)
     next(iterator)
     iterator.close()  # waits for what has begun
     assert len(reader.started) <= 1 + ahead
@@ -53,13 +59,9 @@ def test_no_more_is_read_ahead_than_the_limit_allows(
 def test_the_item_after_the_one_in_use_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", 0)
     second = threading.Event()
-
-    def read(item: int) -> Tensor:
-        if item == 1:
-            second.set()
-        return torch.tensor(item)
-
-    iterator = loaded(range(3), read, nbytes=lambda i: 8, device=CPU)
+    requests = [Request(0, (1,), torch.int64, [Tensor.zero_])]
+    requests.append(Request(1, (1,), torch.int64, [lambda out: second.set()]))
+    iterator = loaded(requests, CPU, concurrent=False)
     next(iterator)
     assert second.wait(timeout=30)
     iterator.close()
@@ -68,7 +70,7 @@ def test_the_item_after_the_one_in_use_is_read_meanwhile(monkeypatch: pytest.Mon
 def test_an_error_comes_at_its_item_and_ends_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", 0)
     reader = Reader(fails_at=2)
-    iterator = loaded(range(10), reader, nbytes=lambda i: 8, device=CPU)
+    iterator = loaded(reader.requests(10), CPU, concurrent=True)
     assert [next(iterator)[0], next(iterator)[0]] == [0, 1]
     with pytest.raises(OSError, match="item 2"):
         next(iterator)
@@ -76,4 +78,4 @@ def test_an_error_comes_at_its_item_and_ends_the_reading(monkeypatch: pytest.Mon
 
 
 def test_nothing_is_nothing() -> None:
-    assert list(loaded([], Reader(), nbytes=lambda i: 8, device=CPU)) == []
+    assert list(loaded(Reader().requests(0), CPU, concurrent=True)) == []
