@@ -4,10 +4,11 @@ The twin is exported with symbolic batch and sequence sizes. Experts are traced 
 which a token's expert is visible; fuse-experts turns it into something that can be executed at scale.
 """
 
+import contextlib
 import functools
 import inspect
 import traceback
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from fxq import dialect, sizes
-from fxq.edit import parameter, tidy
 from fxq.errors import TraceError
+from fxq.exported import read
 from fxq.leaves import is_module, opaque
 from fxq.normalize import linears
 from fxq.program import Program
+from fxq.repeats import Call, Repeats, put_back
 from fxq.structure import root, shape_of
 from fxq.twin import Twin, first_line, quiet
 
 # Unlikely sizes, so that a dimension in a dump tells where it comes from.
-EXAMPLE_BATCH, EXAMPLE_LENGTH, EXAMPLE_UNKNOWN = 3, 17, 5
-_ASSERTIONS = frozenset(
-    {
-        torch.ops.aten._assert_tensor_metadata.default,
-        torch.ops.aten._assert_scalar.default,
-        torch.ops.aten._assert_async.msg,
-        torch.ops.aten.sym_constrain_range.default,
-        torch.ops.aten.sym_constrain_range_for_size.default,
-    }
-)
-_END = 2**63 - 1
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 17
 
 
 class _Logits(nn.Module):
@@ -89,17 +80,20 @@ class _EveryItem(TorchFunctionMode):
         return result
 
 
-def trace(twin: Twin, *, padded: bool = False) -> Program:
+def trace(twin: Twin, *, padded: bool = False, repeats: bool = True) -> Program:
     """Export `input_ids [B, S] -> logits [B, S, vocab]` as a functional aten graph whose parameters are
     `@fqn` nodes and whose matmuls by a matrix of weights are all `aten.linear`.
 
-    padded: the graph takes an `attention_mask` int64 [B, S] as well, 0 where there is padding.
+    padded: the graph takes an `attention_mask` int64 [B, S] as well, 0 where there is padding. repeats: trace
+    modules that compute the same once (the graph is the same, only later).
     """
     transparent: set[str] = set()
     opaque_classes: set[type] = set()
     while True:
         try:
-            exported, guards = _export(twin, padded, transparent, opaque_classes)
+            program = _traced(twin, padded, transparent, opaque_classes, repeats)
+        except TraceError:
+            raise
         except Exception as error:
             culprit = _asks_for_data(error, twin.model)
             if culprit is None or type(culprit) in opaque_classes:
@@ -109,8 +103,6 @@ def trace(twin: Twin, *, padded: bool = False) -> Program:
                 ) from error
             opaque_classes.add(type(culprit))
             continue
-        program = Program(Graph(), accepts=functools.partial(_refusal, twin, guards, padded))
-        _copy_graph(exported, twin, program)
         hiding = {
             str(node.args[0])
             for node in program.graph.nodes
@@ -124,6 +116,28 @@ def trace(twin: Twin, *, padded: bool = False) -> Program:
     linears(program.graph)
     _check_buffers(program, twin)
     return program
+
+
+def _traced(
+    twin: Twin, padded: bool, transparent: Container[str], opaque_classes: Container[type], repeats: bool
+) -> Program:
+    """The graph as exported; in full if modules cannot be told apart."""
+    if repeats:
+        stand_ins = Repeats(twin.model, _EveryItem)
+        with contextlib.suppress(Exception):  # what is wrong with a model, a full trace says
+            with put_back(twin.model), stand_ins.installed():
+                exported, guards = _export(twin, padded, transparent, opaque_classes)
+            return _program(exported, guards, twin, padded, stand_ins.calls)
+    exported, guards = _export(twin, padded, transparent, opaque_classes)
+    return _program(exported, guards, twin, padded, ())
+
+
+def _program(
+    exported: ExportedProgram, guards: Any, twin: Twin, padded: bool, calls: Sequence[Call]
+) -> Program:
+    graph, constants = read(exported, twin.model, calls)
+    refusal = functools.partial(_refusal, twin, guards, padded)
+    return Program(graph, constants=constants, accepts=refusal)
 
 
 def _export(
@@ -190,104 +204,6 @@ def _refusal(twin: Twin, guards: Any, padded: bool, batch: int, length: int) -> 
     except AssertionError as error:
         return str(error).splitlines()[0]
     return None
-
-
-def _copy_graph(exported: ExportedProgram, twin: Twin, program: Program) -> None:
-    aliases = _canonical_names(twin.model)
-    graph, made, examples = program.graph, dict[Node, Any](), _Examples(exported)
-    parameters: dict[str, Node] = {}
-    inputs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
-    for node in exported.graph.nodes:
-        if node.op == "placeholder":
-            spec = inputs[node.name]
-            val = examples.of(node.meta["val"], node)
-            if spec.kind is InputKind.USER_INPUT:
-                made[node] = graph.create_node("placeholder", node.name, (), {}, node.name)
-                made[node].meta["val"] = val
-                continue
-            name = str(spec.target).removeprefix("model.")
-            if spec.kind is InputKind.CONSTANT_TENSOR:
-                program.constants[name] = exported.constants[str(spec.target)]
-            name = aliases.get(name, name)
-            if name not in parameters:
-                parameters[name] = parameter(graph, name, val.shape, val.dtype)
-            made[node] = parameters[name]
-        elif node.target in _ASSERTIONS:
-            continue
-        elif (same := _no_op(node)) is not None:
-            made[node] = made[same]
-        elif node.op == "get_attr":
-            raise TraceError(
-                f"%{node.name}: the trace holds a nested graph ({node.target}), which fxq cannot read"
-            )
-        elif node.op == "output":
-            # A model that changes its own weights while running returns them too, before its result.
-            graph.output(tuple(made[n] for n in node.args[0][-len(exported.graph_signature.user_outputs) :]))
-        else:
-            made[node] = graph.node_copy(node, made.__getitem__)
-            made[node].meta = {"val": examples.of(node.meta["val"], node)} if "val" in node.meta else {}
-    tidy(graph)
-
-
-class _Examples:
-    """The concrete type that a symbolic value has at the example sizes.
-
-    A number that only the data knows (how many tokens an expert gets) has no example; it is given one such
-    that the sizes of every split add up.
-    """
-
-    def __init__(self, exported: ExportedProgram) -> None:
-        self.unknown: dict[Any, int] = {}
-        for node in exported.graph.nodes:
-            if node.target is torch.ops.aten.split_with_sizes.default:
-                whole = node.args[0].meta["val"].shape[node.args[2] if len(node.args) > 2 else 0]
-                self._share_out(
-                    self.of(whole, node), [getattr(n, "meta", {}).get("val", n) for n in node.args[1]]
-                )
-
-    def _share_out(self, whole: int, parts: list[Any]) -> None:
-        free = [s for part in parts for s in sizes.data_symbols(part) if s not in self.unknown]
-        rest = whole - sum(self.unknown.get(s, 0) for part in parts for s in sizes.data_symbols(part))
-        for i, symbol in enumerate(free):
-            self.unknown[symbol] = rest // len(free) + (i < rest % len(free))
-
-    def of(self, val: Any, node: Node) -> Any:
-        try:
-            match val:
-                case Tensor():
-                    return torch.empty([self.of(s, node) for s in val.shape], dtype=val.dtype, device="meta")
-                case list() | tuple():
-                    return type(val)(self.of(v, node) for v in val)
-                case torch.SymInt() if unknown := sizes.data_symbols(val):
-                    examples = {s: self.unknown.setdefault(s, EXAMPLE_UNKNOWN) for s in unknown}
-                    return sizes.value(val, {**sizes.symbols([val]), **examples})
-                case torch.SymInt() | torch.SymFloat() | torch.SymBool():
-                    return val.node.hint
-        except (TypeError, AttributeError, ValueError) as error:
-            raise TraceError(f"%{node.name}: its size depends on the data: {node.format_node()}") from error
-        return val
-
-
-def _no_op(node: Node) -> Node | None:
-    """The input of a slice that keeps everything, or an alias; export leaves hundreds."""
-    target, args = node.target, node.args
-    source = args[0] if args and isinstance(args[0], Node) else None
-    if target is torch.ops.aten.slice.Tensor and len(args) >= 4:
-        whole = args[2] == 0 and args[3] == _END and (len(args) < 5 or args[4] == 1)
-        return source if whole else None
-    if target in (
-        torch.ops.aten.alias.default,
-        torch.ops.aten.detach.default,
-        torch.ops.aten.lift_fresh_copy.default,
-    ):
-        return source
-    return None
-
-
-def _canonical_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a tied parameter -> its first name: one tensor, one name."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _check_buffers(program: Program, twin: Twin) -> None:

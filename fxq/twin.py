@@ -160,7 +160,7 @@ def _twin(config: PreTrainedConfig, build: Any) -> Twin:
             ) from error
         buffers = _buffer_values(model)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        _to_fake(model, mode)
+        to_fake(model, mode)
         with mode:
             model.tie_weights()
         return Twin(model, config, mode, buffers, _freeze_rotary_updates(model))
@@ -201,21 +201,21 @@ def _check_buffers(model: PreTrainedModel) -> None:
         )
 
 
-def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Parameters and buffers on meta (or real) become fake CPU tensors; ties stay ties."""
-    fakes: dict[int, Tensor] = {}
+    fakes: dict[Tensor, Any] = {}
 
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in fakes:
+    def fake(tensor: Tensor) -> Any:
+        if tensor not in fakes:
             with mode:
-                fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return fakes[id(tensor)]
+                made = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fakes[tensor] = nn.Parameter(made, requires_grad=False) if is_parameter else made
+        return fakes[tensor]
 
     for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(fake(weight), requires_grad=False)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = fake(buffer)
+        for table in (module._parameters, module._buffers):
+            table.update({name: fake(tensor) for name, tensor in table.items() if tensor is not None})
 
 
 def _freeze_rotary_updates(model: PreTrainedModel) -> int | None:

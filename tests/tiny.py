@@ -57,11 +57,11 @@ def families() -> list[Family]:
     return found
 
 
-def tiny_config(family: Family) -> PreTrainedConfig:
-    """The family's default config, shrunk."""
+def tiny_config(family: Family, repeat: int = 1) -> PreTrainedConfig:
+    """The family's default config, shrunk; `repeat` layers of each kind that it keeps."""
     kind: Any = CONFIG_MAPPING[family.model_type]
     parts = {name: CONFIG_MAPPING[part]() for name, part in PARTS.get(family.model_type, {}).items()}
-    plain = _shrink(kind(**parts))
+    plain = _shrink(kind(**parts), repeat)
     for path, value in EXCEPTIONS.get(family.model_type, {}).items():
         *parents, leaf = path.split(".")
         inner = plain
@@ -122,16 +122,16 @@ def _persistent_biases(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _shrink(config: PreTrainedConfig) -> Json:
+def _shrink(config: PreTrainedConfig, repeat: int = 1) -> Json:
     """One (sub-)config as plain data: lists by layer cut to the layers kept, then each field by its rule."""
     plain = {k: v for k, v in config.to_dict().items() if k not in _COMMON or k == "model_type"}
     depth = next((v for n, v in plain.items() if DEPTH.fullmatch(n) and isinstance(v, int)), 0)
-    kept = _layers_kept(plain, depth)
+    kept = sorted(_layers_kept(plain, depth) * repeat)
     made: Json = {}
     for name, value in plain.items():
         inner = vars(config).get(name)
         if isinstance(inner, PreTrainedConfig):
-            made[name] = _shrink(inner)
+            made[name] = _shrink(inner, repeat)
         elif value is None:
             made[name] = MISSING.get(name)
         elif name.startswith("rope_") and isinstance(value, dict):
