@@ -163,8 +163,9 @@ class _Writer:
     def _copy(self, key: str, hub_key: str) -> None:
         """Carry a tensor through as it is, a piece at a time."""
         if key not in self.behind.finished:
-            for first, values in pieces(self.source.read_hub(hub_key), PIECE_BYTES):
-                block = self.shards.piece(key, first, values)
+            for part in pieces(self.shards.infos[key], PIECE_BYTES):
+                values = self.source.read_hub(hub_key, part)
+                block = self.shards.piece(key, part.start if part else 0, values)
                 self.behind.put([Piece(key, [block], last=self.shards.left[key] == 0)])
         self.step()
 

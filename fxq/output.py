@@ -227,14 +227,14 @@ def nbytes(info: TensorInfo) -> int:
     return torch.Size(info.shape).numel() * info.dtype.itemsize
 
 
-def pieces(tensor: Tensor, most: int) -> Iterator[tuple[int, Tensor]]:
-    """A tensor in consecutive parts of its first dimension, each about `most` bytes: (first, values)."""
-    if tensor.dim() == 0 or tensor.nbytes <= most:
-        yield 0, tensor
+def pieces(info: TensorInfo, most: int) -> Iterator[range | None]:
+    """A tensor's first dimension in consecutive parts of about `most` bytes each; None for all of it."""
+    if not info.shape or nbytes(info) <= most:
+        yield None
         return
-    step = max(1, most * len(tensor) // tensor.nbytes)
-    for first in range(0, len(tensor), step):
-        yield first, tensor[first : first + step]
+    step = max(1, most * info.shape[0] // nbytes(info))
+    for first in range(0, info.shape[0], step):
+        yield range(first, min(first + step, info.shape[0]))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -161,6 +161,9 @@ class WeightSource(Protocol):
         """`read(name)[expert]` without building the rest of a fused weight."""
         ...
 
-    def read_hub(self, key: str) -> Tensor:
-        """A tensor of the checkpoint under the hub's name, exactly as stored."""
+    def read_hub(self, key: str, part: range | None = None) -> Tensor:
+        """A tensor of the checkpoint under the hub's name, as `hub.tensors` has it.
+
+        part: which consecutive indices of its first dimension, so that one larger than memory can be copied.
+        """
         ...

@@ -50,8 +50,9 @@ class Counting:
     def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
         return self._hand_out(f"{name}[{expert}]", self.tensors[name][expert], out)
 
-    def read_hub(self, key: str) -> Tensor:
-        return self.read(key)
+    def read_hub(self, key: str, part: range | None = None) -> Tensor:
+        whole = self.read(key)
+        return whole if part is None else whole[part.start : part.stop]
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

@@ -491,3 +491,18 @@ def test_a_directory_closes_its_files(broken: Path) -> None:
     assert len(os.listdir("/dev/fd")) == len(before) + 1
     del directory
     assert len(os.listdir("/dev/fd")) == len(before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_a_part_of_a_tensor_is_read_alone(family: str, tmp_path: Path, reads: Reads) -> None:
+    model = tiny.tiny_model(FORMS[family])
+    model.save_pretrained(tmp_path / "model")
+    directory = _directory(tmp_path / "model", model)
+    live = Live(model)
+    for key, tensor in load_file(tmp_path / "model/model.safetensors").items():
+        for part in (range(1, 3), range(2, len(tensor)), range(0)):
+            reads.clear()
+            wanted = tensor[part.start : part.stop]
+            assert torch.equal(directory.read_hub(key, part), wanted), key
+            assert sum(size for _, size in reads) == wanted.nbytes
+            assert torch.equal(live.read_hub(key, part), wanted), key

@@ -68,10 +68,15 @@ class Directory:
         self._fill(stored, expert, out)
         return out
 
-    def read_hub(self, key: str) -> Tensor:
+    def read_hub(self, key: str, part: range | None = None) -> Tensor:
         info = self.infos[key]
-        out = torch.empty(info.shape, dtype=info.dtype)
-        self._rows(key, range(info.shape[row_axis(info.shape)] if info.shape else 1), None, out)
+        part = range(info.shape[0] if info.shape else 1) if part is None else part
+        out = torch.empty((len(part), *info.shape[1:]) if info.shape else (), dtype=info.dtype)
+        if len(info.shape) < 3:
+            self._rows(key, part, None, out)
+        else:
+            for index, one in zip(part, out, strict=True):
+                self._rows(key, range(info.shape[-2]), index, one)
         return out
 
     def _fill(self, stored: Stored, expert: int | None, out: Tensor) -> None:

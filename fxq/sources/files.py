@@ -17,7 +17,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
 
 
 def check_links(directory: Path) -> None:
-    """SourceError if anything in the directory is a link that leads out of it, or nowhere.
+    """SourceError if anything in the directory is a link that leads out of it, or nowhere, or is no file.
 
     What lies there is read, or copied into the output, so a link must not lend it another file. The Hugging
     Face cache is the exception: there snapshots/<revision>/* are links into blobs/ of the same repository.
@@ -26,7 +26,11 @@ def check_links(directory: Path) -> None:
     homes = [directory.resolve()]
     if homes[0].parent.name == "snapshots" and homes[0].parent.parent.name.startswith("models--"):
         homes.append(homes[0].parent.parent / "blobs")
-    for path in _links(directory):
+    for path in _visible(directory):
+        if not path.is_symlink():
+            if not path.is_dir() and not path.is_file():
+                raise SourceError(f"{path}: a pipe, socket or device is no part of a model")
+            continue
         try:
             target = path.resolve(strict=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
@@ -37,12 +41,12 @@ def check_links(directory: Path) -> None:
             )
 
 
-def _links(directory: Path) -> Iterator[Path]:
+def _visible(directory: Path) -> Iterator[Path]:
     for path in sorted(directory.iterdir()):
-        if path.is_symlink() and not path.name.startswith("."):
+        if not path.name.startswith("."):
             yield path
-        elif path.is_dir() and not path.name.startswith("."):
-            yield from (inner for inner in sorted(path.rglob("*")) if inner.is_symlink())
+            if path.is_dir() and not path.is_symlink():
+                yield from sorted(path.rglob("*"))
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -59,12 +59,17 @@ class Live:
         value = self.parameters.read(name)[expert]
         return value.cpu() if out is None else out.copy_(value)
 
-    def read_hub(self, key: str) -> Tensor:
+    def read_hub(self, key: str, part: range | None = None) -> Tensor:
+        if not self._where.get(key) and self.origin is not None:
+            return self.origin.read_hub(key, part)
+        whole = self._made(key)
+        return whole if part is None else whole[part.start : part.stop]
+
+    def _made(self, key: str) -> Tensor:
+        """A tensor of the checkpoint, out of the parameters that lie there."""
         places = self._where.get(key, ())
         if not places:
-            if self.origin is None:
-                raise SourceError(f"{key}: no parameter of the model makes this tensor")
-            return self.origin.read_hub(key)
+            raise SourceError(f"{key}: no parameter of the model makes this tensor")
         if any(self.hub.stored[name].convert is not None for name, _, _ in places):
             names = dict.fromkeys(name for name, _, _ in places)
             return revert(self._twin, {name: self.parameters.read(name) for name in names})[key].cpu()

@@ -114,8 +114,8 @@ class Tensors:
     def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
         return self.held[name][expert] if out is None else out.copy_(self.held[name][expert])
 
-    def read_hub(self, key: str) -> Tensor:
-        return self.held[key]
+    def read_hub(self, key: str, part: range | None = None) -> Tensor:
+        return self.held[key] if part is None else self.held[key][part.start : part.stop]
 
 
 class Evaluate(Interpreter):
