@@ -216,7 +216,7 @@ def test_an_fp8_checkpoint_compiles_like_its_decoded_twin(zoo: Zoo, convert: Con
     assert reader.check(tmp_path / "from_fp8") == []
     files = {p.name for p in (tmp_path / "from_plain").iterdir()}
     assert {p.name for p in (tmp_path / "from_fp8").iterdir()} == files
-    for name in files:
+    for name in (name for name in files if not name.startswith("report.")):  # which tell the time
         assert (tmp_path / "from_fp8" / name).read_bytes() == (tmp_path / "from_plain" / name).read_bytes()
     assert not any("scale_inv" in key for key in reader.read_checkpoint(tmp_path / "from_fp8").tensors)
 
