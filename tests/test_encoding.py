@@ -214,9 +214,9 @@ def test_an_fp8_checkpoint_compiles_like_its_decoded_twin(zoo: Zoo, convert: Con
     for source, out in ((path, "from_fp8"), (plain, "from_plain")):
         fxq.compile(source, "nvfp4_weight_only", out=tmp_path / out)
     assert reader.check(tmp_path / "from_fp8") == []
-    files = {p.name for p in (tmp_path / "from_plain").iterdir()}
-    assert {p.name for p in (tmp_path / "from_fp8").iterdir()} == files
-    for name in (name for name in files if not name.startswith("report.")):  # which tell the time
+    files = {p.name for p in (tmp_path / "from_plain").iterdir() if p.is_file()}
+    assert {p.name for p in (tmp_path / "from_fp8").iterdir() if p.is_file()} == files
+    for name in files:
         assert (tmp_path / "from_fp8" / name).read_bytes() == (tmp_path / "from_plain" / name).read_bytes()
     assert not any("scale_inv" in key for key in reader.read_checkpoint(tmp_path / "from_fp8").tensors)
 
