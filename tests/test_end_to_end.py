@@ -348,6 +348,19 @@ def test_saving_twice_gives_the_same_files(build: Build, tmp_path: Path) -> None
     assert _files(tmp_path / "again") == _files(out)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v3", marks=SLOW)])
+def test_the_number_of_threads_changes_no_byte(family: str, zoo: Zoo, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = tmp_path / str(threads)
+            fxq.compile(zoo(family), DEFAULT, calib=samples(6), out=out)
+    finally:
+        torch.set_num_threads(before)
+    assert _files(tmp_path / "1") == _files(tmp_path / "2")
+
+
 def test_the_report_measures_what_the_files_show(zoo: Zoo, build: Build) -> None:
     out, compiled = build("qwen3_moe", EXPERTS_ONLY_MSE)
     report = compiled.report

@@ -1,0 +1,100 @@
+"""Kill compilations at random moments, resume each, and compare every byte with one that was left alone.
+
+    python benchmarks/kill_and_resume.py MODEL CALIB [--times 20] [--spec S] [--shard-bytes N]
+
+The moments are spread evenly from when the run has begun its work directory to its end, so that they fall
+into tracing, calibration, writing and putting in place.
+"""
+
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+_RUN = """
+import sys
+from pathlib import Path
+import fxq
+model, calib, out, spec, shard_bytes = sys.argv[1:]
+fxq.compile(model, spec, calib=Path(calib), out=out, samples=8, resume=True, shard_bytes=int(shard_bytes))
+"""
+
+
+def start(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[bytes]:
+    """A process that compiles into `out`, resuming what lies there."""
+    words = [arguments.model, arguments.calib, out, arguments.spec, arguments.shard_bytes]
+    return subprocess.Popen([sys.executable, "-c", _RUN, *map(str, words)])
+
+
+def wait_for_journal(process: subprocess.Popen[bytes], out: Path) -> None:
+    journal = out.parent / f".{out.name}.partial" / "journal"
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
+        time.sleep(0.02)
+
+
+def stage(out: Path) -> str:
+    """What a killed run was doing."""
+    journal = out.parent / f".{out.name}.partial" / "journal"
+    if out.exists():
+        return "done"
+    text = journal.read_text(errors="replace") if journal.exists() else ""
+    for word, name in (("piece", "writing"), ("calibrated", "between calibration and writing")):
+        if f'"{word}"' in text:
+            return name
+    return "tracing or calibrating"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file but the report, which holds times."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.parent.name != "fxq-report"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calib", type=Path)
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--spec", default="nvfp4_default_mse-fp8_cast_kv")
+    parser.add_argument("--shard-bytes", type=int, default=2_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    generator, results = random.Random(arguments.seed), Counter[tuple[str, bool]]()
+    with tempfile.TemporaryDirectory() as name:
+        whole = Path(name) / "whole"
+        process = start(arguments, whole)
+        wait_for_journal(process, whole)
+        begun = time.perf_counter()
+        if process.wait() != 0:
+            return 1
+        seconds, expected = time.perf_counter() - begun, contents(whole)
+        for number in range(arguments.times):
+            out = Path(name) / f"out-{number}"
+            process = start(arguments, out)
+            wait_for_journal(process, out)
+            time.sleep(seconds * generator.random())
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            found = stage(out)
+            if found != "done":
+                start(arguments, out).wait()
+            results[found, out.is_dir() and contents(out) == expected] += 1
+    table = Table("killed while", "runs", "identical after --resume")
+    for (found, same), count in sorted(results.items()):
+        table.add_row(found, str(count), "yes" if same else "NO")
+    Console().print(table)
+    return 0 if all(same for _, same in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
