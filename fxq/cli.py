@@ -34,6 +34,7 @@ _DUMP = """examples:
   fxq dump-graph ./model --spec nvfp4_default-fp8_kv --after quantize-linears --diff fuse-experts
   fxq dump-graph ./model --spec nvfp4_default-fp8_kv --explain quantize-linears
   fxq dump-graph ./model --full --only '*layers_0*'                 every node of a layer, as parseable text
+  fxq dump-graph ./model --spec nvfp4_default-fp8_kv --format html > graph.html
   fxq dump-graph ./model --cone linear_3 --format dot | dot -Tsvg > cone.svg
 """
 _SPECS = """examples:
@@ -163,7 +164,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--diff", metavar="PASS", help="what changed since this pass (`trace` for the start)")
     add("--explain", metavar="PASS", help="where this pass fires, and where it does not and why")
     add("--full", action="store_true", help="every node, as text that parses back; nothing folded")
-    add("--format", choices=("text", "json", "dot"), default="text", help="output format (default text)")
+    add(
+        "--format",
+        choices=("text", "json", "dot", "html"),
+        default="text",
+        help="output format (default text); html is a page with every stage, to be searched and compared",
+    )
     add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
 
     add = command(
@@ -297,7 +303,7 @@ def _summary(report: "Report") -> Iterator[tuple[str, str]]:
 
 
 def _dump(arguments: argparse.Namespace) -> int:
-    from fxq import pipeline, spec, view
+    from fxq import pipeline, spec, view, viewer
     from fxq.compiler import open_model
     from fxq.passes import PASSES
     from fxq.text import dump, format_node
@@ -317,8 +323,11 @@ def _dump(arguments: argparse.Namespace) -> int:
     if arguments.explain is not None and arguments.after is None and arguments.explain in stages:
         last = stages[stages.index(arguments.explain) - 1]
     kept: dict[str, str] = {}
+    pages = viewer.Viewer(arguments.only, arguments.cone) if arguments.format == "html" else None
 
     def keep(name: str, program: "Program") -> None:
+        if pages is not None:
+            pages.add(name, program.graph)
         if name == arguments.diff:
             kept["before"] = dump(program.graph) if arguments.full else view.fold(program.graph)
 
@@ -331,9 +340,16 @@ def _dump(arguments: argparse.Namespace) -> int:
         step = next((p for p in passes if p.name == arguments.explain), None) or PASSES[arguments.explain]()
         print(view.explain(step.sites(program)), end="")
         return 0
+    if arguments.diff is not None and "before" not in kept:
+        raise SpecError(f"--diff: {arguments.diff} comes after {last}")
+    if pages is not None:
+        if not pages.lines:
+            view.select(graph, cone=arguments.cone)  # says which nodes have a name like it
+            raise SpecError(f"--only: no node's name, operator or parameter fits {arguments.only!r}")
+        title = arguments.model.resolve().name + (f", {arguments.spec}" if arguments.spec else "")
+        print(pages.page(title, compared=arguments.diff), end="")
+        return 0
     if arguments.diff is not None:
-        if "before" not in kept:
-            raise SpecError(f"--diff: {arguments.diff} comes after {last}")
         text = dump(graph) if arguments.full else view.fold(graph)
         print(view.difference(kept["before"], text, arguments.diff, last), end="")
         return 0

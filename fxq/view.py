@@ -31,10 +31,11 @@ _LANDMARKS = MATMULS | {
 
 
 @dataclass(frozen=True)
-class _Fold:
-    """`count` consecutive runs of the same items; the first is shown."""
+class Fold:
+    """`count` consecutive runs of alike items, of which the first are kept: nested folds, and lines or
+    numbers that stand for lines."""
 
-    items: tuple["_Fold | str", ...]
+    items: tuple[Any, ...]
     count: int
 
 
@@ -44,7 +45,7 @@ def fold(graph: Graph) -> str:
 
     For reading only: `fxq.text.dump` prints what can be parsed back.
     """
-    return "\n".join(_render(_folded(list(_lines(graph))), "")) + "\n"
+    return "\n".join(_render(folded(list(_lines(graph))), "")) + "\n"
 
 
 def _lines(graph: Graph) -> Iterable[str]:
@@ -133,9 +134,9 @@ def _argument(value: Any, inlined: dict[Node, str]) -> str:
     return format_argument(value)
 
 
-def _folded(items: list[_Fold | str]) -> list[_Fold | str]:
+def folded(items: list[Any]) -> list[Any]:
     """Fold short repeats before long ones: experts first, then the layers that hold them. n log n in the
-    lines."""
+    items, which are lines, or numbers that are equal for alike lines."""
     longest = 1
     while longest < 2 * len(items):
         items = _fold_once(items, longest)
@@ -143,7 +144,7 @@ def _folded(items: list[_Fold | str]) -> list[_Fold | str]:
     return items
 
 
-def _fold_once(items: list[_Fold | str], longest: int) -> list[_Fold | str]:
+def _fold_once(items: list[Any], longest: int) -> list[Any]:
     """Fold what repeats at once with a period of at most `longest` items."""
     keys = [_key(item) for item in items]
     following: dict[Any, int] = {}
@@ -151,7 +152,7 @@ def _fold_once(items: list[_Fold | str], longest: int) -> list[_Fold | str]:
     for i in reversed(range(len(items))):
         distance[i] = following.get(keys[i], i) - i
         following[keys[i]] = i
-    folded: list[_Fold | str] = []
+    made: list[Any] = []
     i = 0
     while i < len(items):
         period, count = distance[i], 1
@@ -159,23 +160,25 @@ def _fold_once(items: list[_Fold | str], longest: int) -> list[_Fold | str]:
             while keys[i : i + period] == keys[i + count * period : i + (count + 1) * period]:
                 count += 1
         if count > 1:
-            folded.append(_Fold(tuple(items[i : i + period]), count))
+            made.append(Fold(tuple(items[i : i + period]), count))
             i += count * period
         else:
-            folded.append(items[i])
+            made.append(items[i])
             i += 1
-    return folded
+    return made
 
 
-def _key(item: _Fold | str) -> Any:
+def _key(item: Fold | str | int) -> Any:
     """Alike but for node names and for the numbers in parameter names and arguments; types count in full."""
-    if isinstance(item, _Fold):
+    if isinstance(item, Fold):
         return (item.count, tuple(map(_key, item.items)))
+    if isinstance(item, int):
+        return item
     head, _, rest = item.partition(" = ")
     return (_NODE.sub("%", head), _NUMBER.sub("#", _NODE.sub("%", rest)))
 
 
-def _render(items: Iterable[_Fold | str], indent: str) -> Iterable[str]:
+def _render(items: Iterable[Fold | str], indent: str) -> Iterable[str]:
     for item in items:
         if isinstance(item, str):
             yield indent + item
