@@ -13,7 +13,7 @@ from fxq import fp8, leaves, nvfp4
 
 FORMATS = ("nvfp4", "fp8")
 SCALES = ("max", "mse", "dynamic", "static")
-# How the input of a linear is quantized: nvfp4 and fp8.
+# How each format scales the input of a linear.
 INPUT_SCALES = {"nvfp4": "dynamic", "fp8": "static"}
 
 _LIB = torch.library.Library("fxq", "DEF")

@@ -15,6 +15,7 @@ from fxq.program import Program, Stored
 from fxq.structure import (
     VIEWS,
     Frontiers,
+    WeightMatmul,
     fused_by_engines,
     input_quantize,
     multiplies_experts,
@@ -51,19 +52,32 @@ def weights_quantized(program: Program) -> str | None:
 
 
 def groups_whole(program: Program) -> str | None:
-    """Of the linears that engines fuse, all are quantized or none (engines refuse a mixture)."""
+    """The linears that engines fuse are all quantized alike, or none is (engines refuse a mixture)."""
     frontiers = Frontiers(program.graph)
     for kind, group in fused_by_engines(program.graph, frontiers):
-        names: dict[bool, list[str]] = {True: [], False: []}
-        for node in group:
-            matmul = frontiers.matmuls[node]
-            names[strip(matmul.w, VIEWS).target is dialect.QUANTIZE].append(str(matmul.parameter.target))
-        if names[True] and names[False]:
+        names: dict[str, list[str]] = {}
+        for matmul in (frontiers.matmuls[node] for node in group):
+            names.setdefault(_formats(matmul), []).append(str(matmul.parameter.target))
+        if len(names) > 1 and (plain := names.pop("", None)) is not None:
+            quantized = [name for members in names.values() for name in members]
             return (
                 f"engines fuse {kind}, so all or none must be quantized: "
-                f"{', '.join(names[True])} would be, {', '.join(names[False])} not; change `only` or `skip`"
+                f"{', '.join(quantized)} would be, {', '.join(plain)} not; change `only` or `skip`"
+            )
+        if len(names) > 1:
+            found = " and ".join(f"{', '.join(members)} {formats}" for formats, members in names.items())
+            return (
+                f"engines fuse {kind}, so all must be quantized alike, found {found}; change `only` or `skip`"
             )
     return None
+
+
+def _formats(matmul: WeightMatmul) -> str:
+    """The formats of a linear's weight and input, as a spec names them; "" if it is not quantized."""
+    w, x = strip(matmul.w, VIEWS), input_quantize(matmul.x)
+    if w.target is not dialect.QUANTIZE:
+        return ""
+    return f"{w.kwargs['format']} with inputs {x.kwargs['format'] if x is not None else 'none'}"
 
 
 def amaxes_shared(program: Program) -> str | None:
@@ -84,17 +98,24 @@ def amaxes_shared(program: Program) -> str | None:
 
 def tensors_whole(program: Program) -> str | None:
     """Of the parameters that lie in one tensor of the checkpoint, or in one list of experts, all are
-    quantized or none."""
-    quantized = {parameter_name(node) for node in program.graph.nodes if is_weight_quantize(node)}
+    quantized alike, or none is."""
+    nodes = [node for node in program.graph.nodes if is_weight_quantize(node)]
+    quantized = {parameter_name(node): str(node.kwargs["format"]) for node in nodes}
     names, owners = program.hub.names, dict[str, str]()
-    for name in quantized & names.keys():
-        owners |= dict.fromkeys(holders(names[name]), name)
+    for name in quantized.keys() & names.keys():
+        for holder in holders(names[name]):
+            owner = owners.setdefault(holder, name)
+            if quantized[owner] != quantized[name]:
+                return (
+                    f"the checkpoint's {holder} holds both {owner}, quantized to {quantized[owner]}, and "
+                    f"{name}, to {quantized[name]}; change `only` or `skip` so that both are alike"
+                )
     for name, stored in names.items():
         for holder in holders(stored) if name not in quantized else ():
-            owner = owners.get(holder)
-            if owner is not None and names[owner] is not stored:  # one parameter may have several names
+            held = owners.get(holder)
+            if held is not None and names[held] is not stored:  # one parameter may have several names
                 return (
-                    f"the checkpoint's {holder} holds both {owner}, which is quantized, and {name}, "
+                    f"the checkpoint's {holder} holds both {held}, which is quantized, and {name}, "
                     "which is not; change `only` or `skip` so that both are or neither"
                 )
     return None
@@ -132,18 +153,19 @@ def is_weight_quantize(node: Node) -> bool:
 
 
 Member = tuple[Node, Node | None]  # a weight's quantize node, and its input's
-Siblings = dict[tuple[Node, int | None], list[Member]]
+Siblings = dict[tuple[Node, int | None, str], list[Member]]
 
 
 def quantized_siblings(program: Program) -> Siblings:
-    """(input value, expert or None) -> (weight quantize, input quantize or None) of what reads it."""
+    """(input value, expert or None, format) -> (weight quantize, input quantize or None) of what reads it."""
     siblings: Siblings = {}
     for matmul in weight_matmuls(program.graph):
         w, x_quantize = strip(matmul.w, VIEWS), input_quantize(matmul.x)
         slices = nodes_at(w, 0) if w.target is dialect.STACK else [w]
         for expert, quantize in enumerate(slices):
             if quantize.target is dialect.QUANTIZE:
-                key = (value_of(matmul.x), expert if matmul.node.target is dialect.EXPERT_LINEAR else None)
+                among = expert if matmul.node.target is dialect.EXPERT_LINEAR else None
+                key = (value_of(matmul.x), among, str(quantize.kwargs["format"]))
                 siblings.setdefault(key, []).append((quantize, x_quantize))
     return siblings
 

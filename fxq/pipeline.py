@@ -140,6 +140,15 @@ def _hold(facts: Iterable[Fact], step: Pass, program: Program, verb: str, sessio
             raise VerifyError(f"{step.name} {verb} {fact.__name__}: {reason}")
 
 
+def check_formats(step: Pass, weights: str, inputs: str) -> None:
+    """SpecError for a pair of formats that no engine multiplies."""
+    if (weights == "fp8") != (inputs == "fp8"):
+        raise SpecError(
+            f"{step.name}: weights: {weights} and inputs: {inputs} do not go together; "
+            "engines know nvfp4 with nvfp4 or none, and fp8 with fp8"
+        )
+
+
 def nothing_matched(step: Pass, program: Program, expected: str, hint: str = "") -> VerifyError:
     """The error for a pass that the spec asked for and that found nothing, with its near misses."""
     misses = sorted((s for s in step.sites(program) if isinstance(s, Miss)), key=lambda miss: -miss.depth)

@@ -68,10 +68,10 @@ class Report:
         for node in graph.nodes:
             if node.target is dialect.QUANTIZE:
                 self.quantize_nodes += 1
-                if node.kwargs["format"] == "fp8":
-                    self.kv_nodes += 1
-                elif not is_weight_quantize(node):
+                if node.kwargs["scale"] in dialect.INPUT_SCALES.values():
                     self.input_nodes += 1
+                elif not is_weight_quantize(node):
+                    self.kv_nodes += 1
                 elif is_expert(node_at(node, 0)):
                     self.expert_nodes += 1
                 else:

@@ -138,7 +138,10 @@ def _pass(node: yaml.Node, table: Mapping[str, type[Pass]], where: str) -> Pass:
         values[option] = _checked(
             _plain(value, where), hints[option], f"{_at(where, value)}: {name}: {option}"
         )
-    return cls(**values)
+    try:
+        return cls(**values)
+    except SpecError as error:  # options that do not go together
+        raise SpecError(f"{_at(where, name_node)}: {error}") from error
 
 
 def _fields(node: yaml.MappingNode, where: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:

@@ -36,6 +36,9 @@ class CalibrateMse:
                     node,
                     "its operand is an activation: its scales are found while serving",
                 )
+            elif node.kwargs["format"] != "nvfp4":
+                reason = f"{node.kwargs['format']} has one scale, that of its maximum: there are no blocks"
+                yield Miss("weight quantize", node, reason)
             elif node.kwargs["scale"] == "mse":
                 yield Miss("weight quantize", node, "its scales are searched already", depth=1)
             else:
@@ -45,7 +48,7 @@ class CalibrateMse:
         sites = list(self.sites(program))
         matches = [site for site in sites if isinstance(site, Match)]
         if not any(isinstance(site, Match) or site.depth for site in sites):
-            raise nothing_matched(self, program, "quantized weights")
+            raise nothing_matched(self, program, "quantized weights in blocks")
         for site in matches:
             site.node.kwargs = {**site.node.kwargs, "scale": "mse"}
         return len(matches)

@@ -15,7 +15,7 @@ from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, holders
 from fxq.nodes import int_at, node_at
 from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
-from fxq.pipeline import nothing_matched
+from fxq.pipeline import check_formats, nothing_matched
 from fxq.places import named
 from fxq.program import Hub, Program
 from fxq.structure import (
@@ -46,13 +46,14 @@ class QuantizeExperts:
     """Quantize every slice of every fused expert weight (2 x experts nodes in a gated layer) and what
     multiplies them.
 
-    weights: their format. inputs: the activations' format, or none for weight-only. required: whether a
+    weights: their format. inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
+    required: whether a
     model without experts is an error. partial: leave a layer whose experts cannot be quantized, instead of
     failing.
     """
 
-    weights: Literal["nvfp4"] = "nvfp4"
-    inputs: Literal["nvfp4", "none"] = "nvfp4"
+    weights: Literal["nvfp4", "fp8"] = "nvfp4"
+    inputs: Literal["nvfp4", "fp8", "none"] = "nvfp4"
     required: bool = True
     partial: bool = False
 
@@ -60,6 +61,9 @@ class QuantizeExperts:
     requires: ClassVar[tuple[Fact, ...]] = (experts_fused,)
     ensures: ClassVar[tuple[Fact, ...]] = ()
     breaks: ClassVar[tuple[Fact, ...]] = (amaxes_shared, amaxes_filled)
+
+    def __post_init__(self) -> None:
+        check_formats(self, self.weights, self.inputs)
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by a parameter; those that are no experts, or had to be left, miss."""
@@ -88,7 +92,7 @@ class QuantizeExperts:
 
     def _leave(self, program: Program) -> None:
         """Put the experts that cannot be quantized into `program.left`; VerifyError unless `partial`."""
-        reasons = {**_unreached(program), **_unfit(program, self.sites(program))}
+        reasons = {**_unreached(program), **_unfit(program, self.sites(program), self.weights)}
         if reasons and not self.partial:
             name, reason = next(iter(reasons.items()))
             more = f" (and {len(reasons) - 1} more weights)" if reasons.keys() - {name} else ""
@@ -113,8 +117,8 @@ def _instead(program: Program) -> str:
     return f"{what}; quantize-linears takes linears (nvfp4_default-fp8_cast_kv)"
 
 
-def _unfit(program: Program, sites: Iterable[Match | Miss]) -> dict[str, str]:
-    """Expert weights of the graph that NVFP4, or the checkpoint, cannot hold whole -> why."""
+def _unfit(program: Program, sites: Iterable[Match | Miss], format: str) -> dict[str, str]:
+    """Expert weights of the graph that their format, or the checkpoint, cannot hold whole -> why."""
     reasons: dict[str, str] = {}
     picked: dict[str, set[int]] = {}  # those that are used expert by expert
     for site in sites:
@@ -124,7 +128,7 @@ def _unfit(program: Program, sites: Iterable[Match | Miss]) -> dict[str, str]:
         count, _, width = shape_of(w)
         if site.rule == ONE_EXPERT.name:
             picked.setdefault(name, set(range(count))).discard(int_at(node_at(site.node, 1), 1))
-        if width % BLOCK:
+        if format == "nvfp4" and width % BLOCK:
             reasons[name] = f"each expert's input dimension is {width}; NVFP4 needs a multiple of {BLOCK}"
         elif (convert := named(program.hub, name, shape_of(w)).convert) is not None:
             reasons[name] = f"no rows of the checkpoint's tensors hold it, but {convert.operations} of them"
@@ -247,5 +251,7 @@ def _quantize_input(site: Match, format: str) -> None:
     if site.rule == ONE_EXPERT.name:
         name = f"{node_at(node_at(site.node, 1), 0).name}_input"
     amax = edit.call(graph, f"{name}_amax", dialect.AMAX, x)
-    q = edit.call(graph, f"{name}_q", dialect.QUANTIZE, x, amax, format=format, scale="dynamic")
+    q = edit.call(
+        graph, f"{name}_q", dialect.QUANTIZE, x, amax, format=format, scale=dialect.INPUT_SCALES[format]
+    )
     edit.replace(x, q, [site.node])

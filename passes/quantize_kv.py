@@ -67,9 +67,7 @@ class QuantizeKv:
 
     def _quantize(self, attention: Node, operand: str, node: Node, position: int) -> int:
         t = node_at(node, position)
-        shared = next(
-            (u for u in t.users if u.target is dialect.QUANTIZE and u.kwargs["format"] == self.format), None
-        )
+        shared = next((user for user in t.users if _is_cache(user)), None)
         if shared is not None:  # another attention reads the same cache
             node.args = (*node.args[:position], shared, *node.args[position + 1 :])
             return 0
@@ -109,6 +107,13 @@ def _is_cached_fp8(attention: Attention, frontiers: Frontiers) -> bool:
     """Whether an attention's keys, or its latent, are quantized already."""
     latent = latent_projection(frontiers, attention)
     cached = attention.k if latent is None else frontiers.matmuls[latent].x
-    while cached.target in VIEWS or (cached.target is dialect.QUANTIZE and cached.kwargs["format"] != "fp8"):
+    while not _is_cache(cached) and (cached.target in VIEWS or cached.target is dialect.QUANTIZE):
         cached = node_at(cached, 0)
-    return cached.target is dialect.QUANTIZE
+    return _is_cache(cached)
+
+
+def _is_cache(node: Node) -> bool:
+    """Whether a node quantizes keys or values, and not the input of a linear."""
+    return (
+        node.target is dialect.QUANTIZE and node.kwargs["format"] == "fp8" and node.kwargs["scale"] == "max"
+    )

@@ -15,7 +15,7 @@ from fxq.errors import SpecError, VerifyError
 from fxq.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, weights_quantized
 from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
-from fxq.pipeline import nothing_matched
+from fxq.pipeline import check_formats, nothing_matched
 from fxq.program import Hub, Program
 from fxq.structure import (
     VIEWS,
@@ -37,7 +37,8 @@ LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w
 class QuantizeLinears:
     """Quantize the weight of every linear, and what it multiplies.
 
-    weights: their format. inputs: the activations' format, or none for weight-only. only, skip: globs over
+    weights: their format. inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
+    Several such passes make a mixture, each taking what earlier ones left. only, skip: globs over
     module names (`*.mlp.*`); a linear is taken if it matches one of `only` and none of `skip`. The output
     head is taken only if `only` names it without wildcards, and so is the expansion of a cached latent (MLA's
     kv_b): engines multiply it into queries and outputs, for which vLLM 0.32 takes its values by sending an
@@ -45,8 +46,8 @@ class QuantizeLinears:
     input dimension does not fit the format, instead of failing.
     """
 
-    weights: Literal["nvfp4"] = "nvfp4"
-    inputs: Literal["nvfp4", "none"] = "nvfp4"
+    weights: Literal["nvfp4", "fp8"] = "nvfp4"
+    inputs: Literal["nvfp4", "fp8", "none"] = "nvfp4"
     only: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
     partial: bool = False
@@ -55,6 +56,9 @@ class QuantizeLinears:
     requires: ClassVar[tuple[Fact, ...]] = ()
     ensures: ClassVar[tuple[Fact, ...]] = (groups_whole,)
     breaks: ClassVar[tuple[Fact, ...]] = (amaxes_shared, amaxes_filled)
+
+    def __post_init__(self) -> None:
+        check_formats(self, self.weights, self.inputs)
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by a 2-D parameter; those left alone miss with the structural reason or the glob."""
@@ -112,7 +116,7 @@ class QuantizeLinears:
             )
             if self.inputs != "none":
                 q = inputs.get(x) or inputs.setdefault(
-                    x, _quantize(x, f"{w.name}_input", self.inputs, "dynamic")
+                    x, _quantize(x, f"{w.name}_input", self.inputs, dialect.INPUT_SCALES[self.inputs])
                 )
                 edit.replace(x, q, [site.node])
         return len(matches)
@@ -120,7 +124,8 @@ class QuantizeLinears:
     def _fits(self, site: Match, program: Program) -> bool:
         """Whether the format can hold a linear; if not, it is left (`partial`) or a VerifyError."""
         width = shape_of(site["w"])[-1]
-        if width % BLOCK:
+        fits = self.weights != "nvfp4" or width % BLOCK == 0
+        if not fits:
             name = parameter_name(site["w"])
             reason = f"its input dimension is {width}; NVFP4 needs a multiple of {BLOCK}"
             if not self.partial:
@@ -129,7 +134,7 @@ class QuantizeLinears:
                     f"{name}: {reason}. Leave it out with skip: [{module!r}], or --allow-partial"
                 )
             program.left[name] = reason
-        return width % BLOCK == 0
+        return fits
 
     def _wanted(self, module: str) -> bool:
         return any(fnmatchcase(module, g) for g in self.only) and not any(

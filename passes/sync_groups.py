@@ -38,7 +38,7 @@ class SyncGroups:
         """Every quantized weight: with the value or the tensor it shares, or alone."""
         mates = [members for members in tensor_mates(program).values() if len(members) > 1]
         together = {quantize for members in mates for quantize, _ in members}
-        for (value, _), members in quantized_siblings(program).items():
+        for (value, *_), members in quantized_siblings(program).items():
             for quantize, _ in members:
                 if len(members) > 1 or quantize in together:
                     yield Match("sibling", quantize, {"value": value})

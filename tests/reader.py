@@ -175,7 +175,13 @@ class Checkpoint:
         names |= {_module(n, "weight_packed") for n in self.tensors if n.endswith(".weight_packed")}
         weights = {n: e for n, e in self.tensors.items() if n.endswith(".weight")}
         modules = names | {_module(n, "weight") for n, e in weights.items() if e.dtype == "U8"}
-        return sorted(modules | self._fused)
+        return sorted((modules | self._fused) - set(self.fp8_linears()))
+
+    def fp8_linears(self) -> list[str]:
+        """Sorted modules with an F8_E4M3 `.weight` and one F32 `.weight_scale` for all of it."""
+        weights = [n for n, e in self.tensors.items() if n.endswith(".weight") and e.dtype == "F8_E4M3"]
+        scales = {n: self.tensors.get(f"{n}_scale") for n in weights}
+        return sorted(_module(n, "weight") for n, e in scales.items() if e is not None and e.dtype == "F32")
 
     def part(self, name: str, suffix: str = "weight") -> str:
         """The tensor `suffix` (weight or one of SCALES) of a quantized linear or fused parameter."""
@@ -205,8 +211,8 @@ class Checkpoint:
         return tuple(shape)
 
     def dequantize(self, name: str, rows: slice = slice(None)) -> Array:
-        """float32 [N, K], or [E, ., .] of a fused parameter in its stored orientation (or `rows` of the first
-        axis): the exact products, rounded once."""
+        """float32 [N, K] of an NVFP4 linear, or [E, ., .] of a fused parameter in its stored orientation (or
+        `rows` of the first axis): the exact products, rounded once."""
         scale_2 = float(self.multiplier(name, "weight_scale_2"))
         axis, shape = self.packed_axis(name), self.shape(name)
         first = rows if len(shape) == 3 or axis == -1 else slice(None)
@@ -226,7 +232,7 @@ class Checkpoint:
         """Sorted names of modules with a 2-D `.weight`, quantized ones included."""
         weights = {n: e for n, e in self.tensors.items() if n.endswith(".weight")}
         matrices = {_module(n, "weight") for n, e in weights.items() if len(e.shape) == 2}
-        return sorted(matrices | set(self.quantized_linears()))
+        return sorted(matrices | set(self.quantized_linears()) | set(self.fp8_linears()))
 
 
 def read_checkpoint(directory: Path | str) -> Checkpoint:

@@ -157,6 +157,7 @@ CALLS: dict[str, Callable[[str], Any]] = {
         _random(1, 2, 3, 16).to(d), SCALAR.to(d), format="fp8", scale="max"
     ),
     "stack": lambda d: dialect.STACK([_random(OUT, IN).to(d)] * 3),
+    "pack_fp8": lambda d: dialect.PACK_FP8(_random(OUT, IN).to(d), SCALAR.to(d)),
     "pack_nvfp4": lambda d: dialect.PACK_NVFP4(_random(OUT, IN).to(d), SCALAR.to(d), scale="max"),
 }
 

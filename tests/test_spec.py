@@ -23,8 +23,10 @@ SHIPPED = (
     "nvfp4_default-fp8_cast_kv",
     "nvfp4_default-fp8_kv",
     "nvfp4_default_mse-fp8_cast_kv",
+    "nvfp4_experts_fp8_rest_mse-fp8_kv",
     "nvfp4_experts_only-fp8_cast_kv",
     "nvfp4_experts_only_mse-fp8_cast_kv",
+    "nvfp4_mlp_fp8_attention_mse-fp8_kv",
     "nvfp4_mlp_only_mse-fp8_cast_kv",
     "nvfp4_weight_only",
     "nvfp4_weight_only_mse",
@@ -76,7 +78,10 @@ def test_a_shipped_spec_is_what_its_name_says(name: str) -> None:
         assert options(steps["quantize-kv"])["scale"] == ("cast" if "cast" in name else "calibrate")
     for step in ("quantize-linears", "quantize-experts"):
         if step in steps:
-            assert options(steps[step])["inputs"] == ("none" if "weight_only" in name else "nvfp4")
+            expected = (
+                {"none"} if "weight_only" in name else {"nvfp4", "fp8"} if "_fp8_" in name else {"nvfp4"}
+            )
+            assert options(steps[step])["inputs"] in expected
 
 
 def test_options_reach_the_pass() -> None:
@@ -114,15 +119,20 @@ def test_a_null_format_means_none() -> None:
         (only("quantise-linears: {weights: nvfp4}"), "mine.yaml:3: no pass is called 'quantise-linears'"),
         (
             only("quantize-linears: {weights: int4}"),
-            "mine.yaml:3: quantize-linears: weights is one of nvfp4; found 'int4'",
+            "mine.yaml:3: quantize-linears: weights is one of nvfp4, fp8; found 'int4'",
         ),
         (
             only("quantize-linears: {inputs: 4}"),
-            "mine.yaml:3: quantize-linears: inputs is one of nvfp4, none; found 4",
+            "mine.yaml:3: quantize-linears: inputs is one of nvfp4, fp8, none; found 4",
         ),
         (
             only("quantize-linears: {inputs: [nvfp4]}"),
-            "mine.yaml:3: quantize-linears: inputs is one of nvfp4, none; found ['nvfp4']",
+            "mine.yaml:3: quantize-linears: inputs is one of nvfp4, fp8, none; found ['nvfp4']",
+        ),
+        (
+            only("quantize-linears: {weights: fp8}"),
+            "mine.yaml:3: quantize-linears: weights: fp8 and inputs: nvfp4 do not go together; "
+            "engines know nvfp4 with nvfp4 or none, and fp8 with fp8",
         ),
         (
             only("quantize-linears: {skip: 3}"),

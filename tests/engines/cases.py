@@ -14,7 +14,10 @@ from tests.families import random_model, samples, save
 EXPERTS_ONLY = "nvfp4_experts_only_mse-fp8_cast_kv"
 DEFAULT, DEFAULT_CAST = "nvfp4_default-fp8_kv", "nvfp4_default_mse-fp8_cast_kv"
 WEIGHT_ONLY = "nvfp4_weight_only_mse"
-SPECS = (EXPERTS_ONLY, DEFAULT, DEFAULT_CAST, WEIGHT_ONLY)
+EXPERTS_FP8_REST = "nvfp4_experts_fp8_rest_mse-fp8_kv"
+MLP_FP8_ATTENTION = "nvfp4_mlp_fp8_attention_mse-fp8_kv"
+SPECS = (EXPERTS_ONLY, DEFAULT, DEFAULT_CAST, WEIGHT_ONLY, EXPERTS_FP8_REST, MLP_FP8_ATTENTION)
+NEED_EXPERTS = (EXPERTS_ONLY, EXPERTS_FP8_REST)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ CASES = tuple(
     for format, specs in (("modelopt", SPECS), ("compressed-tensors", (DEFAULT, WEIGHT_ONLY)))
     for model in MODELS
     for spec in specs
-    if spec != EXPERTS_ONLY or model not in DENSE
+    if spec not in NEED_EXPERTS or model not in DENSE
 )
 
 

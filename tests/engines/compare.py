@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests import reference
 from tests.oracle import TORCH_DTYPES
-from tests.reader import Checkpoint, read_checkpoint
+from tests.reader import SCALES, Checkpoint, read_checkpoint
 
 # Linears whose rows vLLM puts one after the other -> the merged module.
 MERGED = {
@@ -74,31 +74,31 @@ def compare(directory: Path, loaded_file: Path) -> Comparison:
 def _meanings(out: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Tensor -> its value: weights dequantized to bfloat16, scales as multipliers, others as stored."""
     depth = int((out.config or {})["num_hidden_layers"])
-    quantized = {out.part(name): name for name in out.quantized_linears()}
-    inputs = {out.part(name, "input_scale"): name for name in quantized.values()}
-    parts = {
-        out.part(name, scale) for name in quantized.values() for scale in ("weight_scale", "weight_scale_2")
-    }
-    for name, entry in out.tensors.items():
+    nvfp4, fp8 = out.quantized_linears(), out.fp8_linears()
+    taken = set[str]()
+    for name in (*nvfp4, *fp8):
+        taken |= {out.part(name, part) for part in ("weight", *SCALES)}
+        yield f"{name}.weight", _nvfp4(out, name) if name in nvfp4 else _fp8(out, name)
+        if out.part(name, "input_scale") in out.tensors:
+            scale = torch.tensor(out.multiplier(name, "input_scale"))
+            yield f"{name}.input_scale", _as_engines_hold(f"{name}.input_scale", scale, name in nvfp4)
+    for name in out.tensors:
         layer = LAYER.search(name)
-        if name in parts or (layer is not None and int(layer[1]) >= depth):
-            continue
-        if name in quantized:
-            yield f"{quantized[name]}.weight", _nvfp4(out, quantized[name])
-        elif name in inputs:
-            scale = torch.tensor(out.multiplier(inputs[name], "input_scale"))
-            yield f"{inputs[name]}.input_scale", _as_engines_hold(f"{inputs[name]}.input_scale", scale)
-        else:
-            data = torch.from_numpy(np.array(out.raw(name)).reshape(-1).view(np.uint8))
-            yield name, _as_engines_hold(name, data.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape))
+        if name not in taken and (layer is None or int(layer[1]) < depth):
+            yield name, _as_engines_hold(name, _stored(out, name))
 
 
-def _as_engines_hold(name: str, value: Tensor) -> Tensor:
+def _stored(out: Checkpoint, name: str) -> Tensor:
+    data = torch.from_numpy(np.array(out.raw(name)).reshape(-1).view(np.uint8))
+    return data.view(TORCH_DTYPES[out.tensors[name].dtype]).reshape(out.tensors[name].shape)
+
+
+def _as_engines_hold(name: str, value: Tensor, nvfp4: bool = False) -> Tensor:
     """A KV scale in ModelOpt's place goes through a parameter of the model's dtype (in compressed-tensors' it
-    does not); experts keep the inverse of their input scale, which is what their emulation multiplies by."""
+    does not); NVFP4 experts keep the inverse of their input scale, which their emulation multiplies by."""
     if name.endswith(("_proj.k_scale", "_proj.v_scale")):
         return value.to(torch.bfloat16)
-    return 1 / value if EXPERT.match(name) and name.endswith(".input_scale") else value
+    return 1 / value if nvfp4 and EXPERT.match(name) else value
 
 
 def _nvfp4(out: Checkpoint, name: str) -> Tensor:
@@ -107,6 +107,12 @@ def _nvfp4(out: Checkpoint, name: str) -> Tensor:
     step = reference.e4m3_decode(scale).astype(np.float32) * out.multiplier(name, "weight_scale_2")
     codes = reference.SIGNED_E2M1[reference.unpack(weight)].astype(np.float32)
     return torch.from_numpy(codes * np.repeat(step, reference.BLOCK, axis=1)).to(torch.bfloat16)
+
+
+def _fp8(out: Checkpoint, name: str) -> Tensor:
+    """bfloat16 [N, K]: e4m3 * weight_scale, the product rounded to float32."""
+    codes = reference.e4m3_decode(out.array(f"{name}.weight")).astype(np.float32)
+    return torch.from_numpy(codes * out.array(f"{name}.weight_scale")).to(torch.bfloat16)
 
 
 def _held(name: str, meaning: Tensor, out: Checkpoint, loaded: Mapping[str, Tensor]) -> Tensor | None:

@@ -35,7 +35,10 @@ from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.kernels.linear import EmulationNvFp4LinearKernel
+from vllm.model_executor.kernels.linear import (
+    EmulationNvFp4LinearKernel,
+    PerTensorTorchFP8ScaledMMLinearKernel,
+)
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.quantization import modelopt
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
@@ -60,6 +63,7 @@ OPTIONS: dict[str, Any] = {
 def stand_in_for_kernels() -> None:
     """Vendor kernels need a GPU: their place is taken, what is loaded stays as vLLM prepares it."""
     linear_kernels._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU] = [EmulationNvFp4LinearKernel]
+    linear_kernels._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU] = [PerTensorTorchFP8ScaledMMLinearKernel]
     for module in (modelopt, compressed_linears):
         module.init_nvfp4_linear_kernel = _linear_kernel
     for module in (modelopt, compressed_experts):
@@ -136,6 +140,9 @@ def _dequantized(module: Any) -> dict[str, Tensor]:
     if hasattr(module, "w13_weight_scale"):
         return _experts(module)
     weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype == torch.float8_e4m3fn:
+        # Held as [in, out].
+        return {"weight": _fp8(weight.t(), module.weight_scale), "input_scale": module.input_scale}
     if weight is None or not hasattr(module, "weight_global_scale"):
         return {}
     values = {"weight": _nvfp4(weight, module.weight_scale, module.weight_global_scale)}
@@ -151,6 +158,10 @@ def _experts(module: Any) -> dict[str, Tensor]:
         values[f"{name}_weight"] = _nvfp4(*parts)
         values[f"{name}_input_scale"] = getattr(module, f"{name}_input_scale")
     return values
+
+
+def _fp8(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight.to(torch.float32) * scale).to(torch.bfloat16)
 
 
 def _nvfp4(weight: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:

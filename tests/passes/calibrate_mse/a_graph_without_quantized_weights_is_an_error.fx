@@ -12,5 +12,5 @@ pass: calibrate-mse
 %y : bf16[1,1,4,16] = aten.scaled_dot_product_attention(%heads, %y_k_q, %y_v_q)
 return [%y]
 --- error
-VerifyError: calibrate-mse rewrote nothing: expected quantized weights
+VerifyError: calibrate-mse rewrote nothing: expected quantized weights in blocks
 %y_k_q: its operand is an activation
