@@ -2,10 +2,12 @@
 which an interrupted run goes on.
 """
 
-from collections import deque
+import zlib
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,16 +36,18 @@ class WriteBehind:
     """Writes pieces into shards, at most BATCHES_BEHIND batches later.
 
     finished: name -> note of the pieces that an interrupted run wrote and that read back as they were
-    written; their bytes count as given. version: differs if the same pieces would have other bytes. What
-    fails on the thread is raised by the next `put`, or at the end of the `with` block.
+    written; their bytes count as given. version: differs if the same pieces would have other bytes. threads:
+    how many write; the blocks of a piece are always written in order. What fails on a thread is raised by the
+    next `put`, or at the end of the `with` block.
     """
 
-    def __init__(self, shards: Shards, journal: Journal, version: str) -> None:
+    def __init__(self, shards: Shards, journal: Journal, version: str, threads: int = 1) -> None:
         self.shards, self.journal = shards, journal
         self.finished = dict[str, Any]()
         self._begun: dict[str, tuple[int, list[Span]]] = {}
-        self._pending: deque[Future[None]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fxq-write")
+        self._pending: deque[list[Future[None]]] = deque()
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix="fxq-write") for _ in range(threads)]
+        self._journal_lock = Lock()
         self._take_over(version)
         journal.append({"version": version})
 
@@ -66,17 +70,26 @@ class WriteBehind:
     def put(self, batch: Sequence[Piece]) -> None:
         """Have a batch of pieces written; returns as soon as few enough are waiting."""
         while len(self._pending) >= BATCHES_BEHIND:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._write, batch))
-
-    def _write(self, batch: Sequence[Piece]) -> None:
+            self._wait()
+        lots: dict[int, list[Piece]] = defaultdict(list)
         for piece in batch:
+            lots[zlib.crc32(piece.name.encode()) % len(self._threads)].append(piece)
+        self._pending.append([self._threads[i].submit(self._write, lot) for i, lot in lots.items()])
+
+    def _wait(self) -> None:
+        """Until the oldest batch is written."""
+        for future in self._pending.popleft():
+            future.result()
+
+    def _write(self, lot: Sequence[Piece]) -> None:
+        for piece in lot:
             crc, spans = self._begun.pop(piece.name, (0, []))
             for block in piece.blocks:
                 crc = self.shards.write(block, crc)
                 spans.append(block.span)
             if piece.last:
-                self.journal.append({"piece": [piece.name, crc, spans, piece.note]})
+                with self._journal_lock:
+                    self.journal.append({"piece": [piece.name, crc, spans, piece.note]})
             else:
                 self._begun[piece.name] = crc, spans
 
@@ -88,6 +101,7 @@ class WriteBehind:
     ) -> None:
         try:
             while error is None and self._pending:
-                self._pending.popleft().result()
+                self._wait()
         finally:
-            self._thread.shutdown(cancel_futures=True)
+            for thread in self._threads:
+                thread.shutdown(cancel_futures=True)

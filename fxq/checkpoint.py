@@ -7,6 +7,7 @@ place: memory is the batch of slices that is computed and, packed, the one befor
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -37,6 +38,8 @@ FORMATS: dict[str, ModuleType] = {"modelopt": modelopt, "compressed-tensors": co
 SHARD_BYTES = 5_000_000_000
 # Tensors that are carried through are read and written so many bytes at a time.
 PIECE_BYTES = 16 << 20
+# Threads that write: one keeps up with a CPU that packs.
+WRITERS = {"cpu": 1, "cuda": 4}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _REPLACED = (
     "config.json",
@@ -87,8 +90,9 @@ def write(
         work.clear(shards.names)
         work.check_space(sum(shards.sizes))
         shards.open()
-        with WriteBehind(shards, work.journal, _version(program, shards)) as behind:
-            writer = _Writer(program, source, format, shards, behind, device or torch.device("cpu"), step)
+        device = device or torch.device("cpu")
+        with WriteBehind(shards, work.journal, _version(program, shards), WRITERS[device.type]) as behind:
+            writer = _Writer(program, source, format, shards, behind, device, step)
             writer.run()
         shards.finish()
         if side_files is not None:
@@ -191,6 +195,7 @@ class _Writer:
         """Pack a batch of weights and have it written; returns the traits of each."""
         amax = torch.stack([amax_value(node_at(p, 1), self.program.values) for p in packs]).to(values.device)
         measured = _quantized(packs[0], values, amax)
+        _check_scales([_piece_name(stores[pack]) for pack in packs], measured.scale)
         packed = measured.cpu()
         found = dict(zip(packs, traits(values, measured), strict=True))
         batch = []
@@ -215,7 +220,6 @@ class _Writer:
         key, options = str(store.args[0]), cast(dict[str, Any], store.kwargs)
         blocks = []
         for name, block in self.format.weight_tensors(key, packed).items():
-            _check_value(name, block)
             turned = block.T if options["transposed"] else block
             rows = range(len(turned)) if options["transposed"] else range(*options["rows"])
             blocks.append(
@@ -231,7 +235,7 @@ class _Writer:
 
     def _whole(self, tensors: Mapping[str, Tensor]) -> list[Block]:
         for key, tensor in tensors.items():
-            _check_value(key, tensor)
+            _check_scalar(key, tensor)
         return [self.shards.whole(key, tensor) for key, tensor in tensors.items()]
 
 
@@ -260,19 +264,23 @@ def _weight_name(w: Node) -> tuple[str, int | None]:
     return str(w.target), expert
 
 
-def _check_value(key: str, tensor: Tensor) -> None:
-    """Engines trust scales blindly: a zero, negative or NaN one of ours never leaves."""
-    if not key.endswith(("_scale", "_scale_2")):
-        return
-    if tensor.dtype == torch.float8_e4m3fn:
-        codes = tensor.view(torch.uint8)
-        good = bool(((codes > 0) & (codes < 0x7F)).all())
+def _check_scales(names: Sequence[str], scale: Tensor) -> None:
+    """Engines trust scales blindly: a zero, negative or NaN one of ours never leaves. scale: [n, ...]."""
+    if scale.dtype == torch.float8_e4m3fn:
+        codes = scale.view(torch.uint8)
+        good = (codes > 0) & (codes < 0x7F)
     else:
-        good = bool((torch.isfinite(tensor) & (tensor > 0)).all())
-    if not good:
-        raise CheckpointError(
-            f"{key}: expected positive finite scales, found {tensor.flatten()[:4].float().tolist()}"
-        )
+        good = torch.isfinite(scale) & (scale > 0)
+    if not bool(good.all()):
+        bad = int((~good.reshape(len(good), -1)).any(1).nonzero()[0])
+        found = scale[bad].flatten()[:4].float().tolist()
+        raise CheckpointError(f"{names[bad]}: expected positive finite scales, found {found}")
+
+
+def _check_scalar(key: str, tensor: Tensor) -> None:
+    """The same of a tensor's one scale."""
+    if tensor.dtype == torch.float32 and tensor.numel() == 1 and not 0 < float(tensor) < math.inf:
+        raise CheckpointError(f"{key}: expected a positive finite scale, found {float(tensor)}")
 
 
 def _copy_side_files(source: Path, out: Path) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fxq.errors import SourceError
 from fxq.kernels.eager import E4M3_MAX
+from fxq.loading import on_host
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Packed:
 
     def cpu(self) -> "Packed":
         """The same on the CPU."""
-        return Packed(self.weight.cpu(), self.scale.cpu())
+        return Packed(on_host(self.weight), self.scale.cpu())
 
     def part(self, index: int, rows: slice) -> "Packed":
         """Some rows of one of the weights."""

@@ -17,7 +17,7 @@ Fill = Callable[[Tensor], object]
 AHEAD_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
 # One thread reads as fast as a CPU can use what it reads. A GPU is faster: so many threads read for it, each
 # into pinned memory of so many bytes (or of what one fill needs).
-_READERS, _PINNED_BYTES = 4, 64 << 20
+_READERS, _PINNED_BYTES = 8, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,14 @@ def loaded(
     finally:
         waiting.clear()
         loader.close()
+
+
+def on_host(value: Tensor) -> Tensor:
+    """The values in host memory: from a GPU by way of pinned memory, which is several times faster."""
+    if value.device.type != "cuda":
+        return value
+    pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return pinned.copy_(value)
 
 
 class _ToHost:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxq import kernels
 from fxq.kernels.eager import BLOCK, E2M1_MAX, E4M3_MAX, e4m3_values, pack_rows, round_e2m1
+from fxq.loading import on_host
 
 __all__ = [
     "BLOCK",
@@ -48,7 +49,7 @@ class Packed:
 
     def cpu(self) -> "Packed":
         """The same on the CPU."""
-        return Packed(self.weight.cpu(), self.scale.cpu(), self.scale_2.cpu())
+        return Packed(on_host(self.weight), on_host(self.scale), self.scale_2.cpu())
 
     def part(self, index: int, rows: slice) -> "Packed":
         """Some rows of one of the weights."""
