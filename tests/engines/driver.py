@@ -5,9 +5,9 @@ Each line of standard input is a request, each line of standard output its answe
 own names, quantized weights dequantized by vLLM's code; {"checkpoint": DIR, "prompt": [ids], "tokens": N} ->
 {"tokens": [ids]}: greedy generation. {"error": TEXT} if vLLM raises.
 
-Config, name mapping, weight loader and post-processing are vLLM's. Only kernels that vLLM does not have for
-CPUs are stood in for: its own emulation of NVFP4 linears, which it registers for GPUs alone, and nothing at
-all for experts, which are loaded but cannot run.
+Config, name mapping, weight loader and post-processing are vLLM's. Only kernels are stood in for: NVFP4
+linears by vLLM's own emulation, which it registers for GPUs alone; FP8 linears by its plain torch kernel,
+which leaves weights in their layout; experts by nothing: they are loaded and cannot run.
 """
 
 import json

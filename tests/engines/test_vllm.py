@@ -37,7 +37,7 @@ def vllm(request: pytest.FixtureRequest, root: Path) -> Iterator[Vllm]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_vllm_holds_what_the_checkpoint_means(case: Case, root: Path, vllm: Vllm) -> None:
     comparison = loaded(case, root, vllm)
-    assert comparison.compared > 12 * LAYERS
+    assert comparison.compared > 9 * LAYERS  # seven linears and two norms, at the least
     assert not comparison.differences, f"{comparison.exact} of {comparison.compared} are exact"
 
 
