@@ -28,6 +28,7 @@ DEFAULT, EXPERTS_ONLY, WEIGHT_ONLY = (
     "nvfp4_experts_only_mse-fp8_cast_kv",
     "nvfp4_weight_only",
 )
+COMPRESSED = "compressed-tensors"
 EXPERT = "model.layers.1.mlp.experts.3"
 ATTENTION = "model.layers.0.self_attn"
 Json = dict[str, Any]
@@ -105,6 +106,28 @@ def test_shards_and_their_index_are_good(zoo: Zoo, tmp_path: Path) -> None:
     out = compiled(zoo("qwen3_moe"), WEIGHT_ONLY, tmp_path / "out", shard_bytes=40_000)
     assert len(list(out.glob("*.safetensors"))) > 2
     assert not rules(verify_checkpoint(out, zoo("qwen3_moe")))
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", pytest.param("deepseek_v3", marks=SLOW), pytest.param("llama_tied", marks=SLOW)]
+)
+def test_what_fxq_writes_as_compressed_tensors_is_good(family: str, zoo: Zoo, tmp_path: Path) -> None:
+    fxq.compile(zoo(family), DEFAULT, calib=samples(4), out=tmp_path / "out", format=COMPRESSED)
+    findings = verify_checkpoint(tmp_path / "out", zoo(family))
+    assert rules(findings) == {"tokenizer-missing"}, findings.groups()
+    assert findings.summary["format"] == COMPRESSED
+    assert findings.summary["worst_sqnr_db"] > 18
+
+
+@pytest.mark.parametrize("spec", ["nvfp4_experts_fp8_rest_mse-fp8_kv", "nvfp4_mlp_fp8_attention_mse-fp8_kv"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("qwen3_moe", marks=SLOW), pytest.param("deepseek_v3", marks=SLOW), "mixtral"]
+)
+def test_what_fxq_mixes_is_good(family: str, spec: str, zoo: Zoo, tmp_path: Path) -> None:
+    findings = verify_checkpoint(compiled(zoo(family), spec, tmp_path / "out"), zoo(family))
+    assert not rules(findings), findings.groups()
+    assert set(findings.summary["linears"]) == {"NVFP4", "FP8"}
+    assert findings.summary["worst_sqnr_db"] > 18
 
 
 Damage = Callable[[Path], object]
@@ -426,6 +449,17 @@ def test_all_input_scales_missing_fold_into_few_lines(copy: Path) -> None:
     assert {(g.pattern, g.count) for g in findings.groups()} >= {
         ("model.layers.*.mlp.experts.*.up_proj.input_scale", 16)
     }
+
+
+def test_a_quantized_latent_is_a_doubt(zoo: Zoo, tmp_path: Path) -> None:
+    """Other tools quantize MLA's kv_b_proj, which engines absorb."""
+    out = compiled(zoo("deepseek_v3"), DEFAULT, tmp_path / "out")
+    kv_b, o = "model.layers.0.self_attn.kv_b_proj", "model.layers.0.self_attn.o_proj"
+    tensors = load_file(out / "model.safetensors")
+    for suffix in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
+        put(f"{kv_b}.{suffix}", tensors[f"{o}.{suffix}"])(out)
+    both(lambda e: e.remove(kv_b))(out)
+    assert rules(verify_checkpoint(out)) == {"latent-quantized"}
 
 
 def test_an_index_is_held_against_the_shards(copy: Path) -> None:

@@ -17,6 +17,8 @@ SATURATED = 0.5
 MANY = 64
 # A global scale is amax / 2688, its inverse 2688 / amax: they meet at 1 for an amax of 2688.
 TURNING_POINT = 1.0
+# MLA's expansion of the cached latent, by the name that engines look for.
+ABSORBED = "kv_b_proj"
 _INPUTS = {"NVFP4": True, "FP8": True, "NVFP4_AWQ": True, "W4A16_NVFP4": False}
 
 
@@ -29,6 +31,8 @@ def check(checkpoint: Checkpoint) -> Iterator[Finding]:
     for linear in checkpoint.linears.values():
         yield from _FORMS[linear.kind](checkpoint, linear)
         yield from _extras(checkpoint, linear)
+        if linear.name.rpartition(".")[2] == ABSORBED and linear.parts["input"] in checkpoint.store.entries:
+            yield Finding("latent-quantized", linear.name, f"{linear.kind} with a quantized input")
     yield from _unknown(checkpoint)
 
 
