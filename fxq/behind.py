@@ -14,6 +14,8 @@ from typing import Any, Self
 from fxq.journal import Journal
 from fxq.output import Block, Shards, Span
 
+# After so many bytes those written so far are brought to the disk, so that little is left to do at the end.
+FLUSH_BYTES = 1 << 30
 # Batches that wait to be written while the next is computed: so many, beside that one, are alive.
 BATCHES_BEHIND = 1
 
@@ -47,7 +49,10 @@ class WriteBehind:
         self._begun: dict[str, tuple[int, list[Span]]] = {}
         self._pending: deque[list[Future[None]]] = deque()
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="fxq-write") for _ in range(threads)]
-        self._journal_lock = Lock()
+        self._lock = Lock()
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="fxq-flush")
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0
         self._take_over(version)
         journal.append({"version": version})
 
@@ -71,6 +76,7 @@ class WriteBehind:
         """Have a batch of pieces written; returns as soon as few enough are waiting."""
         while len(self._pending) >= BATCHES_BEHIND:
             self._wait()
+        self._flush_some(batch)
         lots: dict[int, list[Piece]] = defaultdict(list)
         for piece in batch:
             lots[zlib.crc32(piece.name.encode()) % len(self._threads)].append(piece)
@@ -81,6 +87,15 @@ class WriteBehind:
         for future in self._pending.popleft():
             future.result()
 
+    def _flush_some(self, batch: Sequence[Piece]) -> None:
+        """Begin to bring earlier batches to the disk if they are many; raises what that failed with."""
+        self._unflushed += sum(block.values.nbytes for piece in batch for block in piece.blocks)
+        if self._unflushed >= FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            if self._flushing is not None:
+                self._flushing.result()
+            self._flushing = self._flusher.submit(self.shards.flush)
+            self._unflushed = 0
+
     def _write(self, lot: Sequence[Piece]) -> None:
         for piece in lot:
             crc, spans = self._begun.pop(piece.name, (0, []))
@@ -88,7 +103,7 @@ class WriteBehind:
                 crc = self.shards.write(block, crc)
                 spans.append(block.span)
             if piece.last:
-                with self._journal_lock:
+                with self._lock:
                     self.journal.append({"piece": [piece.name, crc, spans, piece.note]})
             else:
                 self._begun[piece.name] = crc, spans
@@ -102,6 +117,8 @@ class WriteBehind:
         try:
             while error is None and self._pending:
                 self._wait()
+            if error is None and self._flushing is not None:
+                self._flushing.result()
         finally:
-            for thread in self._threads:
+            for thread in [*self._threads, self._flusher]:
                 thread.shutdown(cancel_futures=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxq.errors import FxqError, SpecError, choices
+from fxq.readahead import read_ahead
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -199,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compile(arguments: argparse.Namespace) -> int:
+    read_ahead(arguments.model)
     from fxq import spec
     from fxq.passes import PASSES
 

@@ -172,8 +172,7 @@ class Shards:
             raise CheckpointError(
                 f"{missing[0]}: planned but not fully written ({len(missing)} such tensors)"
             )
-        for file in self.files:
-            os.fsync(file)
+        self.flush()
         if len(self.names) > 1:
             weight_map = {key: self.names[self.place[key][0]] for key in self.infos}
             total = sum(nbytes(info) for info in self.infos.values())
@@ -182,6 +181,11 @@ class Shards:
                 {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
             )
             self.names.append(INDEX)
+
+    def flush(self) -> None:
+        """Bring all that is written to the disk."""
+        for file in self.files:
+            os.fsync(file)
 
     def close(self) -> None:
         while self.files:
