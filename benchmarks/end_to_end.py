@@ -1,14 +1,16 @@
 """`fxq compile` of whole checkpoints against a plain copy of the same files, and against ModelOpt.
 
-    python benchmarks/end_to_end.py MODEL [MODEL ...] [--spec NAME ...] [--device cuda] [--modelopt PYTHON]
+    python benchmarks/end_to_end.py MODEL [MODEL ...] [--spec NAME ...] [--device cuda] [--cold]
 
 Each MODEL (benchmarks/make_checkpoint.py makes them, with calib.jsonl inside) is read once before the clock
-starts, so that all runs find the files in the page cache. Every run is a process of its own: wall time from
+starts, so that all runs find the files in the page cache; with --cold (as root) the cache is emptied before
+each run instead. Every run is a process of its own: wall time from
 launch to exit, peak resident memory above that of a process that only imports, peak GPU memory. --modelopt
-names a python that has nvidia-modelopt; it loads the model and runs the recipe nearest to the spec.
+PYTHON is one that has nvidia-modelopt; it loads the model and runs the recipe nearest to the spec.
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -90,6 +92,18 @@ def compile_(model: Path, spec: str, device: str, out: Path) -> tuple[Run, dict[
     return run, report
 
 
+def _read(model: Path) -> None:
+    for file in model.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as opened:
+            while opened.read(1 << 24):
+                pass
+
+
+def _forget() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -100,11 +114,13 @@ def main() -> None:
     parser.add_argument(
         "--scratch", type=Path, help="where outputs are written (default: a temporary directory)"
     )
+    parser.add_argument("--cold", action="store_true", help="empty the page cache before each run")
     parser.add_argument("--modelopt", metavar="PYTHON")
     parser.add_argument("--modelopt-recipe", default="NVFP4_DEFAULT_CFG")
     arguments = parser.parse_args()
     imports = int(process([sys.executable, "-c", _IMPORTS])[1])
-    table = Table(title=f"{arguments.device}; imports alone {imports / 2**20:.0f} MiB")
+    caches = "cold" if arguments.cold else "warm"
+    table = Table(title=f"{arguments.device}, page cache {caches}; imports alone {imports / 2**20:.0f} MiB")
     for title in (
         "model",
         "GB",
@@ -135,21 +151,21 @@ def measure(model: Path, arguments: argparse.Namespace, imports: int, table: Tab
             *ratios, memory, gpu,
         )  # fmt: skip
 
-    for file in model.glob("*.safetensors"):
-        with file.open("rb", buffering=0) as opened:
-            while opened.read(1 << 24):
-                pass
+    prepare = _forget if arguments.cold else functools.partial(_read, model)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        prepare()
         copied, synced = copy(model, Path(scratch, "copy"))
         shutil.rmtree(Path(scratch, "copy"))
         row("copy", Run(copied, 0), copied, synced)
         row("copy, on disk", Run(synced, 0), copied, synced)
         for spec in arguments.spec:
+            prepare()
             run, report = compile_(model, spec, arguments.device, Path(scratch, "out"))
             shutil.rmtree(Path(scratch, "out"))
             row(spec, run, copied, synced)
             print(f"{model.name} {spec}: {report['seconds']}")
         if arguments.modelopt:
+            prepare()
             out = Path(scratch, "modelopt")
             command = [arguments.modelopt, "-c", _MODELOPT, str(model), str(out)]
             run, text = process([*command, arguments.modelopt_recipe, arguments.device])
