@@ -43,6 +43,7 @@ _SPECS = """examples:
   fxq specs nvfp4_default-fp8_kv                                   its YAML, to start from
   fxq specs --model ./model                                        what each would do to it, or why not
   fxq specs my.yaml --model ./model                                in detail: groups, what is left and why
+  fxq specs --schema > spec.schema.json                            what editors need to complete a spec
 """
 _VERIFY = """examples:
   fxq verify ./model-nvfp4                                         the files alone
@@ -193,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     ).add_argument
     add("name", nargs="?", metavar="NAME|FILE", help="a shipped spec or a YAML file")
     add("--model", metavar="MODEL", type=Path, help="what the spec would do to this model; reads no weight")
+    add("--schema", action="store_true", help="print the JSON schema of specs, for editors")
     add("--allow-partial", action="store_true", help=_PARTIAL)
     add("--json", action="store_true", help="print it as JSON (with --model)")
     add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
@@ -398,6 +400,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _specs(arguments: argparse.Namespace) -> int:
     from fxq.spec import shipped
 
+    if arguments.schema:
+        return _print_schema(arguments)
     if arguments.model is not None:
         return _preview(arguments)
     if arguments.name is not None:
@@ -410,6 +414,16 @@ def _specs(arguments: argparse.Namespace) -> int:
 
     for name, path in shipped().items():
         print(f"{name}\n    {yaml.safe_load(path.read_text(encoding='utf-8'))['description']}")
+    return 0
+
+
+def _print_schema(arguments: argparse.Namespace) -> int:
+    from fxq.passes import PASSES
+    from fxq.schema import schema
+
+    if arguments.name is not None or arguments.model is not None:
+        raise SpecError("specs --schema: expected no NAME and no --model: one schema is that of all specs")
+    print(json.dumps(schema(PASSES), indent=2))
     return 0
 
 

@@ -43,7 +43,7 @@ class Session:
 
 @runtime_checkable
 class Pass(Protocol):
-    """One step over a graph: a frozen dataclass whose fields are its YAML options."""
+    """One step over a graph: a frozen dataclass whose fields, each with a default, are its YAML options."""
 
     name: ClassVar[str]
     requires: ClassVar[tuple[Fact, ...]]

@@ -169,6 +169,8 @@ def _checked(value: object, hint: Any, at: str) -> object:
             raise SpecError(f"{at} is a list of globs; found {_short(value)}")
         return tuple(items)
     expected = arguments if origin in (types.UnionType, typing.Union) else (hint,)
+    if isinstance(value, int) and not isinstance(value, bool) and float in expected and int not in expected:
+        return float(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
         raise SpecError(f"{at} is {' or '.join(t.__name__ for t in expected)}; found {_short(value)}")
     return value

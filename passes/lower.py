@@ -41,7 +41,10 @@ from fxq.structure import (
 @dataclass(frozen=True)
 class Lower:
     """Emit every quantized linear under its hub name, KV scales, and all other tensors of the source as
-    they are."""
+    they are.
+
+    format: whose names and config files the checkpoint has; packed weights are the same bytes.
+    """
 
     format: Literal["modelopt", "compressed-tensors"] = "modelopt"
 

@@ -46,10 +46,10 @@ class QuantizeExperts:
     """Quantize every slice of every fused expert weight (2 x experts nodes in a gated layer) and what
     multiplies them.
 
-    weights: their format. inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
-    required: whether a
-    model without experts is an error. partial: leave a layer whose experts cannot be quantized, instead of
-    failing.
+    weights: their format.
+    inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
+    required: whether a model without experts is an error.
+    partial: leave a layer whose experts cannot be quantized, instead of failing.
     """
 
     weights: Literal["nvfp4", "fp8"] = "nvfp4"

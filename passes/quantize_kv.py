@@ -21,8 +21,10 @@ from fxq.structure import VIEWS, Attention, Frontiers, attentions, latent_projec
 class QuantizeKv:
     """FP8 keys and values, one scale each an attention.
 
+    format: that of the cache.
     scale: `calibrate` takes amax / 448 from data; `cast` fixes it at 1.0, which engines assume when none is
-    stored. required: whether a model without attention is an error.
+    stored.
+    required: whether a model without attention is an error.
     """
 
     format: Literal["fp8"] = "fp8"

@@ -37,13 +37,16 @@ LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w
 class QuantizeLinears:
     """Quantize the weight of every linear, and what it multiplies.
 
-    weights: their format. inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
-    Several such passes make a mixture, each taking what earlier ones left. only, skip: globs over
-    module names (`*.mlp.*`); a linear is taken if it matches one of `only` and none of `skip`. The output
-    head is taken only if `only` names it without wildcards, and so is the expansion of a cached latent (MLA's
-    kv_b): engines multiply it into queries and outputs, for which vLLM 0.32 takes its values by sending an
-    identity matrix through its quantized input, which distorts or clips them. partial: leave a linear whose
-    input dimension does not fit the format, instead of failing.
+    Several such passes make a mixture, each taking what earlier ones left.
+    The output head is taken only if `only` names it without wildcards, and so is the expansion of a cached
+    latent (MLA's kv_b): engines multiply it into queries and outputs, for which vLLM 0.32 takes its values
+    by sending an identity matrix through its quantized input, which distorts or clips them.
+
+    weights: their format.
+    inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
+    only: globs over module names (`*.mlp.*`); a linear is taken if one of them fits.
+    skip: globs over module names; a linear that one of them fits is not taken, whatever `only` says.
+    partial: leave a linear whose input dimension does not fit the format, instead of failing.
     """
 
     weights: Literal["nvfp4", "fp8"] = "nvfp4"
