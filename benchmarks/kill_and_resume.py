@@ -2,12 +2,14 @@
 
     python benchmarks/kill_and_resume.py MODEL CALIB [--times 20] [--spec S] [--shard-bytes N]
 
-The moments are spread evenly from when the run has begun its work directory to its end, so that they fall
-into tracing, calibration, writing and putting in place.
+Every third is killed at a random time after it began its work directory, the others when its journal has
+grown to a random part of its full size, so that most die while they write.
 """
 
 import argparse
+import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,17 +36,28 @@ def start(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", _RUN, *map(str, words)])
 
 
-def wait_for_journal(process: subprocess.Popen[bytes], out: Path) -> None:
-    journal = out.parent / f".{out.name}.partial" / "journal"
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
-        time.sleep(0.02)
+def journal_of(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial" / "journal"
+
+
+def watch(process: subprocess.Popen[bytes], out: Path, *, seconds: float, size: float) -> tuple[float, int]:
+    """Wait until a run has had its journal for so long, or that has so many bytes; (how long, bytes) then."""
+    journal, begun, held = journal_of(out), time.perf_counter(), 0
+    while process.poll() is None:
+        try:
+            held = max(held, journal.stat().st_size)
+        except FileNotFoundError:
+            if held == 0:
+                begun = time.perf_counter()
+        if held and (time.perf_counter() - begun >= seconds or held >= size):
+            break
+        time.sleep(0.002)
+    return time.perf_counter() - begun, held
 
 
 def stage(out: Path) -> str:
     """What a killed run was doing."""
-    journal = out.parent / f".{out.name}.partial" / "journal"
-    if out.exists():
-        return "done"
+    journal = journal_of(out)
     text = journal.read_text(errors="replace") if journal.exists() else ""
     for word, name in (("piece", "writing"), ("calibrated", "between calibration and writing")):
         if f'"{word}"' in text:
@@ -73,22 +86,25 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         whole = Path(name) / "whole"
         process = start(arguments, whole)
-        wait_for_journal(process, whole)
-        begun = time.perf_counter()
+        seconds, size = watch(process, whole, seconds=math.inf, size=math.inf)
         if process.wait() != 0:
             return 1
-        seconds, expected = time.perf_counter() - begun, contents(whole)
-        for number in range(arguments.times):
-            out = Path(name) / f"out-{number}"
+        expected, number = contents(whole), 0
+        while results.total() < arguments.times:
+            out, number = Path(name) / f"out-{number}", number + 1
             process = start(arguments, out)
-            wait_for_journal(process, out)
-            time.sleep(seconds * generator.random())
+            if number % 3 == 0:
+                watch(process, out, seconds=seconds * generator.random(), size=math.inf)
+            else:
+                watch(process, out, seconds=math.inf, size=size * generator.random())
             process.send_signal(signal.SIGKILL)
             process.wait()
+            if out.exists():
+                continue  # it was faster
             found = stage(out)
-            if found != "done":
-                start(arguments, out).wait()
+            start(arguments, out).wait()
             results[found, out.is_dir() and contents(out) == expected] += 1
+            shutil.rmtree(out)
     table = Table("killed while", "runs", "identical after --resume")
     for (found, same), count in sorted(results.items()):
         table.add_row(found, str(count), "yes" if same else "NO")
