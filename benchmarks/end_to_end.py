@@ -4,9 +4,11 @@
 
 Each MODEL (benchmarks/make_checkpoint.py makes them, with calib.jsonl inside) is read once before the clock
 starts, so that all runs find the files in the page cache; with --cold (as root) the cache is emptied before
-each run instead. Every run is a process of its own: wall time from
-launch to exit, peak resident memory above that of a process that only imports, peak GPU memory. --modelopt
-PYTHON is one that has nvidia-modelopt; it loads the model and runs the recipe nearest to the spec.
+each run instead. Every run is a process of its own: wall time from launch to exit, peak GPU memory, and peak
+resident memory above that of a process that imports what fxq imports (tracing one layer and packing one
+matrix, as torch imports much when it is first used). Below the table: how fast weights were calibrated and
+packed, against the kernel alone on weights that lie in memory, timed before and after. --modelopt PYTHON is
+one that has nvidia-modelopt; it loads the model and runs the recipe nearest to the spec.
 """
 
 import argparse
@@ -21,14 +23,39 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 _IMPORTS = """
-import torch, transformers, fxq.compiler, fxq.kernels, fxq.passes, torch.export, torch._dynamo, numba
 import resource
+import torch
+from transformers import LlamaConfig
+import fxq.audit, fxq.checkpoint, fxq.compiler, fxq.passes
+from fxq import nvfp4
+from fxq.trace import trace
+from fxq.twin import twin_of_config
+size = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, vocab_size=64, num_hidden_layers=1)
+trace(twin_of_config(LlamaConfig(**size), torch.bfloat16))
+nvfp4.quantize_measured(torch.ones(1, 16, 64, dtype=torch.bfloat16), torch.ones(1), "mse")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+_KERNEL = """
+import sys, time, torch
+from fxq import nvfp4
+device, scale = sys.argv[1:3]
+w = torch.randn(8, 1024, 1024, device=device).to(torch.bfloat16) * 0.02
+amax = w.abs().amax((1, 2)).float()
+def run():
+    nvfp4.quantize_measured(w, amax, scale).error.sum().item()
+run()
+start = time.perf_counter()
+count = 0
+while time.perf_counter() - start < 3:
+    run()
+    count += w.numel()
+print(count / (time.perf_counter() - start))
 """
 _MODELOPT = """
 import json, sys, time
@@ -81,7 +108,7 @@ def copy(model: Path, out: Path) -> tuple[float, float]:
     return copied, time.perf_counter() - start
 
 
-def compile_(model: Path, spec: str, device: str, out: Path) -> tuple[Run, dict[str, object]]:
+def compile_(model: Path, spec: str, device: str, out: Path) -> tuple[Run, dict[str, Any]]:
     """One `fxq compile` from launch to exit."""
     command = [sys.executable, "-m", "fxq.cli", "compile", str(model), "--spec", spec, "--out", str(out)]
     if "weight_only" not in spec:
@@ -102,6 +129,24 @@ def _read(model: Path) -> None:
 def _forget() -> None:
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def kernel(spec: str, device: str) -> float:
+    """Weights a second that the kernel alone packs."""
+    scale = "mse" if "mse" in spec else "max"
+    return float(process([sys.executable, "-c", _KERNEL, device, scale])[1])
+
+
+def _pace(name: str, report: dict[str, Any], alone: float) -> str:
+    seconds = report["seconds"]
+    saved = report["source_bytes"] - report["output_bytes"]
+    weights = saved / (2 - report["bits_per_weight"] / 8)  # all were bf16
+    pace = weights / (seconds["passes"] + seconds["write"])
+    stages = ", ".join(f"{stage} {took:.1f} s" for stage, took in seconds.items())
+    return (
+        f"{name}: {stages}; {weights / 1e6:.0f} M weights at {pace / 1e6:.0f} M/s in passes and write, "
+        f"{pace / alone:.0%} of the kernel alone ({alone / 1e6:.0f} M/s)"
+    )
 
 
 def main() -> None:
@@ -133,12 +178,14 @@ def main() -> None:
         "GPU GiB",
     ):
         table.add_column(title, justify="left" if title in ("model", "run") else "right")
+    notes: list[str] = []
     for model in arguments.models:
-        measure(model, arguments, imports, table)
+        measure(model, arguments, imports, table, notes)
     Console(width=170).print(table)
+    print("\n".join(notes))
 
 
-def measure(model: Path, arguments: argparse.Namespace, imports: int, table: Table) -> None:
+def measure(model: Path, arguments: argparse.Namespace, imports: int, table: Table, notes: list[str]) -> None:
     """The rows of one model."""
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
@@ -160,10 +207,12 @@ def measure(model: Path, arguments: argparse.Namespace, imports: int, table: Tab
         row("copy, on disk", Run(synced, 0), copied, synced)
         for spec in arguments.spec:
             prepare()
+            alone = [kernel(spec, arguments.device)]
             run, report = compile_(model, spec, arguments.device, Path(scratch, "out"))
             shutil.rmtree(Path(scratch, "out"))
             row(spec, run, copied, synced)
-            print(f"{model.name} {spec}: {report['seconds']}")
+            alone.append(kernel(spec, arguments.device))
+            notes.append(_pace(f"{model.name} {spec}", report, sum(alone) / 2))
         if arguments.modelopt:
             prepare()
             out = Path(scratch, "modelopt")
