@@ -332,3 +332,12 @@ def test_step_is_called_for_every_node() -> None:
     calls: list[None] = []
     Streaming(program, source, CPU, step=lambda: calls.append(None)).run_batches(BATCHES)
     assert len(calls) == len(program.graph.nodes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_does_not_fit_on_the_gpu_waits_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, source = _chain()
+    wanted = Streaming(program, source, torch.device("cuda")).run_batches(BATCHES)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    found = Streaming(program, source, torch.device("cuda")).run_batches(BATCHES)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
