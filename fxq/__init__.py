@@ -12,11 +12,13 @@ from fxq.errors import CheckpointError, FxqError, SourceError, SpecError, TraceE
 if TYPE_CHECKING:
     from fxq.audit import Findings, verify_checkpoint
     from fxq.compiler import Compiled, compile
+    from fxq.evaluation import Evaluation, evaluate
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "Compiled",
+    "Evaluation",
     "Findings",
     "FxqError",
     "SourceError",
@@ -24,6 +26,7 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "compile",
+    "evaluate",
     "verify_checkpoint",
 ]
 
@@ -34,6 +37,10 @@ def __getattr__(name: str) -> Any:
         from fxq import compiler
 
         return getattr(compiler, name)
+    if name in ("evaluate", "Evaluation"):
+        from fxq import evaluation
+
+        return getattr(evaluation, name)
     if name in ("verify_checkpoint", "Findings"):
         from fxq import audit
 

@@ -41,7 +41,7 @@ def load_samples(
         if len(found) == samples:
             break
     if not found:
-        raise SourceError(f"{_name(calib)}: expected calibration samples, found none")
+        raise SourceError(f"{_name(calib)}: expected samples of text, found none")
     return found
 
 
@@ -73,9 +73,9 @@ def _items(calib: object) -> Iterable[tuple[str, Any]]:
                 if line.strip():
                     yield f"{path}:{number}", _json(line, f"{path}:{number}")
     except OSError as error:
-        raise SourceError(f"{path}: cannot read calibration lines: {error.strerror}") from error
+        raise SourceError(f"{path}: cannot read lines of text: {error.strerror}") from error
     except ValueError as error:  # a NUL in the name
-        raise SourceError(f"{str(path)!r}: cannot read calibration lines: {error}") from error
+        raise SourceError(f"{str(path)!r}: cannot read lines of text: {error}") from error
 
 
 def _json(line: bytes, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: compile, dump-graph, verify, specs.
+"""The command line: compile, dump-graph, verify, eval, specs.
 
 Errors are one to three lines; exit status 2 for usage, 1 for the rest.
 """
@@ -20,6 +20,7 @@ from fxq.readahead import read_ahead
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fxq.evaluation import Evaluation
     from fxq.preview import Preview
     from fxq.program import Program
     from fxq.report import Report
@@ -51,6 +52,11 @@ _VERIFY = """examples:
   fxq verify ./model-nvfp4 --json | jq .groups                     for programs
 
 exit status: 0 without errors (warnings do not count), 1 with errors or if this is no NVFP4 checkpoint
+"""
+_EVAL = """examples:
+  fxq eval ./model --text heldout.jsonl                            perplexity
+  fxq eval ./model-nvfp4 --base ./model --text heldout.jsonl       and how far predictions are from the base's
+  fxq eval ./model-nvfp4 --base ./model --text heldout.jsonl --samples 200 --device cuda --json
 """
 _PARTIAL = "leave what cannot be quantized as it is, with a warning, instead of failing"
 
@@ -188,6 +194,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--base", metavar="MODEL", type=Path, help="the model it was made from: compare every tensor with it")
     add("--json", action="store_true", help="print every finding as JSON")
+
+    add = command(
+        "eval",
+        _eval,
+        "Measure perplexity, and how far a model is from the one it was made from.",
+        _EVAL,
+    ).add_argument
+    add(
+        "model",
+        metavar="MODEL",
+        type=Path,
+        help="directory with safetensors: unquantized, or an NVFP4 checkpoint, run as engines serve it",
+    )
+    add("--text", required=True, metavar="FILE", type=Path, help="JSON lines, as for calibration")
+    add(
+        "--base",
+        metavar="MODEL",
+        type=Path,
+        help="the model it was made from: KL divergence, top-1 agreement",
+    )
+    add("--samples", type=int, default=64, metavar="N", help="lines to use (default 64)")
+    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
+    add("--device", default="cpu", metavar="cpu|cuda", help="where the models run (default cpu)")
+    add("--json", action="store_true", help="print it as JSON")
+    add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
 
     add = command(
         "specs", _specs, "List the shipped specs, print one, or show what they would do to a model.", _SPECS
@@ -395,6 +426,49 @@ def _verify(arguments: argparse.Namespace) -> int:
 
         show(findings, Console())
     return 1 if findings.errors else 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from fxq.evaluation import evaluate
+
+    found = evaluate(
+        arguments.model,
+        arguments.text,
+        base=arguments.base,
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+        progress=_progress,
+    )
+    if arguments.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        _print_evaluation(found)
+    return 0
+
+
+def _print_evaluation(found: "Evaluation") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = f"{found.model}: {found.tokens} predicted tokens of {found.samples} samples"
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("perplexity", f"{found.perplexity:.4f}")
+    if (against := found.against) is not None:
+        table.add_row("of the base", f"{against.perplexity:.4f} ({escape(against.base)})")
+        table.add_row("KL from the base", f"{against.kl['mean']:.5f} nats per token")
+        spread = (f"{name} {value:.5f}" for name, value in against.kl.items() if name != "mean")
+        table.add_row("", ", ".join(spread))
+        table.add_row("top-1 agreement", f"{against.top1_agreement:.2%}")
+    table.add_row("time", f"{found.seconds:.1f} s")
+    console = Console()
+    console.print(table)
+    for note in found.notes:
+        console.print(f"[yellow]note:[/yellow] {escape(note)}")
 
 
 def _specs(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.fx import Graph
 from transformers import PreTrainedModel
 
-from fxq import __version__, checkpoint, identity, pipeline, report_files
+from fxq import __version__, checkpoint, identity, likelihood, pipeline, report_files
 from fxq import calib as calibration
 from fxq.checkpoint import Written
 from fxq.errors import CheckpointError, SourceError, SpecError, TraceError, choices
@@ -157,11 +156,9 @@ class Compiled:
         The second quantizes weights, inputs and KV cache as the checkpoint declares, by running the
         calibrated graph.
         """
-        ids = _samples(self._model, text, samples, seq_len)
-        batches = _batches(self.program, [s for s in ids if len(s) > 1])
+        ids = samples_of(self._model, text, samples, seq_len)
+        batches = predicted_batches([self.program], ids)
         self.report.warnings += [n for n in self.program.notes if n not in self.report.warnings]
-        if not batches:
-            raise SourceError("perplexity needs samples of two tokens or more")
         with _timed(self.report, "evaluate"):
             before = self._perplexity(Unquantized, batches, "perplexity before")
             after = self._perplexity(Simulate, batches, "perplexity after")
@@ -169,17 +166,15 @@ class Compiled:
         return before, after
 
     def _perplexity(self, kind: type[Streaming], batches: Sequence[Tensor], label: str) -> float:
-        def loss(logits: Tensor, i: int) -> Tensor:
-            targets = batches[i][:, 1:].flatten().to(logits.device)
-            return torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum"
-            )
-
         with self._session.progress(label, len(self.graph.nodes)) as step:
-            run = kind(self.program, self._model.source, self._session.device, step=step, reduce=loss)
-            losses = run.run_batches(batches)
-        tokens = sum(batch[:, 1:].numel() for batch in batches)
-        return math.exp(float(sum(float(part) for part in losses)) / tokens)
+            run = kind(
+                self.program,
+                self._model.source,
+                self._session.device,
+                step=step,
+                reduce=lambda logits, i: likelihood.losses(logits, batches[i]),
+            )
+            return likelihood.perplexity(torch.cat(run.run_batches(batches)))
 
 
 def compile(
@@ -212,7 +207,7 @@ def compile(
     written.
     """
     chosen = with_options(spec if isinstance(spec, Spec) else load(spec, PASSES), format, allow_partial)
-    where = _device(device)
+    where = device_of(device)
     if samples < 1 or seq_len < 1:
         raise SpecError(f"samples and seq_len are at least 1; found {samples} and {seq_len}")
     directory = _directory_of(model)
@@ -228,13 +223,13 @@ def compile(
     report = Report(chosen.name)
     with working(Path(out).expanduser(), resume=resume) if out is not None else nullcontext() as work:
         opened = open_model(model, trust_remote_code=trust_remote_code)
-        ids = _samples(opened, calib, samples, seq_len) if calib is not None else None
+        ids = samples_of(opened, calib, samples, seq_len) if calib is not None else None
         run = functools.partial(run_of, opened, chosen, ids, where)
         if work is not None:
             work.begin(run(shard_bytes))
         with _timed(report, "trace"):
             program = opened.program
-        batches = _batches(program, ids) if ids is not None else None
+        batches = batches_of([program], ids) if ids is not None else None
         session = Session(opened.source, where, batches, progress)
         if work is not None:
             session.found = work.calibrations()
@@ -252,8 +247,13 @@ def compile(
     return compiled
 
 
-def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> Model:
-    """A directory or live model, checked: config, twin, and where each parameter lies; no weight is read."""
+def open_model(
+    model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False, quantized: bool = False
+) -> Model:
+    """A directory or live model, checked: config, twin, and where each parameter lies; no weight is read.
+
+    quantized: whether an NVFP4 checkpoint is opened, decoded, instead of being refused.
+    """
     if isinstance(model, PreTrainedModel):
         return _open_live(model, trust_remote_code)
     path = Path(model).expanduser()
@@ -261,7 +261,7 @@ def open_model(model: str | Path | PreTrainedModel, *, trust_remote_code: bool =
         raise SourceError(
             f"{path}: no such directory; expected a Hugging Face model with config.json and safetensors"
         )
-    source = Directory(path)
+    source = Directory(path, quantized=quantized)
     config = load_config(path, trust_remote_code=trust_remote_code)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(source)
     twin = twin_of_config(config, dtype, trust_remote_code=trust_remote_code)
@@ -307,7 +307,8 @@ def _stored_dtype(source: Directory) -> torch.dtype:
     )
 
 
-def _samples(model: Model, text: object, samples: int, seq_len: int) -> list[list[int]]:
+def samples_of(model: Model, text: object, samples: int, seq_len: int) -> list[list[int]]:
+    """The first samples of a text, as token ids of the model, cut to what it can hold."""
     text_config = model.twin.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or seq_len
     tokenizer: list[Any] = []
@@ -315,9 +316,7 @@ def _samples(model: Model, text: object, samples: int, seq_len: int) -> list[lis
     def encode(line: str) -> Sequence[int]:
         if not tokenizer:
             if model.directory is None:
-                raise SourceError(
-                    "calibration text needs a tokenizer; a model without a directory takes input_ids"
-                )
+                raise SourceError("text needs a tokenizer; a model without a directory takes input_ids")
             tokenizer.append(load_tokenizer(model.directory, trust_remote_code=model.trust_remote_code))
         return tokenizer[0](line)["input_ids"]
 
@@ -326,24 +325,39 @@ def _samples(model: Model, text: object, samples: int, seq_len: int) -> list[lis
     )
 
 
-def _batches(program: Program, samples: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Batches of sizes that the trace holds for; what is too long for it is cut, and a note says so."""
+def batches_of(programs: Sequence[Program], samples: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Batches of sizes that the traces of all programs hold for; what is too long is cut, and notes of the
+    first say so."""
+    notes = programs[0].notes
+
+    def refused(batch: int, length: int) -> str | None:
+        return next((why for p in programs if (why := p.accepts(batch, length)) is not None), None)
+
     fitting: dict[int, int] = {}
     for length in {len(ids) for ids in samples}:
-        reason = program.accepts(1, length)
-        fitting[length] = next((n for n in range(length, 0, -1) if program.accepts(1, n) is None), 0)
+        reason = refused(1, length)
+        fitting[length] = next((n for n in range(length, 0, -1) if refused(1, n) is None), 0)
         note = f"the trace holds up to {fitting[length]} tokens ({reason}); longer samples were cut"
         if fitting[length] == 0:
             note = f"the trace holds for no sample of {length} tokens ({reason}); such samples were left out"
-        if reason is not None and note not in program.notes:
-            program.notes.append(note)
+        if reason is not None and note not in notes:
+            notes.append(note)
     if not any(fitting.values()):
         raise TraceError(f"the trace holds for no sample of up to {max(fitting)} tokens: {reason}")
     samples = [ids for ids in samples if fitting[len(ids)]]
     made = calibration.batches([ids[: fitting[len(ids)]] for ids in samples])
-    if all(program.accepts(*batch.shape) is None for batch in made):
+    if all(refused(*batch.shape) is None for batch in made):
         return made
     return [row[None] for batch in made for row in batch]
+
+
+def predicted_batches(programs: Sequence[Program], samples: Sequence[Sequence[int]]) -> list[Tensor]:
+    """`batches_of` samples that have a token to predict; SourceError if none has."""
+    longer = [ids for ids in samples if len(ids) > 1]
+    batches = [b for b in batches_of(programs, longer) if b.shape[1] > 1] if longer else []
+    if not batches:
+        raise SourceError("perplexity needs samples of two tokens or more")
+    return batches
 
 
 def check_output(out: Path, model: Path | None) -> None:
@@ -386,7 +400,8 @@ def with_options(spec: Spec, format: str | None, allow_partial: bool) -> Spec:
     return dataclasses.replace(spec, passes=tuple(passes))
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """The device of that name; SpecError if it is none of this machine's."""
     try:
         found = torch.device(device)
     except RuntimeError as error:

@@ -55,12 +55,25 @@ class Streaming(Interpreter):
         """The nodes that must run, with all their inputs."""
         return set(self.graph.nodes)
 
-    @torch.no_grad()
     def run_batches(self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> list[Any]:
         """The graph's first output (as `reduce` keeps it) for each batch of token ids int64 [B, S]; None
         where it is not wanted.
 
         masks: attention masks int64 [B, S], for a graph traced with `padded`.
+        """
+        outputs: list[Any] = [None] * len(batches)
+        for i, value in self.stream(batches, masks):
+            outputs[i] = value
+        return outputs
+
+    @torch.no_grad()
+    def stream(
+        self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None = None
+    ) -> Generator[tuple[int, Any]]:
+        """The outputs of `run_batches` with the batch's number, one at a time and not kept.
+
+        All batches have gone through every segment but the last by then, so that two models' outputs can be
+        compared batch by batch while each weight is read once.
         """
         inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
         given = zip(batches, strict=True) if masks is None else zip(batches, masks, strict=True)
@@ -71,14 +84,16 @@ class Streaming(Interpreter):
                 self.step()
         tokens = sum(batch.numel() for batch in batches)
         plan = segments(self.graph, wanted, tokens / inputs[0].meta["val"].numel()) if len(lanes) else []
-        self.outputs: list[Any] = [None] * len(lanes)
+        self.outputs: dict[int, Any] = {}
         with closing(self._parameters(plan)) as parameters:
             for segment in plan:
-                shared = self._run_shared(segment, parameters)
+                shared = self._run_shared(segment, parameters, len(lanes))
                 for i in range(len(lanes)):
                     lanes.put(i, self._run_lane(segment, {**shared, **lanes.take(i)}, i))
+                    self.env = {}
+                    if i in self.outputs:
+                        yield i, self.outputs.pop(i)
                 self.env = shared = {}
-        return self.outputs
 
     def _parameters(self, plan: Sequence[Segment]) -> Generator[tuple[Node, Tensor]]:
         """The parameters of all segments in their order, each read while what is before it is used."""
@@ -98,7 +113,7 @@ class Streaming(Interpreter):
     def _is_read(self, n: Node) -> bool:
         return n.op == "get_attr" and n.target not in self.program.constants
 
-    def _run_shared(self, segment: Segment, parameters: Iterator[tuple[Node, Tensor]]) -> Lane:
+    def _run_shared(self, segment: Segment, parameters: Iterator[tuple[Node, Tensor]], batches: int) -> Lane:
         """What all batches need of a segment."""
         self.env = {}
         for node in segment.shared:
@@ -107,7 +122,7 @@ class Streaming(Interpreter):
             else:
                 self.env[node] = self.run_node(node)
             if node is self.result:
-                self.outputs = [self.reduce(self.env[node], i) for i in range(len(self.outputs))]
+                self.outputs = {i: self.reduce(self.env[node], i) for i in range(batches)}
             for dead in segment.ends[node]:
                 del self.env[dead]
             self.step()

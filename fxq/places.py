@@ -9,7 +9,7 @@ from fxq import dialect
 from fxq.errors import VerifyError
 from fxq.nodes import int_at, node_at
 from fxq.program import Hub, Stored, row_axis
-from fxq.structure import VIEWS, parameter_name, root, shape_of, strip, swaps_matrix
+from fxq.structure import VIEWS, Frontiers, parameter_name, root, shape_of, strip, swaps_matrix
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,29 @@ def places(hub: Hub, w: Node) -> list[Place]:
     if stored.stacked:
         return list(_stacked(hub, shape_of(w), stored, expert))
     return list(_shared(hub, name, shape, stored, expert, experts))
+
+
+def cache_module(hub: Hub, frontiers: Frontiers, k: Node, v: Node) -> str:
+    """The checkpoint's name of the module around the projections that make K and V, whose cache it is;
+    VerifyError if there is none."""
+    keys = []
+    for matmul in frontiers.of(k, v):
+        name = str(frontiers.matmuls[matmul].parameter.target)
+        keys.append(hub.stored.get(name, Stored.whole(name, ())).keys[0][0])
+    if not keys:
+        raise VerifyError(
+            f"%{k.name}: no projection makes the keys of this attention; where would its scale go?"
+        )
+    modules = [key.split(".")[:-2] for key in keys]
+    shared = 0
+    while all(shared < len(m) and m[shared] == modules[0][shared] for m in modules):
+        shared += 1
+    if shared == 0:
+        raise VerifyError(
+            f"{', '.join(keys)} make the keys and values of one attention but lie in no common module, which "
+            "would hold its scales"
+        )
+    return ".".join(modules[0][:shared])
 
 
 def _stacked(hub: Hub, shape: tuple[int, ...], stored: Stored, expert: int) -> Iterator[Place]:

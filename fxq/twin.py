@@ -71,8 +71,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
             raise SourceError(
-                f"{directory}: no tokenizer for calibration text ({first_line(error)}); give lines "
-                "of input_ids instead"
+                f"{directory}: no tokenizer for text ({first_line(error)}); give lines of input_ids instead"
             ) from error
 
 

@@ -23,7 +23,7 @@ from fxq.facts import (
 )
 from fxq.nodes import node_at, nodes_at
 from fxq.pattern import Match, Miss
-from fxq.places import Place, named, places
+from fxq.places import Place, cache_module, named, places
 from fxq.program import Program, Stored, TensorInfo
 from fxq.structure import (
     VIEWS,
@@ -215,7 +215,7 @@ class _Emitter:
             if all(t.target is dialect.QUANTIZE and t.kwargs["format"] != "nvfp4" for t in cached):
                 amaxes = [node_at(t, 1) for t in cached] * (1 if latent is None else 2)
                 held = [self.copy(a) if a.target in (dialect.AMAX, dialect.SYNC) else None for a in amaxes]
-                module = self._attention_module(frontiers, k, v)
+                module = cache_module(self.program.hub, frontiers, k, v)
                 if module in self.caches:
                     if self.caches[module] == held:
                         continue  # another attention reads the same cache
@@ -229,27 +229,6 @@ class _Emitter:
                     *held,
                     format=cached[0].kwargs["format"],
                 )
-
-    def _attention_module(self, frontiers: Frontiers, k: Node, v: Node) -> str:
-        """The hub's name of the module around the projections that make K and V."""
-        keys = []
-        for matmul in frontiers.of(k, v):
-            name = str(frontiers.matmuls[matmul].parameter.target)
-            keys.append(self.program.hub.stored.get(name, Stored.whole(name, ())).keys[0][0])
-        if not keys:
-            raise VerifyError(
-                f"lower: %{k.name}: no projection makes the keys of this attention; where would its scale go?"
-            )
-        modules = [key.split(".")[:-2] for key in keys]
-        shared = 0
-        while all(shared < len(m) and m[shared] == modules[0][shared] for m in modules):
-            shared += 1
-        if shared == 0:
-            raise VerifyError(
-                f"lower: {', '.join(keys)} make the keys and values of one attention but lie in no "
-                "common module, which would hold its scales"
-            )
-        return ".".join(modules[0][:shared])
 
     def untouched(self) -> None:
         """Everything else: load and store under the same name."""

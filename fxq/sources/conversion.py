@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.pytorch_utils import Conv1D
 
 from fxq.errors import SourceError
 from fxq.program import Hub, Part, Stored, TensorInfo, row_axis
@@ -73,6 +74,13 @@ def hub_of(model: PreTrainedModel, infos: Infos, where: str) -> Hub:
 def revert(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The checkpoint's tensors that the given parameters make up, as `save_pretrained` would write them."""
     return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def kept_turned(model: PreTrainedModel, keys: Sequence[str]) -> list[str]:
+    """Of a checkpoint's weights those of linears that this model keeps as [in, out]."""
+    modules = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)}
+    prefix = f"{model.base_model_prefix}."
+    return [key for key in keys if modules & {key, prefix + key, key.removeprefix(prefix)}]
 
 
 def own_names(model: PreTrainedModel) -> list[str]:

@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
+from fxq import nvfp4
 from fxq.errors import SourceError
 from fxq.program import Hub, Stored, TensorInfo, row_axis
-from fxq.sources.conversion import hub_of
-from fxq.sources.encoding import Scaled, decode, encoding_of
+from fxq.sources.conversion import hub_of, kept_turned
+from fxq.sources.encoding import ELEMENTS_AT_ONCE, Packed, Scaled, decode, encoding_of
 from fxq.sources.files import INDEX, check_depth, check_links, read_config, shards
+from fxq.sources.quantized import quantized_encoding
 from fxq.sources.shard import Shard
 
 
@@ -25,28 +27,48 @@ class Directory:
     """A model directory. Nothing is kept or mapped, and several threads may read at once.
 
     config: its config.json. infos: every tensor as it decodes, in natural order of names; the scales of
-    quantized ones are not among them.
+    quantized ones are not among them. activations: what an NVFP4 checkpoint's inputs and cache are quantized
+    with. quantized: whether such a checkpoint may be read, decoded, instead of being refused.
     """
 
     concurrent = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, quantized: bool = False) -> None:
         check_links(path)
         self.path, self.config = path, read_config(path)
         names, listed = shards(path)
         self._shards = _by_tensor(path, [Shard(path / name) for name in names], listed)
         check_depth(path, self.config, len(self._shards))
         raw = {key: self._shards[key].entries[key].info for key in sorted(self._shards, key=dot_natural_key)}
-        encoding = encoding_of(self.config, raw, path)
-        self.infos, self._scaled = encoding.infos, encoding.scaled
+        encoding = quantized_encoding(self.config, raw, path) if quantized else None
+        encoding = encoding or encoding_of(self.config, raw, path)
+        self.infos, self._scaled, self._packed = dict(encoding.infos), encoding.scaled, encoding.packed
+        self.activations = encoding.activations
+        self._turned: set[str] = set()
         self.hub = Hub(tensors=self.infos)
         self._own: dict[str, TensorInfo] = {}
 
     def attach(self, model: PreTrainedModel) -> None:
         """Learn where each parameter of `model` (its twin; no values needed) lies; SourceError if one is
         missing."""
+        if self.activations is not None:
+            self._turn(kept_turned(model, [*self._packed, *self._scaled]))
         self.hub = hub_of(model, self.infos, str(self.path))
         self._own = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+
+    def _turn(self, keys: Sequence[str]) -> None:
+        """Quantized weights are [out, in]; these the model has as [in, out]."""
+        for key in keys:
+            info = self.infos[key]
+            self.infos[key] = TensorInfo(info.shape[::-1], info.dtype)
+        self._turned = set(keys)
+
+    def read_stored(self, key: str) -> Tensor:
+        """A tensor as the file holds it, scales included."""
+        info = self._shards[key].entries[key].info
+        out = torch.empty(info.shape, dtype=info.dtype)
+        self._shards[key].read(key, out)
+        return out
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         stored, own = self.hub.stored[name], self._own[name]
@@ -96,7 +118,8 @@ class Directory:
         lead = shape[: row_axis(shape)] if expert is None else shape[1:-2]
         first = 0 if expert is None else expert * math.prod(lead)
         matrices = range(first, first + math.prod(lead))
-        plain = key not in self._scaled and out.dtype == self.infos[key].dtype
+        encoded = key in self._scaled or key in self._packed
+        plain = not encoded and out.dtype == self.infos[key].dtype
         if plain and rows.step == 1 and out.is_contiguous():
             self._raw(key, matrices, rows, shape, out)
             return
@@ -106,22 +129,66 @@ class Directory:
 
     def _span(self, key: str, matrices: range, rows: range) -> Tensor:
         """Consecutive rows of some matrices [N, ...] of a tensor [..., N, ...], as [matrices, rows, ...]."""
-        info = self.infos[key]
-        width = info.shape[row_axis(info.shape) + 1 :]
+        if key in self._turned:
+            height, width = self.infos[key].shape
+            return self._decoded(key, (width, height), matrices, range(width)).mT[:, rows.start : rows.stop]
+        return self._decoded(key, self.infos[key].shape, matrices, rows)
+
+    def _decoded(self, key: str, shape: tuple[int, ...], matrices: range, rows: range) -> Tensor:
+        """`_span` of a tensor whose decoded shape in the file is `shape`."""
+        dtype = self.infos[key].dtype
+        if (packed := self._packed.get(key)) is not None:
+            out = torch.empty(len(matrices), len(rows), shape[-1], dtype=dtype)
+            for matrix, piece in zip(matrices, out, strict=True):
+                self._unpack(packed, shape, matrix, rows, piece)
+            return out
+        width = shape[row_axis(shape) + 1 :]
         raw = torch.empty(len(matrices), len(rows), *width, dtype=self._shards[key].entries[key].info.dtype)
-        self._raw(key, matrices, rows, info.shape, raw)
+        self._raw(key, matrices, rows, shape, raw)
         scaled = self._scaled.get(key)
         if scaled is None:
             return raw
-        scales = self._scales(key, scaled, matrices, rows)
-        out = torch.empty(raw.shape, dtype=info.dtype)
+        scales = self._scales(key, scaled, shape, matrices, rows)
+        out = torch.empty(raw.shape, dtype=dtype)
         for number in range(len(matrices)):
             decode(raw[number], scales[number], scaled.block, rows.start, out[number])
         return out
 
-    def _scales(self, key: str, scaled: Scaled, matrices: range, rows: range) -> Tensor:
+    def _unpack(self, packed: Packed, shape: tuple[int, ...], matrix: int, rows: range, out: Tensor) -> None:
+        """Some rows of one NVFP4 matrix into `out` [rows, K], a part at a time."""
+        scale_2 = self.read_stored(packed.scale_2).flatten()
+        scale_2 = scale_2[matrix] if len(scale_2) > 1 else scale_2[0]
+        scale_2 = scale_2.reciprocal() if packed.is_divisor else scale_2
+        if packed.along_rows:  # blocks reach over rows
+            codes, scale = (self._whole(key, shape, matrix).mT for key in (packed.weight, packed.scale))
+            out.copy_(_dequantized(packed, codes, scale, scale_2).mT[rows.start : rows.stop])
+            return
+        most = max(1, ELEMENTS_AT_ONCE // max(shape[-1], 1))
+        for start in range(0, len(rows), most):
+            part = rows[start : start + most]
+            codes = self._columns(packed.weight, shape[-1] // 2, shape, matrix, part)
+            scale = self._columns(packed.scale, shape[-1] // nvfp4.BLOCK, shape, matrix, part)
+            out[start : start + most] = _dequantized(packed, codes, scale, scale_2)
+
+    def _columns(self, key: str, width: int, shape: tuple[int, ...], matrix: int, rows: range) -> Tensor:
+        """Rows of one matrix of codes or block scales [..., N, width]."""
+        out = torch.empty(1, len(rows), width, dtype=self._shards[key].entries[key].info.dtype)
+        self._raw(key, range(matrix, matrix + 1), rows, (*shape[:-1], width), out)
+        return out[0]
+
+    def _whole(self, key: str, shape: tuple[int, ...], matrix: int) -> Tensor:
+        """One whole matrix of codes or block scales [..., height, K], of fewer rows than it decodes to."""
+        height, width = self._shards[key].entries[key].info.shape[-2:]
+        return self._columns(key, width, (*shape[:-2], height, width), matrix, range(height))
+
+    def _scales(
+        self, key: str, scaled: Scaled, shape: tuple[int, ...], matrices: range, rows: range
+    ) -> Tensor:
         """float32 scales of the blocks that hold these rows, as [matrices, block rows, block columns]."""
-        grid = scaled.grid(self.infos[key].shape)
+        if scaled.shared:
+            one = Scaled(scaled.key, scaled.block)
+            return self._scales(key, one, shape[-2:], range(1), rows).expand(len(matrices), -1, -1)
+        grid = scaled.grid(shape)
         blocks = range(rows.start // scaled.block[0], -(-rows.stop // scaled.block[0]))
         dtype = self._shards[scaled.key].entries[scaled.key].info.dtype
         scales = torch.empty(len(matrices), len(blocks), grid[-1], dtype=dtype)
@@ -143,6 +210,14 @@ class Directory:
             return
         for matrix, block in zip(matrices, out.view(len(matrices), len(rows), -1), strict=True):
             self._shards[key].read(key, block, (matrix * tall + rows.start) * size)
+
+
+def _dequantized(packed: Packed, codes: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
+    """float32 [rows, K]; SourceError if a scale is no number."""
+    values = nvfp4.dequantize(nvfp4.Packed(codes.contiguous(), scale.contiguous(), scale_2))
+    if not bool(torch.isfinite(values).all()):
+        raise SourceError(f"{packed.weight}: {packed.scale} or {packed.scale_2} holds NaN or Inf")
+    return values
 
 
 def _by_tensor(path: Path, opened: Sequence[Shard], listed: Mapping[str, str] | None) -> dict[str, Shard]:

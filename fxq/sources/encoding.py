@@ -5,7 +5,7 @@ FP8 as DeepSeek-V3 introduced it: value = e4m3 * scale of its block. Every other
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 _KEYS = ("quantization_config", "compression_config")
 # Scales of activations and of the KV cache, which the output has its own of.
 _OTHER_SCALES = (".input_scale", ".activation_scale", "_activation_scale", ".k_scale", ".v_scale")
-_ELEMENTS_AT_ONCE = 1 << 22
+ELEMENTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class Scaled:
     """An e4m3 tensor [..., N, K] and where its scales lie.
 
     key: the tensor of scales, [..., ceil(N / block[0]), ceil(K / block[1])]; a block as large as the matrix
-    means one scale for all of it, which may have any shape of one element a matrix.
+    means one scale for all of it, which may have any shape of one element a matrix. shared: all matrices have
+    the scales of one.
     """
 
     key: str
     block: tuple[int, int]
+    shared: bool = False
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the scales of a tensor of this shape."""
@@ -41,24 +43,67 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """The tensors of an NVFP4 weight: `weight` uint8 [..., N, K / 2], `scale` e4m3 [..., N, K / 16] and
+    `scale_2`, one float32 for all or one a matrix; `is_divisor` if it is 1 / weight_scale_2.
+
+    along_rows: codes and scales lie as [..., K / 2, N] and [..., K / 16, N], and it decodes to [..., K, N].
+    """
+
+    weight: str
+    scale: str
+    scale_2: str
+    is_divisor: bool = False
+    along_rows: bool = False
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """The tensor that holds the scale of a linear's input; `is_divisor` if that is 1 / input_scale."""
+
+    key: str
+    format: str
+    is_divisor: bool = False
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How engines quantize what the weights of a checkpoint multiply, and what they cache.
+
+    inputs: weight as the hub calls it -> the scale of its input. fp8_cache: whether the KV cache is FP8.
+    cache_scales: the tensors that hold its scales. notes: what is declared and cannot be followed.
+    """
+
+    inputs: Mapping[str, InputScale]
+    fp8_cache: bool
+    cache_scales: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Encoding:
-    """The tensors of a checkpoint as they decode: `infos` is what the rest of fxq sees, without scales."""
+    """The tensors of a checkpoint as they decode: `infos` is what the rest of fxq sees, without scales.
+
+    scaled, packed: those in FP8 and NVFP4. activations: None if the checkpoint says nothing of them.
+    """
 
     infos: Mapping[str, TensorInfo]
     scaled: Mapping[str, Scaled]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    activations: Activations | None = None
 
 
 def encoding_of(config: Mapping[str, Any], raw: Mapping[str, TensorInfo], where: Path) -> Encoding:
     """How the tensors `raw` of a directory are stored, by its config.json; SourceError if fxq cannot read
     them."""
-    found = _stated(config)
+    found = stated_in(config)
     if found is None and (where / "hf_quant_config.json").is_file():
-        raise _not_read("hf_quant_config.json", "modelopt", where)
+        raise not_read("hf_quant_config.json", "modelopt", where)
     if found is not None:
         _check_method(*found, where)
     scaled = _pairs(raw, _block(found[1], where), where) if found is not None else {}
     dropped = {pair.key for pair in scaled.values()} if found is not None else set()
-    dtype = _decoded_dtype(config, raw, dropped)
+    dtype = decoded_dtype(config, raw, dropped)
     infos = {}
     for key, info in raw.items():
         if key in scaled:
@@ -91,7 +136,7 @@ def decode(values: Tensor, scales: Tensor, block: tuple[int, int], first_row: in
     n, width = values.shape
     tall, wide = block
     columns = scales.repeat_interleave(wide, -1)[:, :width]
-    most = max(1, _ELEMENTS_AT_ONCE // max(width, 1))
+    most = max(1, ELEMENTS_AT_ONCE // max(width, 1))
     done = 0
     while done < n:  # by rows of blocks, so that little is ever held in float32
         row = (first_row + done) // tall
@@ -100,13 +145,13 @@ def decode(values: Tensor, scales: Tensor, block: tuple[int, int], first_row: in
         done = end
 
 
-def _stated(config: Mapping[str, Any]) -> tuple[str, Any] | None:
+def stated_in(config: Mapping[str, Any]) -> tuple[str, Any] | None:
     """(dotted key, value) of the first quantization_config in a config.json, sub-configs included."""
     for key in _KEYS:
         if config.get(key) is not None:
             return key, config[key]
     for key, value in config.items():
-        if isinstance(value, dict) and (inner := _stated(value)) is not None:
+        if isinstance(value, dict) and (inner := stated_in(value)) is not None:
             return f"{key}.{inner[0]}", inner[1]
     return None
 
@@ -118,13 +163,14 @@ def _check_method(key: str, stated: Any, where: Path) -> None:
         )
     method = stated.get("quant_method", "compressed-tensors" if key.endswith(_KEYS[1]) else None)
     if method != "fp8":
-        raise _not_read(f"config.json: {key}", method, where)
+        raise not_read(f"config.json: {key}", method, where)
     format = stated.get("fmt", "e4m3")
     if format != "e4m3":
-        raise _not_read(f"config.json: {key}", f"fp8 of fmt {str(format)[:40]}", where)
+        raise not_read(f"config.json: {key}", f"fp8 of fmt {str(format)[:40]}", where)
 
 
-def _not_read(key: str, method: Any, where: Path) -> SourceError:
+def not_read(key: str, method: Any, where: Path) -> SourceError:
+    """The error for a way of storing numbers that fxq does not read."""
     return SourceError(
         f"{where}: {key} says that the weights are quantized by {str(method)[:60]}; fxq reads unquantized "
         "and fp8 block-quantized checkpoints: dequantize it first"
@@ -153,7 +199,7 @@ def _pairs(raw: Mapping[str, TensorInfo], block: tuple[int, int] | None, where: 
     for key, info in raw.items():
         weight = key.removesuffix("_inv").removesuffix("_scale")
         if key.endswith(("_scale_inv", ".weight_scale")) and key not in owners:
-            held = f"is {_said(raw[weight])}" if weight in raw else "is missing"
+            held = f"is {said(raw[weight])}" if weight in raw else "is missing"
             raise SourceError(
                 f"{where}: {key} {list(info.shape)} scales {weight}, which {held}; expected float8_e4m3fn"
             )
@@ -168,7 +214,7 @@ def _pair(
         names.append(f"{key.removesuffix('.weight')}.scale")
     name = next((name for name in names if name in raw), None)
     if name is None:
-        raise SourceError(f"{where}: {key} is {_said(info)}, but there is no {names[0]} to decode it with")
+        raise SourceError(f"{where}: {key} is {said(info)}, but there is no {names[0]} to decode it with")
     scale, matrix = raw[name], info.shape[-2:]
     scaled = Scaled(name, block or (max(matrix[0], 1), max(matrix[1], 1)))
     grid = scaled.grid(info.shape)
@@ -176,16 +222,17 @@ def _pair(
     if scale.dtype not in _SCALES or (scale.shape != grid and not single):
         blocks = f"a block of {block[0]}x{block[1]}" if block else "one scale a matrix"
         raise SourceError(
-            f"{where}: {name} is {_said(scale)}; {key} {list(info.shape)} with {blocks} needs {list(grid)}"
+            f"{where}: {name} is {said(scale)}; {key} {list(info.shape)} with {blocks} needs {list(grid)}"
         )
     return scaled
 
 
-def _said(info: TensorInfo) -> str:
+def said(info: TensorInfo) -> str:
+    """Dtype and shape, for messages."""
     return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"
 
 
-def _decoded_dtype(config: Mapping[str, Any], raw: Mapping[str, TensorInfo], scales: set[str]) -> torch.dtype:
+def decoded_dtype(config: Mapping[str, Any], raw: Mapping[str, TensorInfo], scales: set[str]) -> torch.dtype:
     """What weights decode to: the dtype of the model, or that of most of what it stores unquantized."""
     stated = config.get("dtype", config.get("torch_dtype"))
     dtype = getattr(torch, stated, None) if isinstance(stated, str) else None

@@ -54,7 +54,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise SourceError(f"{directory}: expected a Hugging Face model directory, found no config.json")
-    return _json_object(path)
+    return json_object(path)
 
 
 def check_depth(directory: Path, config: Mapping[str, Any], tensors: int) -> None:
@@ -91,7 +91,7 @@ def shards(directory: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
 
 def _weight_map(directory: Path) -> dict[str, str]:
     index = directory / INDEX
-    listed = _json_object(index).get("weight_map")
+    listed = json_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(f, str) for f in listed.values()):
         raise SourceError(f"{index}: expected a weight_map from tensor names to file names")
     for name in sorted(set(listed.values())):
@@ -112,7 +112,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; SourceError if it holds none, or one nested without end."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
