@@ -453,8 +453,7 @@ def _print_evaluation(found: "Evaluation") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    title = f"{found.model}: {found.tokens} predicted tokens of {found.samples} samples"
-    table = Table(title=escape(title), show_header=False, title_justify="left")
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row("perplexity", f"{found.perplexity:.4f}")
@@ -466,6 +465,7 @@ def _print_evaluation(found: "Evaluation") -> None:
         table.add_row("top-1 agreement", f"{against.top1_agreement:.2%}")
     table.add_row("time", f"{found.seconds:.1f} s")
     console = Console()
+    console.print(escape(f"{found.model}: {found.tokens} predicted tokens of {found.samples} samples"))
     console.print(table)
     for note in found.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")

@@ -41,7 +41,9 @@ def served(model: Model) -> Program:
         _quantize_inputs(program, source, source.activations)
         edit.tidy(program.graph)
         if source.activations.fp8_cache:
+            notes = list(program.notes)
             pipeline.run((QuantizeKv(required=False),), program)
+            program.notes = notes  # what the pass says of calibration is no news here
             _fill_caches(program, source, source.activations)
     return program
 
