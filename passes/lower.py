@@ -215,7 +215,10 @@ class _Emitter:
             if all(t.target is dialect.QUANTIZE and t.kwargs["format"] != "nvfp4" for t in cached):
                 amaxes = [node_at(t, 1) for t in cached] * (1 if latent is None else 2)
                 held = [self.copy(a) if a.target in (dialect.AMAX, dialect.SYNC) else None for a in amaxes]
-                module = cache_module(self.program.hub, frontiers, k, v)
+                try:
+                    module = cache_module(self.program.hub, frontiers, k, v)
+                except VerifyError as error:
+                    raise VerifyError(f"lower: {error}") from error
                 if module in self.caches:
                     if self.caches[module] == held:
                         continue  # another attention reads the same cache
