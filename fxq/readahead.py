@@ -7,6 +7,7 @@ from pathlib import Path
 
 # Of the memory that is free, so much at most: what does not stay until it is used is read twice.
 _SHARE = 0.5
+THREAD = "fxq-readahead"
 
 
 def read_ahead(model: Path) -> None:
@@ -16,7 +17,8 @@ def read_ahead(model: Path) -> None:
     the file for its contents says what is wrong with it.
     """
     if hasattr(os, "posix_fadvise"):
-        threading.Thread(target=_hint, args=(model, _free_memory()), daemon=True).start()
+        args = model, _free_memory()
+        threading.Thread(target=_hint, args=args, daemon=True, name=THREAD).start()
 
 
 def _hint(model: Path, most: float) -> None:

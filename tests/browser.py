@@ -28,7 +28,7 @@ addEventListener("load", () => setTimeout(() => {
   answer.id = "answer";
   answer.textContent = JSON.stringify({ found, failures });
   document.body.append(answer);
-}, 200));
+}, 3000));
 </script>"""
 
 

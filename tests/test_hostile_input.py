@@ -20,9 +20,10 @@ import fxq
 from fxq import spec
 from fxq.calib import load_samples
 from fxq.compiler import open_model
+from fxq.errors import SourceError
 from fxq.passes import PASSES
 from fxq.sources.encoding import encoding_of
-from fxq.sources.files import INDEX, read_config, shards
+from fxq.sources.files import INDEX, check_depth, read_config, shards
 from fxq.sources.shard import DTYPES, Shard
 from tests.families import VOCABULARY, Zoo, zoo
 
@@ -321,3 +322,15 @@ def test_a_config_file_is_an_object_or_an_error(data: bytes, tmp_path: Path) -> 
         assert isinstance(read_config(tmp_path), dict)
     except fxq.SourceError as error:
         _check_message(error, str(tmp_path))
+
+
+def test_a_layer_that_is_counted_from_the_end_is_no_count_of_layers(tmp_path: Path) -> None:
+    config = {
+        "vision_feature_layer": -2,
+        "feature_layer": -1,
+        "max_window_layers": -1,
+        "num_hidden_layers": 2,
+    }
+    check_depth(tmp_path, {**config, "vision_config": config}, 10)
+    with pytest.raises(SourceError, match="num_hidden_layers is -1"):
+        check_depth(tmp_path, {"text_config": {"num_hidden_layers": -1}}, 10)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no pos
 
 def _wait() -> None:
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
+        if thread.name == readahead.THREAD:
             thread.join(timeout=30)
 
 

@@ -10,7 +10,8 @@ from fxq.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DEPTH = re.compile(r"(\w+_)?(layers?|depth|blocks)")
+# Keys that count layers; one that names a layer (vision_feature_layer) may well be -1.
+_DEPTH = re.compile(r"(\w+_)?num_(\w+_)?(layers|blocks)|n_layers?|(\w+_)?(encoder|decoder)_layers|depth")
 _DEEPEST = 1000  # layers that any checkpoint may claim
 _NESTED = 64
 _PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
