@@ -781,7 +781,9 @@ def test_an_interrupted_command_says_how_to_go_on(
 ) -> None:
     command = [sys.executable, "-m", "fxq.cli", "compile", str(model), "--spec", "nvfp4_weight_only"]
     command += ["--out", str(tmp_path / "out")]
-    slow = "import os, time; plain = os.pwrite\n"
+    # A shell that started this in the background has SIGINT ignored, and so would the command.
+    slow = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    slow += "import os, time; plain = os.pwrite\n"
     slow += "def pwrite(*args): time.sleep(0.05); return plain(*args)\n"
     slow += "os.pwrite = pwrite; from fxq.cli import main; raise SystemExit(main())"
     process = subprocess.Popen([sys.executable, "-c", slow, *command[3:]], stderr=subprocess.PIPE, text=True)
