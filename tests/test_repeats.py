@@ -347,8 +347,8 @@ KINDS = (
     "mllama/MllamaForConditionalGeneration",
     "qwen3_5_moe/Qwen3_5MoeForConditionalGeneration",
 )
-# gemma3n's layers leave keys and values in a dictionary that all are given, so they may be traced in full; the
-# tiny configs of the others have one layer of each kind.
+# gemma3n's layers leave keys and values in a dictionary that all are given, so they may be traced in full;
+# the tiny configs of the others hold one layer a kind.
 NOTHING_COPIED = ("gemma3n_text", "lfm2_moe", "nemotron_h")
 
 
