@@ -163,7 +163,7 @@ return {
         tmp_path,
     )
     assert len(found["inks"]) == 3
-    assert all(colours > 10 for colours in found["inks"])
+    assert all(colours > 10 for colours in found["inks"]), found["inks"]
     assert re.match(r"model\.layers\.0\.mlp\.experts, expert \d: (no token|1 token|2 tokens)", found["tip"])
     assert "How close the weights are" in found["sections"]
     assert "Left as they are" in found["sections"]
@@ -206,7 +206,7 @@ return {
         tmp_path,
         width=max(width, 500),  # Chromium's windows are no narrower
     )
-    assert all(colours > 10 for colours in found["inks"])
+    assert all(colours > 10 for colours in found["inks"]), found["inks"]
     assert found["pressed"] == "mlp.experts.gate_up_proj"
     assert found["wide"] <= 0
     assert found["tall"] < 700

@@ -121,7 +121,7 @@ function heatmap(map) {
   });
   canvas.addEventListener("pointerleave", () => { tip.hidden = true; });
   redraws.push(draw);
-  requestAnimationFrame(draw);
+  queueMicrotask(draw); // once the page is put together; frames do not come in a hidden tab
   return { element: holder, draw };
 }
 
