@@ -4,7 +4,9 @@ Errors are one to three lines; exit status 2 for usage, 1 for the rest.
 """
 
 import argparse
+import atexit
 import contextlib
+import gc
 import json
 import shutil
 import signal
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fxq import collector
 from fxq.errors import FxqError, SpecError, choices
 from fxq.readahead import read_ahead
 
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.debug:
         return int(arguments.run(arguments))
     try:
-        with _terminable():
+        with _terminable(), collector.off():
             return int(arguments.run(arguments))
     except FxqError as error:
         print("\n".join([f"fxq: {error}", *_notes(error)]), file=sys.stderr)
@@ -619,6 +622,9 @@ def _print_previews(rows: Sequence["Preview"], model: Path) -> None:
         which = "every spec" if len(specs) == len(rows) else ", ".join(specs)
         console.print(f"[bold]{which}[/bold]: {escape(text)}")
 
+
+# What is alive when the process ends needs no search.
+atexit.register(gc.freeze)
 
 if __name__ == "__main__":
     sys.exit(main())

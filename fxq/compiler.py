@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Graph
 from transformers import PreTrainedModel
 
-from fxq import __version__, checkpoint, identity, likelihood, pipeline, report_files
+from fxq import __version__, checkpoint, collector, identity, likelihood, pipeline, report_files
 from fxq import calib as calibration
 from fxq.checkpoint import Written
 from fxq.errors import CheckpointError, SourceError, SpecError, TraceError, choices
@@ -53,7 +53,8 @@ class Model:
     @functools.cached_property
     def program(self) -> Program:
         """The graph and where its parameters lie, traced when first asked for; no weight is read."""
-        program = trace(self.twin)
+        with collector.swept():
+            program = trace(self.twin)
         program.hub = self.source.hub
         return program
 
@@ -177,6 +178,7 @@ class Compiled:
             return likelihood.perplexity(torch.cat(run.run_batches(batches)))
 
 
+@collector.off()
 def compile(
     model: str | Path | PreTrainedModel,
     spec: str | Path | Spec,
