@@ -266,13 +266,13 @@ def _weight_name(w: Node) -> tuple[str, int | None]:
 
 def _check_scales(names: Sequence[str], scale: Tensor) -> None:
     """Engines trust scales blindly: a zero, negative or NaN one of ours never leaves. scale: [n, ...]."""
+    codes, most = scale, torch.finfo(scale.dtype).max
     if scale.dtype == torch.float8_e4m3fn:
-        codes = scale.view(torch.uint8)
-        good = (codes > 0) & (codes < 0x7F)
-    else:
-        good = torch.isfinite(scale) & (scale > 0)
+        codes, most = scale.view(torch.uint8), 0x7E  # positive codes are in the order of their values
+    least, largest = torch.aminmax(codes.reshape(len(codes), -1), dim=1)
+    good = (least > 0) & (largest <= most)
     if not bool(good.all()):
-        bad = int((~good.reshape(len(good), -1)).any(1).nonzero()[0])
+        bad = int((~good).nonzero()[0])
         found = scale[bad].flatten()[:4].float().tolist()
         raise CheckpointError(f"{names[bad]}: expected positive finite scales, found {found}")
 

@@ -316,9 +316,10 @@ def test_threads_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     try:
         for threads, chunk in [(1, 1 << 15), (2, 1 << 15), (3, 704), (2, 16)]:
             torch.set_num_threads(threads)
-            monkeypatch.setattr(cpu, "CHUNK", chunk)
+            monkeypatch.setattr(cpu, "PART", chunk)
+            monkeypatch.setattr(cpu, "CONVERTED", chunk)
             monkeypatch.setattr(cpu, "STRIDED_COLUMNS", min(48, chunk))
-            for layout in (w, w.transpose(1, 2).contiguous().transpose(1, 2)):
+            for layout in (w, w.transpose(1, 2).contiguous().transpose(1, 2), w.half(), w.float()):
                 found = _quantize("numba")(layout, _amax(w))
                 assert torch.equal(found[0], wanted[0])
                 assert torch.equal(found[1], wanted[1])

@@ -19,11 +19,11 @@ _LAST = 126
 _ALWAYS = 15  # half of a candidate up to this code may be none
 
 
-def _jit(function: Callable[..., Any], signature: str | None = None) -> Any:
+def _jit(function: Callable[..., Any], signatures: list[str] | None = None) -> Any:
     try:
-        return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(function)
+        return numba.njit(signatures, nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # neither this directory nor the user's cache can be written
-        return numba.njit(signature, nogil=True, error_model="numpy")(function)
+        return numba.njit(signatures, nogil=True, error_model="numpy")(function)
 
 
 @_jit
@@ -102,11 +102,14 @@ def _reaching(a, unit):
     return ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
 
 
-def _quantize_rows(rows, bits, scales, packed, sums, unit, search, pack):
-    """Whether rows f32 [n, K] were finite. Writes e4m3 codes to scales uint8 [n, K/16] and, if `pack`, e2m1
-    codes to packed uint8 [n, K/2] and (squared error, energy) to sums [2]. bits: the same memory as int32.
-    unit: scale_2.
+def _quantize_rows(rows, shift, scales, packed, sums, unit, search, pack):
+    """Whether the rows [n, K] were finite. Writes e4m3 codes to scales uint8 [n, K/16] and, if `pack`, e2m1
+    codes to packed uint8 [n, K/2] and (squared error, energy) to sums [2].
+
+    rows: the bits of bfloat16 as int16, shift 16, or of float32 as int32, shift 0. unit: scale_2.
     """
+    bits = np.empty(16, np.int32)
+    values = bits.view(np.float32)
     w, loss = np.empty(16), np.empty(_WINDOW)
     scale = _VALUES * unit
     inverse = 1 / scale
@@ -118,12 +121,13 @@ def _quantize_rows(rows, bits, scales, packed, sums, unit, search, pack):
         for b in range(rows.shape[1] // 16):
             largest = np.int32(0)  # magnitudes are in the order of their bits
             for i in range(16):
-                largest = max(largest, bits[r, 16 * b + i] & np.int32(0x7FFFFFFF))
+                bits[i] = np.int32(rows[r, 16 * b + i]) << shift
+                largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
             finite &= largest < 0x7F800000
             a = np.int32(largest).view(np.float32)
             if search:
                 for i in range(16):
-                    w[i] = abs(rows[r, 16 * b + i])
+                    w[i] = abs(values[i])
                 code = _search(w, np.float64(a), unit, scale, inverse, loss)
             else:
                 code = _reaching(a, unit32)
@@ -132,7 +136,7 @@ def _quantize_rows(rows, bits, scales, packed, sums, unit, search, pack):
                 step = np.float32(_VALUES[code]) * unit32
                 square = np.float64(step) * np.float64(step)
                 for i in range(16):
-                    v = rows[r, 16 * b + i]
+                    v = values[i]
                     exact = abs(v) / step
                     x = min(exact, np.float32(6))
                     c = np.float32(2.0**22 if x < 2 else 2.0**23 if x < 4 else 2.0**24)
@@ -147,5 +151,6 @@ def _quantize_rows(rows, bits, scales, packed, sums, unit, search, pack):
     return finite
 
 
-# One signature, so one compilation: results may be columns of a larger tensor.
-quantize_rows = _jit(_quantize_rows, "b1(f4[:, ::1], i4[:, ::1], u1[:, :], u1[:, :], f8[::1], f8, b1, b1)")
+# Compiled for these alone; results may be columns of a larger tensor.
+_REST = "i4, u1[:, :], u1[:, :], f8[::1], f8, b1, b1"
+quantize_rows = _jit(_quantize_rows, [f"b1({rows}[:, ::1], {_REST})" for rows in ("i2", "i4")])
