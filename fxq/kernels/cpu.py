@@ -62,7 +62,7 @@ def quantize(
 
 def _part_shape(w: Tensor) -> tuple[int, int]:
     """Rows and columns of a part, which the shape and layout of a slice decide."""
-    rows, width = w.shape[1:]
+    width = w.shape[-1]
     if w.dtype in _AS_BITS and w[:1].is_contiguous():
         return max(1, PART // max(1, width)), max(1, width)
     across = max(1, min(width, CONVERTED if w.stride(-1) == 1 else STRIDED_COLUMNS))
