@@ -121,9 +121,12 @@ def _summed(written: Written, program: Program, plan: Plan, format: ModuleType) 
 def _version(program: Program, shards: Shards) -> str:
     """What the bytes of every piece depend on, besides the source: where tensors lie, and what calibration
     found."""
-    values = {name: float(value) for name, value in sorted(program.values.items())}
-    content = json.dumps([[header.decode("latin-1") for header in shards.headers], values])
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    for header in shards.headers:
+        digest.update(header)  # it begins with its length
+    for name, value in sorted(program.values.items()):
+        digest.update(json.dumps([name, float(value)]).encode())
+    return digest.hexdigest()
 
 
 class _Writer:

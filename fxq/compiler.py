@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Graph
 from transformers import PreTrainedModel
 
-from fxq import __version__, checkpoint, collector, identity, likelihood, pipeline, report_files
+from fxq import __version__, checkpoint, collector, heap, identity, likelihood, pipeline, report_files
 from fxq import calib as calibration
 from fxq.checkpoint import Written
 from fxq.errors import CheckpointError, SourceError, SpecError, TraceError, choices
@@ -220,6 +220,7 @@ def compile(
         raise SpecError(
             f"{chosen.name}: {needing} needs calibration data; give --calib FILE.jsonl (calib=... in python)"
         )
+    heap.return_large_buffers()
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     report = Report(chosen.name)

@@ -77,19 +77,20 @@ class Shards:
 
     def _layout(self, index: int, keys: list[str]) -> bytes:
         """The header of one shard."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries = ['"__metadata__":{"format":"pt"}']
         # Wide types first, so that every tensor is aligned.
         offset = 0
         for key in sorted(keys, key=lambda k: (-self.infos[k].dtype.itemsize, k)):
             info, size = self.infos[key], nbytes(self.infos[key])
-            header[key] = {
+            entry = {
                 "dtype": _NAMES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [offset, offset + size],
+                "shape": info.shape,
+                "data_offsets": (offset, offset + size),
             }
+            entries.append(f"{json.dumps(key)}:{json.dumps(entry, separators=(',', ':'))}")
             self.place[key] = (index, offset)
             offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = f"{{{','.join(entries)}}}".encode()
         text += b" " * (-len(text) % 8)
         self.place.update({k: (index, self.place[k][1] + 8 + len(text)) for k in keys})
         return len(text).to_bytes(8, "little") + text

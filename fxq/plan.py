@@ -82,7 +82,7 @@ def _stored(node: Node, format: ModuleType) -> dict[str, TensorInfo]:
         infos = format.kv_infos(node.args[0])
     elif node.target is dialect.STORE:
         val = node_at(node, 1).meta["val"]
-        infos = {str(node.args[0]): TensorInfo(tuple(val.shape), val.dtype)}
+        infos = {str(node.args[0]): TensorInfo.of(tuple(val.shape), val.dtype)}
     return infos
 
 

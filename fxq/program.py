@@ -3,6 +3,7 @@ calibration found."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol, Self
 
 import torch
@@ -10,12 +11,18 @@ from torch import Tensor
 from torch.fx import Graph
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Shape and dtype of one tensor of the checkpoint, known from its header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(shape: tuple[int, ...], dtype: torch.dtype) -> "TensorInfo":
+        """The same object for equal arguments: ten thousands of tensors are alike."""
+        return TensorInfo(shape, dtype)
 
 
 class Convert(Protocol):

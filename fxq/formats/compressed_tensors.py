@@ -62,8 +62,8 @@ def weight_infos(
         )
     out, width = shape
     infos = {
-        names["weight_packed"]: TensorInfo((out, width // 2), torch.uint8),
-        names["weight_scale"]: TensorInfo((out, width // BLOCK), torch.float8_e4m3fn),
+        names["weight_packed"]: TensorInfo.of((out, width // 2), torch.uint8),
+        names["weight_scale"]: TensorInfo.of((out, width // BLOCK), torch.float8_e4m3fn),
         names["weight_global_scale"]: _SCALAR,
     }
     if scheme is Scheme.NVFP4:

@@ -37,7 +37,7 @@ def weight_infos(
     """The tensors of one quantized tensor of the checkpoint: [..., out, in], or [..., in, out] if
     `transposed`; blocks lie along `in`."""
     names, axis = tensor_names(key), -2 if transposed else -1
-    scalar = TensorInfo((), torch.float32)
+    scalar = TensorInfo.of((), torch.float32)
 
     def over(n: int) -> tuple[int, ...]:
         sizes = list(shape)
@@ -46,13 +46,13 @@ def weight_infos(
 
     if scheme is Scheme.FP8:
         infos = {
-            names["weight"]: TensorInfo(tuple(shape), torch.float8_e4m3fn),
+            names["weight"]: TensorInfo.of(tuple(shape), torch.float8_e4m3fn),
             names["weight_scale"]: scalar,
         }
     else:
         infos = {
-            names["weight"]: TensorInfo(over(2), torch.uint8),
-            names["weight_scale"]: TensorInfo(over(BLOCK), torch.float8_e4m3fn),
+            names["weight"]: TensorInfo.of(over(2), torch.uint8),
+            names["weight_scale"]: TensorInfo.of(over(BLOCK), torch.float8_e4m3fn),
             names["weight_scale_2"]: scalar,
         }
     if scheme is not Scheme.W4A16:
@@ -85,7 +85,7 @@ def scalar_tensors(
 
 def kv_infos(attention: str) -> dict[str, TensorInfo]:
     """The two scales of one attention's FP8 cache."""
-    return {f"{attention}.{t}_proj.{t}_scale": TensorInfo((), torch.float32) for t in "kv"}
+    return {f"{attention}.{t}_proj.{t}_scale": TensorInfo.of((), torch.float32) for t in "kv"}
 
 
 def kv_tensors(attention: str, k_amax: Tensor, v_amax: Tensor) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def _expert_by_expert(model: PreTrainedModel, stored: Mapping[str, Stored], own:
     if not fused:
         return {}
     meta = {n: torch.empty(own[n].shape, dtype=own[n].dtype, device="meta") for n in fused}
-    infos = {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in revert(model, meta).items()}
+    infos = {key: TensorInfo.of(tuple(t.shape), t.dtype) for key, t in revert(model, meta).items()}
     theirs, _ = _stored(model, infos, own)
     return {name: theirs[name] for name in fused if name in theirs and theirs[name].stacked}
 

@@ -41,7 +41,7 @@ _LONGEST_NAME = 500  # characters
 _AT_ONCE = 1 << 30  # bytes a read; the kernel's own limit is just below 2**31
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A tensor in a file: what it is, and where its first byte lies, counted from the start of the file."""
 
@@ -147,7 +147,7 @@ def _entry(key: str, value: Any, data: int) -> Entry:
             f"{key} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}; expected lists "
             "of natural numbers"
         )
-    info = TensorInfo(tuple(shape), DTYPES[name])
+    info = TensorInfo.of(tuple(shape), DTYPES[name])
     if math.prod(max(n, 1) for n in shape) * info.dtype.itemsize >= 2**63:  # zero rows of 2**62 columns
         raise _Lie(f"{key} has shape {str(shape)[:60]}, larger than any memory")
     begin, end = offsets
