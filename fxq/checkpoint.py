@@ -188,6 +188,7 @@ class _Writer:
                 packs.setdefault(node_at(pack, 0), []).append(pack)
         for weights, values in self.cone.batches(packs):
             found |= self._pack([packs[w][0] for w in weights], values, stores)
+            del values  # before the next are asked for
         for pack in stores:  # in their order, whatever was written when
             self.written.traits[_weight_name(node_at(pack, 0))] = found[pack]
             self.written.weights += node_at(pack, 0).meta["val"].numel()

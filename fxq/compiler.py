@@ -232,6 +232,7 @@ def compile(
             work.begin(run(shard_bytes))
         with _timed(report, "trace"):
             program = opened.program
+        heap.return_free_memory()
         batches = batches_of([program], ids) if ids is not None else None
         session = Session(opened.source, where, batches, progress)
         if work is not None:
@@ -240,6 +241,7 @@ def compile(
         with _timed(report, "passes"):
             reasons = Reasons(chosen.passes, program)
             pipeline.run(chosen.passes, program, session, after=reasons.look)
+        heap.return_free_memory()  # what building the graphs took, before weights stream
         report.count(program.calibrated or program.graph, program)
         compiled = Compiled(opened, program, session, report, run, reasons.of)
         _measure_memory(report, where)

@@ -41,8 +41,10 @@ class WeightCone:
             allocate=lambda request: self.memory.lend(request.shape, request.dtype),
         )
         for part, values in batches:
-            yield part, values
-            self.memory.take_back(values)
+            place, ready = values.data_ptr(), [values]
+            del values
+            yield part, ready.pop()  # nothing here keeps it alive
+            self.memory.take_back(place)
 
     def _parts(self, nodes: Iterable[Node]) -> Iterator[list[Node]]:
         by_parameter: dict[str, list[Node]] = defaultdict(list)
@@ -97,9 +99,10 @@ class _Memory:
             self.lent[buffer.data_ptr()] = buffer
         return buffer[:nbytes].view(dtype).view(*shape)
 
-    def take_back(self, values: Tensor) -> None:
+    def take_back(self, place: int) -> None:
+        """The memory that begins there, if it was lent."""
         with self.lock:
-            buffer = self.lent.pop(values.data_ptr(), None)
+            buffer = self.lent.pop(place, None)
             if buffer is not None:
                 self.spare.append(buffer)
 

@@ -1,4 +1,4 @@
-"""What the C library does with large buffers that are freed."""
+"""What the C library does with memory that is freed."""
 
 import ctypes
 
@@ -14,3 +14,10 @@ def return_large_buffers() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def return_free_memory() -> None:
+    """Give back what is free now, whatever its size, where malloc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
