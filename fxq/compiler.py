@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Graph
 from transformers import PreTrainedModel
 
-from fxq import __version__, checkpoint, collector, heap, identity, likelihood, pipeline, report_files
+from fxq import __version__, checkpoint, collector, heap, identity, likelihood, pipeline, report_files, warmup
 from fxq import calib as calibration
 from fxq.checkpoint import Written
 from fxq.errors import CheckpointError, SourceError, SpecError, TraceError, choices
@@ -223,6 +223,7 @@ def compile(
     heap.return_large_buffers()
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
+        warmup.begin(where, "mse" if any(p.name == "calibrate-mse" for p in chosen.passes) else "max")
     report = Report(chosen.name)
     with working(Path(out).expanduser(), resume=resume) if out is not None else nullcontext() as work:
         opened = open_model(model, trust_remote_code=trust_remote_code)
