@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -156,7 +157,17 @@ def _export(
             strict=False,
         )
         guards = getattr(exported.module(), "_guards_fn", None)
-        return exported.run_decompositions({}), guards
+        decomposed = exported.run_decompositions({})
+    _forget_proxies()
+    return decomposed, guards
+
+
+def _forget_proxies() -> None:
+    """Let go of the graph that torch.export made first: torch keeps a way from its values to its nodes until
+    the next export."""
+    kept = getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", None)
+    if isinstance(kept, dict):
+        kept.clear()
 
 
 def _asks_for_data(error: BaseException, model: nn.Module) -> nn.Module | None:
