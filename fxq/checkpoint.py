@@ -52,7 +52,7 @@ _REPLACED = (
 @dataclass
 class Written:
     """What was written, in names and bytes. traits: per weight (parameter, expert or None) its error, and
-    what may explain it."""
+    what may explain it. not_finite: tensors carried through as they are that hold NaN or Inf."""
 
     traits: dict[tuple[str, int | None], Traits] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
@@ -62,6 +62,7 @@ class Written:
     weights: int = 0
     quantized_bytes: int = 0
     packed_bytes: int = 0
+    not_finite: list[str] = field(default_factory=list)
 
 
 def write(
@@ -169,11 +170,16 @@ class _Writer:
 
     def _copy(self, key: str, hub_key: str) -> None:
         """Carry a tensor through as it is, a piece at a time."""
-        if key not in self.behind.finished:
+        finite = self.behind.finished.get(key)
+        if finite is None:
+            finite = True
             for part in pieces(self.shards.infos[key], PIECE_BYTES):
                 values = self.source.read_hub(hub_key, part)
+                finite = finite and _is_finite(values)
                 block = self.shards.piece(key, part.start if part else 0, values)
-                self.behind.put([Piece(key, [block], last=self.shards.left[key] == 0)])
+                self.behind.put([Piece(key, [block], finite, last=self.shards.left[key] == 0)])
+        if not finite:
+            self.written.not_finite.append(key)
         self.step()
 
     def _pack_all(self, stores: Mapping[Node, list[Node]]) -> None:
@@ -205,10 +211,15 @@ class _Writer:
         batch = []
         for i, pack in enumerate(packs):
             blocks: list[Block] = []
+            zeros: list[str] = []
             for store in stores[pack]:
                 rows = slice(store.kwargs["start"], store.kwargs["end"])
-                blocks += self._blocks(store, packed.part(i, rows))
+                part = packed.part(i, rows)
+                if _is_zero(part.weight) and bool(values[i, rows].any()):
+                    zeros.append(str(store.args[0]))
+                blocks += self._blocks(store, part)
                 self.step()
+            found[pack] = found[pack]._replace(zeros=tuple(zeros))
             batch.append(Piece(_piece_name(stores[pack]), blocks, found[pack]))
         self.behind.put(batch)
         return found
@@ -266,6 +277,18 @@ def _weight_name(w: Node) -> tuple[str, int | None]:
             expert = int_at(w, 1)
         w = node_at(w, 0)
     return str(w.target), expert
+
+
+def _is_zero(weight: Tensor) -> bool:
+    """Whether packed codes [rows, .] stand for zeros alone, of either sign; one look at most weights."""
+    codes, magnitude = weight.view(torch.uint8), 0x77 if weight.dtype == torch.uint8 else 0x7F
+    return not any(bool((part & magnitude).any()) for part in (codes[:1], codes))
+
+
+def _is_finite(values: Tensor) -> bool:
+    if not values.is_floating_point() or values.dtype.itemsize < 2 or not values.numel():
+        return True
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(values))
 
 
 def _check_scales(names: Sequence[str], scale: Tensor) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxq import collector
-from fxq.errors import FxqError, SpecError, choices
+from fxq.errors import CheckpointError, FxqError, SpecError, choices
 from fxq.readahead import read_ahead
 
 if TYPE_CHECKING:
@@ -258,10 +258,18 @@ def _compile(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
         progress=_progress,
     )
-    if arguments.json:
-        print(json.dumps(compiled.report.as_dict(), indent=2))
-    else:
-        _print_summary(compiled.report)
+    try:
+        if arguments.json:
+            print(json.dumps(compiled.report.as_dict(), indent=2))
+        else:
+            _print_summary(compiled.report)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{arguments.out} is complete, but its summary cannot be printed: {error.strerror}"
+        ) from error
     return 0
 
 

@@ -28,10 +28,11 @@ from fxq.passes import PASSES
 from fxq.pipeline import Progress, Session, no_progress
 from fxq.plan import Plan
 from fxq.program import Program, WeightSource
-from fxq.report import Report
+from fxq.report import Report, fold
 from fxq.report_files import Details
 from fxq.sources import Directory, Live
 from fxq.sources.encoding import without_encoding
+from fxq.sources.live import called_otherwise, reshaped
 from fxq.spec import Spec, load
 from fxq.trace import trace
 from fxq.twin import Twin, load_config, load_tokenizer, twin_of_config, twin_of_model
@@ -49,6 +50,7 @@ class Model:
     config: Mapping[str, Any]
     directory: Path | None
     trust_remote_code: bool = False
+    notes: tuple[str, ...] = ()
 
     @functools.cached_property
     def program(self) -> Program:
@@ -56,6 +58,7 @@ class Model:
         with collector.swept():
             program = trace(self.twin)
         program.hub = self.source.hub
+        program.notes += self.notes
         return program
 
 
@@ -130,6 +133,7 @@ class Compiled:
     def _complete(self, written: Written, out: Path) -> None:
         report = self.report
         report.measure({name: (own.error, own.energy) for name, own in written.traits.items()})
+        report.warn([key for own in written.traits.values() for key in own.zeros], written.not_finite)
         report.tensors_quantized, report.tensors_excluded = len(written.linears), len(written.excluded)
         report.bits_per_weight = 8 * written.quantized_bytes / written.weights
         report.source_bytes, report.output_bytes, report.out = written.source_bytes, written.bytes, str(out)
@@ -279,13 +283,19 @@ def _open_live(model: PreTrainedModel, trust_remote_code: bool) -> Model:
     twin = twin_of_model(model)
     directory = _directory_of(model)
     origin = Directory(directory) if directory is not None else None
+    if origin is not None and reshaped(origin, twin.model):
+        origin = None
     source = Live(model, origin, twin.model)
     config = _plain_config(model, type(twin.model).__name__)
     if directory is not None and origin is not None:
         stored = load_config(directory, trust_remote_code=trust_remote_code).to_dict()
         if without_encoding(stored) == without_encoding(_comparable(model)):
             config = origin.config
-    return Model(twin, source, without_encoding(config), directory, trust_remote_code)
+    notes = tuple(
+        f"{name}: has a forward or hooks of its own, which fxq, that compiles the class, does not see"
+        for name, _ in fold(called_otherwise(model))
+    )
+    return Model(twin, source, without_encoding(config), directory, trust_remote_code, notes)
 
 
 def _plain_config(model: PreTrainedModel, architecture: str) -> dict[str, Any]:
@@ -368,6 +378,8 @@ def predicted_batches(programs: Sequence[Program], samples: Sequence[Sequence[in
 
 def check_output(out: Path, model: Path | None) -> None:
     """CheckpointError if `out` holds something already, can be no directory, or lies inside the model's."""
+    if "\0" in str(out):
+        raise CheckpointError(f"{str(out)!r}: a path cannot hold a NUL character")
     with writing(out):
         check_empty(out)
     if model is not None and model.resolve() in (out.resolve(), *out.resolve().parents):

@@ -17,6 +17,8 @@ from fxq.nodes import node_at
 from fxq.program import Program
 from fxq.structure import is_expert, multiplies_experts, parameter_name, root, weight_matmuls
 
+# Correct NVFP4 weights are at 18 to 22 dB, FP8 above 25.
+LEAST_SQNR_DB = 18
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 _NODE_NUMBER = re.compile(r"(%\w*?)(_\d+)+\b")
 
@@ -104,6 +106,28 @@ class Report:
         if worst is not None:
             self.worst_tensor = worst[0] + (f" expert {worst[1]}" if worst[1] is not None else "")
             self.worst_sqnr_db = sqnr_db([errors[worst]])
+
+    def warn(self, zeros: Sequence[str], not_finite: Sequence[str]) -> None:
+        """Say which weights have become zeros, and which tensors were carried through although broken."""
+        if zeros:
+            self.warnings.append(
+                f"{_names(zeros)}: all values become zero, so small are they, alone or beside those that "
+                "they share a scale with"
+            )
+        elif self.worst_sqnr_db is not None and self.worst_sqnr_db < LEAST_SQNR_DB:
+            self.warnings.append(
+                f"{self.worst_tensor}: its error is at {self.worst_sqnr_db:.1f} dB; what suits the format "
+                f"is at {LEAST_SQNR_DB} dB and more"
+            )
+        if not_finite:
+            self.warnings.append(f"{_names(not_finite)}: NaN or Inf in what is carried through as it is")
+
+
+def _names(names: Sequence[str]) -> str:
+    """Names counted and folded; a single one in full."""
+    if len(names) == 1:
+        return names[0]
+    return f"{len(names)} tensors ({', '.join(name for name, _ in fold(names))})"
 
 
 def unquantized(graph: Graph, program: Program) -> Iterator[str]:

@@ -24,19 +24,20 @@ class Traits(NamedTuple):
     """One weight: sum (w - w')**2 and sum w**2; crest: mean of its blocks' maximum over their root mean
     square; spread: its global amax over the median block's; steps: how many sampled blocks got a scale so
     many FP8 codes above (STEPS) the one that reaches their maximum, farther ones counted at the ends; empty
-    for a weight without block scales."""
+    for a weight without block scales; zeros: what it is stored as that holds zeros alone, and should not."""
 
     error: float
     energy: float
     crest: float = 0.0
     spread: float = 0.0
     steps: tuple[int, ...] = ()
+    zeros: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, record: Sequence[Any]) -> Self:
         """From what JSON keeps of one."""
-        error, energy, crest, spread, steps = record
-        return cls(error, energy, crest, spread, tuple(steps))
+        error, energy, crest, spread, steps, zeros = record
+        return cls(error, energy, crest, spread, tuple(steps), tuple(zeros))
 
     @property
     def sqnr_db(self) -> float | None:
@@ -49,18 +50,23 @@ def traits(values: Tensor, packed: nvfp4.Measured | fp8.Measured) -> list[Traits
     every = max(1, values.shape[1] // SAMPLED_ROWS)
     whole = values.shape[2] // BLOCK * BLOCK
     blocks = values[:, ::every, :whole].unflatten(-1, (-1, BLOCK)).to(torch.float32).flatten(1, 2)
-    amax, square = blocks.abs().amax(-1), blocks.square().mean(-1)
+    amax = blocks.abs().amax(-1)
     filled = amax > 0
-    crests = torch.where(filled, amax / square.sqrt().clamp_min(1e-38), 0).sum(1) / filled.sum(1).clamp_min(1)
+    square = (blocks / torch.where(filled, amax, 1)[..., None]).square().mean(-1)  # of any magnitude
+    crests = torch.where(filled, square.rsqrt(), 0).sum(1) / filled.sum(1).clamp_min(1)
     if isinstance(packed, nvfp4.Measured):
         largest = packed.scale_2 * (E2M1_MAX * E4M3_MAX)
         steps = _steps(amax, packed.scale[:, ::every].flatten(1), packed.scale_2, filled).tolist()
     else:
         largest, steps = packed.scale * E4M3_MAX, [[]] * len(values)
     spreads = torch.where(filled.any(1), largest / amax.median(1).values.clamp_min(1e-38), 0)
+    spreads = spreads.clamp_max(torch.finfo(torch.float32).max)
+    error, energy = packed.error.clone(), packed.energy.clone()
+    for i in (energy == 0).nonzero().flatten().tolist():  # zeros, or so small that nothing of them is left
+        error[i] = energy[i] = values[i].double().square().sum()
     columns = (
-        packed.error.tolist(),
-        packed.energy.tolist(),
+        error.tolist(),
+        energy.tolist(),
         crests.tolist(),
         spreads.tolist(),
         map(tuple, steps),

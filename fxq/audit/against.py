@@ -16,7 +16,7 @@ from fxq.audit import numbers
 from fxq.audit.checkpoint import COMPRESSED, CONFIG, Checkpoint, Kind, Linear, packed_axis
 from fxq.audit.experts import EXPERT
 from fxq.audit.findings import Finding
-from fxq.audit.store import FLOATS, Store, open_store, read_json
+from fxq.audit.store import FLOATS, Store, model_files, open_store, read_json
 from fxq.errors import SourceError
 
 Array = NDArray[Any]
@@ -41,7 +41,7 @@ def check(checkpoint: Checkpoint, base: Path, summary: dict[str, Any]) -> Iterat
     """All comparisons; adds `sqnr_db`, `worst_sqnr_db` and `worst` to the summary."""
     if not base.is_dir() or not any(base.glob("*.safetensors")):
         raise SourceError(f"{base}: expected a model's directory with *.safetensors, found none")
-    source = open_store(base)
+    source = open_store(base, model_files(base))
     places = {name: _place(linear, source) for name, linear in checkpoint.linears.items()}
     used = {place.name for place in places.values() if place is not None}
     yield from _untouched(checkpoint, source, used)

@@ -7,7 +7,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ Array = NDArray[Any]
 Json = dict[str, Any]
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000
 CHUNK_BYTES = 32 << 20
 # safetensors dtype -> numpy type of its elements; BF16 and F8 are bit patterns.
@@ -123,11 +124,23 @@ def read_json(path: Path, findings: list[Finding]) -> Json | None:
     return None
 
 
-def open_store(path: Path) -> Store:
-    """Every tensor of the directory's safetensors files; only headers are read."""
+def model_files(path: Path) -> set[str]:
+    """The safetensors files that loaders take for the model: those that the index lists, else
+    model.safetensors, else all."""
+    listed = (read_json(path / INDEX, []) or {}).get("weight_map")
+    if isinstance(listed, dict):
+        return {name for name in listed.values() if isinstance(name, str)}
+    names = {file.name for file in path.glob("*.safetensors")}
+    return {SINGLE} if SINGLE in names else names
+
+
+def open_store(path: Path, only: Container[str] | None = None) -> Store:
+    """Every tensor of the directory's safetensors files, or of some of them; only headers are read."""
     findings: list[Finding] = []
     headers: dict[str, dict[str, Entry]] = {}
     for file in sorted(path.glob("*.safetensors")):
+        if only is not None and file.name not in only:
+            continue
         try:
             headers[file.name] = _header(file)
             findings += _layout(file, headers[file.name])

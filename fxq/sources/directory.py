@@ -18,7 +18,7 @@ from fxq.errors import SourceError
 from fxq.program import Hub, Stored, TensorInfo, row_axis
 from fxq.sources.conversion import hub_of, kept_turned
 from fxq.sources.encoding import ELEMENTS_AT_ONCE, Packed, Scaled, decode, encoding_of
-from fxq.sources.files import INDEX, check_depth, check_links, read_config, shards
+from fxq.sources.files import INDEX, allow_files, check_depth, check_links, read_config, shards
 from fxq.sources.quantized import quantized_encoding
 from fxq.sources.shard import Shard
 
@@ -37,6 +37,7 @@ class Directory:
         check_links(path)
         self.path, self.config = path, read_config(path)
         names, listed = shards(path)
+        allow_files(len(names))
         self._shards = _by_tensor(path, [Shard(path / name) for name in names], listed)
         check_depth(path, self.config, len(self._shards))
         raw = {key: self._shards[key].entries[key].info for key in sorted(self._shards, key=dot_natural_key)}

@@ -8,13 +8,30 @@ from typing import Any
 
 from fxq.errors import SourceError
 
+try:
+    import resource
+except ImportError:  # not on every system
+    resource = None  # type: ignore[assignment]
+
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Keys that count layers; one that names a layer (vision_feature_layer) may well be -1.
 _DEPTH = re.compile(r"(\w+_)?num_(\w+_)?(layers|blocks)|n_layers?|(\w+_)?(encoder|decoder)_layers|depth")
 _DEEPEST = 1000  # layers that any checkpoint may claim
 _NESTED = 64
+_OTHER_FILES = 1024  # the output's shards, libraries
 _PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
+
+
+def allow_files(count: int) -> None:
+    """Let the process have so many files open beside those it has, as far as the system allows."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def check_links(directory: Path) -> None:

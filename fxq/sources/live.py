@@ -13,6 +13,9 @@ from fxq.sources.conversion import hub_of, own_names, revert
 from fxq.sources.directory import Directory
 from fxq.sources.parameters import Parameters
 
+# Whose hooks change where a module computes, not what; functools: a partial of theirs.
+_LIBRARIES = ("torch", "transformers", "transformers_modules", "accelerate", "functools")
+
 
 class Live:
     """A live model, left as it is.
@@ -93,6 +96,27 @@ class Live:
             return held
         lengths = [len(p.rows) for p in stored.parts]
         return held.split(lengths, row_axis(held.shape))[part]
+
+
+def reshaped(origin: Directory, twin: PreTrainedModel) -> bool:
+    """Whether a model's tensors have other shapes than those of the directory that it came from: then it is a
+    model of its own (embeddings were resized, say)."""
+    state = {name: tensor.to("meta") for name, tensor in twin.state_dict().items()}
+    made = revert(twin, {name: state[name] for name in own_names(twin)})
+    held = origin.infos
+    return any(key in held and held[key].shape != tuple(t.shape) for key, t in made.items())
+
+
+def called_otherwise(model: PreTrainedModel) -> list[str]:
+    """Modules that compute something else than their class says: another forward or hooks were put on them,
+    by code outside of torch, transformers and accelerate (which move tensors)."""
+    found = []
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        hooks += [vars(module)["forward"]] if "forward" in vars(module) else []
+        if any(str(getattr(h, "__module__", "")).partition(".")[0] not in _LIBRARIES for h in hooks):
+            found.append(name or type(model).__name__)
+    return found
 
 
 def _check_not_quantized(model: PreTrainedModel) -> None:
