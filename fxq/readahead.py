@@ -36,7 +36,8 @@ def read_ahead(model: Path) -> None:
 def _stretches(model: Path, most: float) -> Iterator[Stretch]:
     """What is to be read, in order: `most` bytes."""
     with contextlib.suppress(OSError):
-        for path in sorted(model.glob("*.safetensors")):
+        files = sorted(model.glob("model*.safetensors")) or sorted(model.glob("*.safetensors"))
+        for path in files:  # beside a model of the usual names others are seldom part of it
             size = min(path.stat().st_size, int(most))
             for start in range(0, size, _STRETCH):
                 yield path, start, min(_STRETCH, size - start)

@@ -28,6 +28,7 @@ def test_no_more_is_read_than_fits(
     for number in range(2):
         (tmp_path / f"model-{number}.safetensors").write_bytes(bytes(100))
     (tmp_path / "other.bin").write_bytes(bytes(100))
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(300))
     found: list[int] = []
 
     def sendfile(out: int, file: int, start: int, size: int) -> int:
