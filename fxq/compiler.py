@@ -32,7 +32,7 @@ from fxq.report import Report, fold
 from fxq.report_files import Details
 from fxq.sources import Directory, Live
 from fxq.sources.encoding import without_encoding
-from fxq.sources.live import called_otherwise, reshaped
+from fxq.sources.live import called_otherwise
 from fxq.spec import Spec, load
 from fxq.trace import trace
 from fxq.twin import Twin, load_config, load_tokenizer, twin_of_config, twin_of_model
@@ -133,7 +133,9 @@ class Compiled:
     def _complete(self, written: Written, out: Path) -> None:
         report = self.report
         report.measure({name: (own.error, own.energy) for name, own in written.traits.items()})
-        report.warn([key for own in written.traits.values() for key in own.zeros], written.not_finite)
+        zeros = [key for own in written.traits.values() for key in own.zeros]
+        found = report.losses(zeros, written.not_finite)
+        report.warnings += [warning for warning in found if warning not in report.warnings]
         report.tensors_quantized, report.tensors_excluded = len(written.linears), len(written.excluded)
         report.bits_per_weight = 8 * written.quantized_bytes / written.weights
         report.source_bytes, report.output_bytes, report.out = written.source_bytes, written.bytes, str(out)
@@ -283,8 +285,6 @@ def _open_live(model: PreTrainedModel, trust_remote_code: bool) -> Model:
     twin = twin_of_model(model)
     directory = _directory_of(model)
     origin = Directory(directory) if directory is not None else None
-    if origin is not None and reshaped(origin, twin.model):
-        origin = None
     source = Live(model, origin, twin.model)
     config = _plain_config(model, type(twin.model).__name__)
     if directory is not None and origin is not None:

@@ -107,20 +107,20 @@ class Report:
             self.worst_tensor = worst[0] + (f" expert {worst[1]}" if worst[1] is not None else "")
             self.worst_sqnr_db = sqnr_db([errors[worst]])
 
-    def warn(self, zeros: Sequence[str], not_finite: Sequence[str]) -> None:
-        """Say which weights have become zeros, and which tensors were carried through although broken."""
+    def losses(self, zeros: Sequence[str], not_finite: Sequence[str]) -> Iterator[str]:
+        """Which weights have become zeros or the worst of noise, and which tensors were broken before."""
         if zeros:
-            self.warnings.append(
+            yield (
                 f"{_names(zeros)}: all values become zero, so small are they, alone or beside those that "
                 "they share a scale with"
             )
         elif self.worst_sqnr_db is not None and self.worst_sqnr_db < LEAST_SQNR_DB:
-            self.warnings.append(
+            yield (
                 f"{self.worst_tensor}: its error is at {self.worst_sqnr_db:.1f} dB; what suits the format "
                 f"is at {LEAST_SQNR_DB} dB and more"
             )
         if not_finite:
-            self.warnings.append(f"{_names(not_finite)}: NaN or Inf in what is carried through as it is")
+            yield f"{_names(not_finite)}: NaN or Inf in what is carried through as it is"
 
 
 def _names(names: Sequence[str]) -> str:

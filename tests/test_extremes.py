@@ -19,6 +19,7 @@ from torch import Tensor
 import fxq
 from fxq import audit
 from fxq.cli import main
+from fxq.output import Shards
 from fxq.sources import files
 from tests.families import Zoo, load, samples, zoo
 
@@ -89,6 +90,34 @@ def test_what_is_carried_through_with_nan_is_named(zoo: Zoo, tmp_path: Path) -> 
     model = _edited(zoo("llama"), tmp_path / "model", lambda t: t[name][:1].fill_(float("nan")))
     compiled = fxq.compile(model, "nvfp4_weight_only", out=tmp_path / "out")
     assert [warning.partition(":")[0] for warning in _warnings(compiled, "NaN")] == [name]
+
+
+def test_what_was_found_is_said_once_and_after_a_resumption_too(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.weight"].mul_(1e-30)
+        tensors["lm_head.weight"][0, 0] = float("inf")
+
+    model = _edited(zoo("llama"), tmp_path / "model", change)
+    whole = fxq.compile(model, "nvfp4_weight_only", out=tmp_path / "whole")
+    warnings = list(whole.report.warnings)
+    assert len(_warnings(whole, "become zero")) == len(_warnings(whole, "Inf")) == 1
+    whole.save(tmp_path / "again")
+    assert whole.report.warnings == warnings
+
+    def fail(shards: Shards) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "finish", fail)
+        with pytest.raises(fxq.FxqError):
+            fxq.compile(model, "nvfp4_weight_only", out=tmp_path / "out")
+    with monkeypatch.context() as patch:  # all is written: nothing is packed or carried through again
+        patch.setattr("fxq.checkpoint._quantized", None)
+        patch.setattr("fxq.checkpoint._is_finite", None)
+        resumed = fxq.compile(model, "nvfp4_weight_only", out=tmp_path / "out", resume=True)
+    assert resumed.report.warnings == warnings
 
 
 @pytest.mark.parametrize("indexed", [False, True])

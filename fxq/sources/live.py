@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ _LIBRARIES = ("torch", "transformers", "transformers_modules", "accelerate", "fu
 class Live:
     """A live model, left as it is.
 
-    origin: the directory that it came from, which supplies the hub's names and what the model ignores.
+    origin: the directory that it came from, which supplies the hub's names and what the model ignores; not if
+    the model has other shapes by now (embeddings were resized, say), which makes it one of its own.
     twin: the same class and config on fake tensors, whose names and ties count where wrapping the model
     (FSDP, offloading) hid them; the model itself by default. Raises SourceError with its name for a
     parameter that cannot be read.
@@ -32,18 +34,18 @@ class Live:
         self, model: PreTrainedModel, origin: Directory | None = None, twin: PreTrainedModel | None = None
     ) -> None:
         _check_not_quantized(model)
-        self.parameters, self.origin, self._twin = Parameters(model), origin, twin or model
+        self.parameters, self._twin = Parameters(model), twin or model
         if twin is not None:
             _name_alike(twin, model)
             _check_shapes(self.parameters, twin)
-        if origin is None:
-            meta = {name: _meta(self.parameters[name]) for name in own_names(self._twin)}
-            reverted = revert(self._twin, meta)
-            infos = {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in reverted.items()}
+        meta = {name: _meta(self.parameters[name]) for name in own_names(self._twin)}
+        infos = {key: TensorInfo.of(tuple(t.shape), t.dtype) for key, t in revert(self._twin, meta).items()}
+        self.origin = None if origin is None or _reshaped(infos, origin) else origin
+        if self.origin is None:
             self.hub = hub_of(self._twin, infos, type(self._twin).__name__)
         else:
-            origin.attach(self._twin)
-            self.hub = self._in_own_dtypes(origin.hub)
+            self.origin.attach(self._twin)
+            self.hub = self._in_own_dtypes(self.origin.hub)
         self._where = _places(self.hub)
 
     def _in_own_dtypes(self, hub: Hub) -> Hub:
@@ -98,13 +100,8 @@ class Live:
         return held.split(lengths, row_axis(held.shape))[part]
 
 
-def reshaped(origin: Directory, twin: PreTrainedModel) -> bool:
-    """Whether a model's tensors have other shapes than those of the directory that it came from: then it is a
-    model of its own (embeddings were resized, say)."""
-    state = {name: tensor.to("meta") for name, tensor in twin.state_dict().items()}
-    made = revert(twin, {name: state[name] for name in own_names(twin)})
-    held = origin.infos
-    return any(key in held and held[key].shape != tuple(t.shape) for key, t in made.items())
+def _reshaped(infos: Mapping[str, TensorInfo], origin: Directory) -> bool:
+    return any(origin.infos.get(key, info).shape != info.shape for key, info in infos.items())
 
 
 def called_otherwise(model: PreTrainedModel) -> list[str]:
