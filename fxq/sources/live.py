@@ -101,7 +101,8 @@ class Live:
 
 
 def _reshaped(infos: Mapping[str, TensorInfo], origin: Directory) -> bool:
-    return any(origin.infos.get(key, info).shape != info.shape for key, info in infos.items())
+    """Whether tensors of a model have other sizes than in its directory, which may hold them transposed."""
+    return any(sorted(origin.infos.get(key, info).shape) != sorted(info.shape) for key, info in infos.items())
 
 
 def called_otherwise(model: PreTrainedModel) -> list[str]:
