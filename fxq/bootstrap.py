@@ -39,7 +39,7 @@ class Bootstrap:
             if root(node_at(hole, 0)) is not None:
                 weights[node_at(hole, 0)].append(hole)
         found: dict[str, Tensor] = {}
-        for nodes, values in self.cone.batches(weights):
+        for nodes, values in self.cone.batches([weights]):
             for node, amax in zip(nodes, amax_of(values).cpu(), strict=True):
                 for hole in weights[node]:
                     check_finite(hole, amax)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq import dialect, fp8, nvfp4
+from fxq import collector, dialect, fp8, nvfp4
 from fxq.amaxes import amax_value
 from fxq.behind import Piece, WriteBehind
 from fxq.cone import WeightCone
@@ -31,7 +31,7 @@ from fxq.output import Block, Shards, nbytes, pieces, write_json
 from fxq.plan import Plan
 from fxq.plan import plan as planned
 from fxq.program import Program, WeightSource
-from fxq.traits import Traits, traits
+from fxq.traits import STEPS, Traits, traits
 from fxq.workdir import PART, Work, writing
 
 FORMATS: dict[str, ModuleType] = {"modelopt": modelopt, "compressed-tensors": compressed_tensors}
@@ -52,7 +52,8 @@ _REPLACED = (
 @dataclass
 class Written:
     """What was written, in names and bytes. traits: per weight (parameter, expert or None) its error, and
-    what may explain it. not_finite: tensors carried through as they are that hold NaN or Inf."""
+    what may explain it. not_finite: tensors carried through as they are that hold NaN or Inf. steps: blocks
+    by where the search put their scales (`fxq.traits`)."""
 
     traits: dict[tuple[str, int | None], Traits] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
@@ -63,10 +64,23 @@ class Written:
     quantized_bytes: int = 0
     packed_bytes: int = 0
     not_finite: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=lambda: [0] * len(STEPS))
+
+    def note(self, name: tuple[str, int | None], weights: int, own: Traits) -> None:
+        """Count in one weight; its steps are only kept in the sum."""
+        self.steps = [a + b for a, b in zip(self.steps, own.steps or [0] * len(STEPS), strict=True)]
+        self.traits[name] = own._replace(steps=())
+        self.weights += weights
+
+
+def plan(program: Program) -> Plan:
+    """What `write` will write of a lowered program; CheckpointError if it would break the contract."""
+    return planned(program, FORMATS[program.format])
 
 
 def write(
     program: Program,
+    plan: Plan,
     source: WeightSource,
     config: Mapping[str, Any],
     side_files: Path | None,
@@ -75,17 +89,16 @@ def write(
     device: torch.device | None = None,
     shard_bytes: int = SHARD_BYTES,
     step: Callable[[], None] = lambda: None,
-    beside: Callable[[Path, Plan, Written], None] = lambda directory, plan, written: None,
+    beside: Callable[[Path, Written], None] = lambda directory, written: None,
 ) -> Written:
     """Run the lowered program and turn the work directory into the output, complete.
 
-    config: the source's config.json. side_files: a directory whose tokenizer, chat template and other files
-    are copied as they are. beside: writes other files into the directory before it appears. What an
-    interrupted run of the same program wrote is checked and kept. Raises CheckpointError if there is no
-    room, or if what would be written breaks the contract.
+    plan: what `plan` says of the program, which may be at rest. config: the source's config.json. side_files:
+    a directory whose tokenizer, chat template and other files are copied as they are. beside: writes other
+    files into the directory before it appears. What an interrupted run of the same program wrote is checked
+    and kept. Raises CheckpointError if there is no room, or if what would be written breaks the contract.
     """
     format = FORMATS[program.format]
-    plan = planned(program, format)
     shards = Shards(work.model, plan.infos, shard_bytes)
     with writing(work.out), closing(shards):
         work.clear(shards.names)
@@ -101,7 +114,7 @@ def write(
         for name, content in plan.config_files(format, config).items():
             write_json(work.model / (f"{name}{PART}" if name == "config.json" else name), content)
         written = _summed(writer.written, program, plan, format)
-        beside(work.model, plan, written)
+        beside(work.model, written)
         work.publish([*shards.names, "config.json"])
     return written
 
@@ -152,15 +165,28 @@ class _Writer:
 
     @torch.no_grad()
     def run(self) -> None:
-        stores: dict[Node, list[Node]] = {}
-        for node in self.program.graph.nodes:
-            if node.target in (dialect.STORE_LINEAR, dialect.STORE_ROWS):
-                stores.setdefault(node.args[1], []).append(node)
-            elif node.target is dialect.STORE_KV and node.args[1] is not None:
-                self._store_kv(node)
-            elif node.target is dialect.STORE:
-                self._copy(str(node.args[0]), str(node.args[1].args[0]))
-        self._pack_all(stores)
+        with collector.sweeping() as sweep:
+            for weights, values in self.cone.batches(self._to_pack(sweep)):
+                self._pack([_pack_of(w) for w in weights], values)
+                del weights, values  # before the next are asked for
+        found = self.written.traits  # in one order, whatever was written when
+        self.written.traits = dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
+
+    def _to_pack(self, sweep: Callable[[], object]) -> Iterator[list[Node]]:
+        """The weights that are to be packed, a part of the program at a time; all else of it is written on
+        the way. A part's nodes are a cycle, which is gone after a sweep."""
+        for graph in self.program.parts():
+            sweep()
+            weights: list[Node] = []
+            for node in graph.nodes:
+                if node.target in dialect.PACKS:
+                    if not self._is_packed(node):
+                        weights.append(node_at(node, 0))
+                elif node.target is dialect.STORE_KV and node.args[1] is not None:
+                    self._store_kv(node)
+                elif node.target is dialect.STORE:
+                    self._copy(str(node.args[0]), str(node.args[1].args[0]))
+            yield weights
 
     def _store_kv(self, store: Node) -> None:
         amaxes = [amax_value(node_at(store, i), self.program.values) for i in (1, 2)]
@@ -182,47 +208,40 @@ class _Writer:
             self.written.not_finite.append(key)
         self.step()
 
-    def _pack_all(self, stores: Mapping[Node, list[Node]]) -> None:
-        packs: dict[Node, list[Node]] = {}
-        found: dict[Node, Traits] = {}
-        for pack, users in stores.items():
-            if (note := self.behind.finished.get(_piece_name(users))) is not None:
-                found[pack] = Traits.of(note)
-                for _ in users:
-                    self.step()
-            else:
-                packs.setdefault(node_at(pack, 0), []).append(pack)
-        for weights, values in self.cone.batches(packs):
-            found |= self._pack([packs[w][0] for w in weights], values, stores)
-            del values  # before the next are asked for
-        for pack in stores:  # in their order, whatever was written when
-            self.written.traits[_weight_name(node_at(pack, 0))] = found[pack]
-            self.written.weights += node_at(pack, 0).meta["val"].numel()
+    def _is_packed(self, pack: Node) -> bool:
+        """Whether an interrupted run wrote all of it."""
+        note = self.behind.finished.get(_piece_name(pack))
+        if note is None:
+            return False
+        self._note(pack, Traits.of(note))
+        for _ in pack.users:
+            self.step()
+        return True
 
-    def _pack(
-        self, packs: list[Node], values: Tensor, stores: Mapping[Node, list[Node]]
-    ) -> dict[Node, Traits]:
-        """Pack a batch of weights and have it written; returns the traits of each."""
+    def _note(self, pack: Node, own: Traits) -> None:
+        self.written.note(_weight_name(node_at(pack, 0)), node_at(pack, 0).meta["val"].numel(), own)
+
+    def _pack(self, packs: list[Node], values: Tensor) -> None:
+        """Pack a batch of weights and have it written."""
         amax = torch.stack([amax_value(node_at(p, 1), self.program.values) for p in packs]).to(values.device)
         measured = _quantized(packs[0], values, amax)
-        _check_scales([_piece_name(stores[pack]) for pack in packs], measured.scale)
+        _check_scales(packs, measured.scale)
         packed = measured.cpu()
-        found = dict(zip(packs, traits(values, measured), strict=True))
         batch = []
-        for i, pack in enumerate(packs):
+        for i, (pack, own) in enumerate(zip(packs, traits(values, measured), strict=True)):
             blocks: list[Block] = []
             zeros: list[str] = []
-            for store in stores[pack]:
+            for store in pack.users:
                 rows = slice(store.kwargs["start"], store.kwargs["end"])
                 part = packed.part(i, rows)
                 if _is_zero(part.weight) and bool(values[i, rows].any()):
                     zeros.append(str(store.args[0]))
                 blocks += self._blocks(store, part)
                 self.step()
-            found[pack] = found[pack]._replace(zeros=tuple(zeros))
-            batch.append(Piece(_piece_name(stores[pack]), blocks, found[pack]))
+            own = own._replace(zeros=tuple(zeros))
+            self._note(pack, own)
+            batch.append(Piece(_piece_name(pack), blocks, own))
         self.behind.put(batch)
-        return found
 
     def _blocks(self, store: Node, packed: nvfp4.Packed | fp8.Packed) -> list[Block]:
         """What one store writes."""
@@ -254,9 +273,13 @@ class _Writer:
         return [self.shards.whole(key, tensor) for key, tensor in tensors.items()]
 
 
-def _piece_name(stores: Sequence[Node]) -> str:
+def _pack_of(weight: Node) -> Node:
+    return next(user for user in weight.users if user.target in dialect.PACKS)
+
+
+def _piece_name(pack: Node) -> str:
     """What a packed weight becomes: it is the first there."""
-    store = stores[0]
+    store = next(iter(pack.users))
     if store.target is dialect.STORE_LINEAR:
         return f"{store.args[0]}.weight"
     return f"{store.args[0]} expert {store.kwargs['expert']} rows {store.kwargs['rows']}"
@@ -291,7 +314,7 @@ def _is_finite(values: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(values))
 
 
-def _check_scales(names: Sequence[str], scale: Tensor) -> None:
+def _check_scales(packs: Sequence[Node], scale: Tensor) -> None:
     """Engines trust scales blindly: a zero, negative or NaN one of ours never leaves. scale: [n, ...]."""
     codes, most = scale, torch.finfo(scale.dtype).max
     if scale.dtype == torch.float8_e4m3fn:
@@ -301,7 +324,7 @@ def _check_scales(names: Sequence[str], scale: Tensor) -> None:
     if not bool(good.all()):
         bad = int((~good).nonzero()[0])
         found = scale[bad].flatten()[:4].float().tolist()
-        raise CheckpointError(f"{names[bad]}: expected positive finite scales, found {found}")
+        raise CheckpointError(f"{_piece_name(packs[bad])}: expected positive finite scales, found {found}")
 
 
 def _check_scalar(key: str, tensor: Tensor) -> None:

@@ -3,7 +3,7 @@ them: with it, tracing and passes take twice as long.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -20,15 +20,22 @@ def off() -> Iterator[None]:
 
 
 @contextmanager
-def swept() -> Iterator[None]:
-    """`off`, and at the end of the block one search, among what was made in it: nothing older is looked at
-    until an outermost block ends."""
+def sweeping() -> Iterator[Callable[[], object]]:
+    """`off`; what it yields searches among what was made in the block: nothing older is looked at until an
+    outermost block ends."""
     outermost = gc.get_freeze_count() == 0
     gc.freeze()
     try:
         with off():
-            yield
-        gc.collect()
+            yield gc.collect
     finally:
         if outermost:
             gc.unfreeze()
+
+
+@contextmanager
+def swept() -> Iterator[None]:
+    """`sweeping`, once, at the end of the block."""
+    with sweeping() as sweep:
+        yield
+        sweep()

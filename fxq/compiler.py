@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -101,24 +101,41 @@ class Compiled:
         check_output(out, self._model.directory)
         with working(out, resume=resume) as work:
             work.begin(self._run(shard_bytes))
-            return self._write(work, out, shard_bytes)
+            self._write(work, self._plan(), out, shard_bytes)
+            return self.report
 
-    def _write(self, work: Work, out: Path, shard_bytes: int) -> Report:
-        if self.program.calibrated is None:
+    def _plan(self) -> "_Planned":
+        """What is to be written and said; the graphs rest from here on, and wake if they are asked for."""
+        program, model = self.program, self._model
+        if program.calibrated is None:
             raise CheckpointError(
                 f"{self.report.spec}: the spec has no `lower` pass, so there is nothing to write"
             )
-        nodes, start = len(self.program.graph.nodes), time.perf_counter()
+        plan = checkpoint.plan(program)
+        name = model.directory.resolve().name if model.directory is not None else None
+        details = Details(
+            name or str((model.config.get("architectures") or ["model"])[0]),
+            tokens=program.tokens,
+            groups=tuple(groups(program.graph)),
+            excluded=tuple(excluded(program, plan, self._reasons)),
+        )
+        nodes = len(program.graph.nodes)
+        program.rest()
+        return _Planned(plan, details, nodes)
 
-        def beside(directory: Path, plan: Plan, written: Written) -> None:
+    def _write(self, work: Work, planned: "_Planned", out: Path, shard_bytes: int) -> None:
+        start = time.perf_counter()
+
+        def beside(directory: Path, written: Written) -> None:
             self._complete(written, out)
             seconds = {**self.report.seconds, "write": time.perf_counter() - start}
             report = dataclasses.replace(self.report, seconds=seconds)
-            report_files.write(report, self._details(plan, written), directory)
+            report_files.write(report, _with_measured(planned.details, written), directory)
 
-        with _timed(self.report, "write"), self._session.progress("pack and write", nodes) as step:
+        with _timed(self.report, "write"), self._session.progress("pack and write", planned.nodes) as step:
             checkpoint.write(
                 self.program,
+                planned.plan,
                 self._model.source,
                 self._model.config,
                 self._model.directory,
@@ -128,7 +145,6 @@ class Compiled:
                 step=step,
                 beside=beside,
             )
-        return self.report
 
     def _complete(self, written: Written, out: Path) -> None:
         report = self.report
@@ -140,22 +156,6 @@ class Compiled:
         report.bits_per_weight = 8 * written.quantized_bytes / written.weights
         report.source_bytes, report.output_bytes, report.out = written.source_bytes, written.bytes, str(out)
         _measure_memory(report, self._session.device)
-
-    def _details(self, plan: Plan, written: Written) -> Details:
-        model, program = self._model, self.program
-        name = model.directory.resolve().name if model.directory is not None else None
-        return Details(
-            name or str((model.config.get("architectures") or ["model"])[0]),
-            written.traits,
-            program.tokens,
-            tuple(groups(program.graph)),
-            tuple(excluded(program, plan, self._reasons)),
-            {
-                "weights": written.packed_bytes,
-                "scales": written.quantized_bytes - written.packed_bytes,
-                "untouched": written.bytes - written.quantized_bytes,
-            },
-        )
 
     def perplexity(self, text: object, *, samples: int = 64, seq_len: int = 512) -> tuple[float, float]:
         """(unquantized, simulated deployed) perplexity per token of a text given like calibration text.
@@ -182,6 +182,24 @@ class Compiled:
                 reduce=lambda logits, i: likelihood.losses(logits, batches[i]),
             )
             return likelihood.perplexity(torch.cat(run.run_batches(batches)))
+
+
+class _Planned(NamedTuple):
+    """plan: what will be written. details: of the report, but for what writing measures. nodes: of the
+    lowered program."""
+
+    plan: Plan
+    details: Details
+    nodes: int
+
+
+def _with_measured(details: Details, written: Written) -> Details:
+    sizes = {
+        "weights": written.packed_bytes,
+        "scales": written.quantized_bytes - written.packed_bytes,
+        "untouched": written.bytes - written.quantized_bytes,
+    }
+    return dataclasses.replace(details, weights=written.traits, sizes=sizes, steps=written.steps)
 
 
 @collector.off()
@@ -232,30 +250,32 @@ def compile(
         warmup.begin(where, "mse" if any(p.name == "calibrate-mse" for p in chosen.passes) else "max")
     report = Report(chosen.name)
     with working(Path(out).expanduser(), resume=resume) if out is not None else nullcontext() as work:
-        opened = open_model(model, trust_remote_code=trust_remote_code)
-        ids = samples_of(opened, calib, samples, seq_len) if calib is not None else None
-        run = functools.partial(run_of, opened, chosen, ids, where)
-        if work is not None:
-            work.begin(run(shard_bytes))
-        with _timed(report, "trace"):
-            program = opened.program
-        heap.return_free_memory()
-        batches = batches_of([program], ids) if ids is not None else None
-        session = Session(opened.source, where, batches, progress)
-        if work is not None:
-            session.found = work.calibrations()
-        report.calibration_tokens = sum(batch.numel() for batch in batches or ())
-        with _timed(report, "passes"):
-            reasons = Reasons(chosen.passes, program)
-            pipeline.run(chosen.passes, program, session, after=reasons.look)
-        heap.return_free_memory()  # what building the graphs took, before weights stream
-        report.count(program.calibrated or program.graph, program)
-        compiled = Compiled(opened, program, session, report, run, reasons.of)
-        _measure_memory(report, where)
-        if evaluate is not None:
-            compiled.perplexity(evaluate)
-        if work is not None and out is not None:
-            compiled._write(work, Path(out), shard_bytes)
+        with collector.swept():  # graphs that are at rest at the end are gone
+            opened = open_model(model, trust_remote_code=trust_remote_code)
+            ids = samples_of(opened, calib, samples, seq_len) if calib is not None else None
+            run = functools.partial(run_of, opened, chosen, ids, where)
+            if work is not None:
+                work.begin(run(shard_bytes))
+            with _timed(report, "trace"):
+                program = opened.program
+            heap.return_free_memory()
+            batches = batches_of([program], ids) if ids is not None else None
+            session = Session(opened.source, where, batches, progress)
+            if work is not None:
+                session.found = work.calibrations()
+            report.calibration_tokens = sum(batch.numel() for batch in batches or ())
+            with _timed(report, "passes"):
+                reasons = Reasons(chosen.passes, program)
+                pipeline.run(chosen.passes, program, session, after=reasons.look)
+            report.count(program.calibrated or program.graph, program)
+            compiled = Compiled(opened, program, session, report, run, reasons.of)
+            _measure_memory(report, where)
+            if evaluate is not None:
+                compiled.perplexity(evaluate)
+            planned = compiled._plan() if work is not None else None
+        heap.return_free_memory()  # what the graphs took, before weights stream
+        if work is not None and out is not None and planned is not None:
+            compiled._write(work, planned, Path(out), shard_bytes)
     return compiled
 
 

@@ -31,11 +31,11 @@ class WeightCone:
         self.program, self.source, self.device = program, source, device
         self.memory = _Memory()
 
-    def batches(self, nodes: Iterable[Node]) -> Iterator[tuple[list[Node], Tensor]]:
-        """The given nodes, each a weight [out, in], grouped by source tensor: (nodes, values [n, out, in] on
-        the device). The next are read meanwhile; the values last until the next are asked for."""
+    def batches(self, lots: Iterable[Iterable[Node]]) -> Iterator[tuple[list[Node], Tensor]]:
+        """The nodes of each lot, each a weight [out, in], grouped by source tensor: (nodes, values [n, out,
+        in] on the device). The next are read meanwhile; the values last until the next are asked for."""
         batches = loaded(
-            map(self._request, self._parts(nodes)),
+            (self._request(part) for nodes in lots for part in self._parts(nodes)),
             self.device,
             concurrent=self.source.concurrent,
             allocate=lambda request: self.memory.lend(request.shape, request.dtype),

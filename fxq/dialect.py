@@ -166,6 +166,7 @@ VALUE = torch.ops.fxq.value.default
 LOAD = torch.ops.fxq.load.default
 PACK_NVFP4 = torch.ops.fxq.pack_nvfp4.default
 PACK_FP8 = torch.ops.fxq.pack_fp8.default
+PACKS = frozenset({PACK_NVFP4, PACK_FP8})
 STORE_LINEAR = torch.ops.fxq.store_linear.default
 # A weight that shares a tensor of the checkpoint with others: rows [start, end) of `packed` become rows
 # range(*rows) of expert `expert` of the tensor `key`. That tensor has `shape` before packing, seen as

@@ -2,7 +2,6 @@
 what is unused."""
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -11,13 +10,14 @@ from torch.fx.node import map_aggregate
 
 from fxq.dialect import STORES
 from fxq.errors import VerifyError
+from fxq.text import meta
 from fxq.verify import infer
 
 
 def parameter(graph: Graph, name: str, shape: Iterable[int], dtype: torch.dtype) -> Node:
     """A node that stands for the model's tensor `name`; its node name is the path with dots replaced."""
     node = graph.create_node("get_attr", name, (), {}, name.replace(".", "_"))
-    node.meta["val"] = _type(tuple(shape), dtype)
+    node.meta["val"] = meta(tuple(shape), dtype)
     return node
 
 
@@ -30,15 +30,9 @@ def call(graph: Graph, name: str, target: Callable[..., object], *args: object, 
 
 
 def _shared(val: Any) -> Any:
-    """The one meta tensor of its shape and dtype: ten thousands of slices need not have one each."""
     if type(val) is torch.Tensor and val.is_meta and val.is_contiguous():
-        return _type(tuple(val.shape), val.dtype)
+        return meta(tuple(val.shape), val.dtype)
     return val
-
-
-@lru_cache(maxsize=4096)
-def _type(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def replace(old: Node, new: Node, users: Iterable[Node] | None = None) -> None:

@@ -2,8 +2,7 @@
 not."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
 from torch.fx import Node
 
@@ -28,7 +27,6 @@ from fxq.structure import (
 from fxq.text import format_target
 
 Fact = Callable[[Program], str | None]
-T = TypeVar("T", bound=Hashable)
 
 
 def experts_fused(program: Program) -> str | None:
@@ -184,22 +182,3 @@ def tensor_mates(program: Program) -> dict[str, list[Member]]:
         for part in stored.parts if stored is not None and not stored.stacked else ():
             mates.setdefault(part.keys[0], []).append((quantize, x if uses[quantize] == 1 else None))
     return mates
-
-
-def joined(sets: Iterable[Sequence[T]]) -> list[list[T]]:
-    """Sets of nodes (or names), those that overlap made one, in order of their first node."""
-    parent: dict[T, T] = {}
-
-    def head(node: T) -> T:
-        while (above := parent.setdefault(node, node)) is not node:
-            parent[node] = parent[above]
-            node = above
-        return node
-
-    for nodes in sets:
-        for node in nodes:
-            parent[head(node)] = head(nodes[0])
-    groups: dict[T, list[T]] = {}
-    for node in parent:
-        groups.setdefault(head(node), []).append(node)
-    return list(groups.values())

@@ -1,7 +1,7 @@
 """What the passes work on: a graph, where its parameters lie in the hub's checkpoint, and what
 calibration found."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol, Self
@@ -9,6 +9,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 from torch.fx import Graph
+
+from fxq.rest import Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Hub:
 
 
 Accepts = Callable[[int, int], str | None]
+_GRAPH, _CALIBRATED = Kept[Graph](), Kept[Graph | None](None)
 
 
 @dataclass
@@ -117,17 +120,28 @@ class Program:
     format: what the lowered program is written as.
     """
 
-    graph: Graph
+    graph: Kept[Graph] = _GRAPH
     hub: Hub = field(default_factory=Hub)
     values: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     bootstrapped: set[str] = field(default_factory=set)
-    calibrated: Graph | None = None
+    calibrated: Kept[Graph | None] = _CALIBRATED
     format: str = "modelopt"
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+
+    def rest(self) -> None:
+        """Keep the graphs as text until one is asked for: only their parts are needed while weights
+        stream."""
+        _CALIBRATED.rest(self)
+        _GRAPH.rest(self, apart=True)
+
+    def parts(self) -> Iterator[Graph]:
+        """The lowered program in graphs that have nothing to do with each other, one at a time, if it is at
+        rest; else as it is."""
+        return _GRAPH.graphs(self)
 
     def found(self) -> dict[str, Any]:
         """All that calibration found so far, in JSON; float32 survives exactly."""

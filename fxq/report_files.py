@@ -52,7 +52,8 @@ class Details:
     """What the report shows beside the counts of `Report`.
 
     weights: (parameter, expert or None) -> what packing did to it. tokens: fused weight -> tokens of each
-    expert. groups, excluded: as `fxq.outcome` yields them. sizes: bytes of weights, scales, untouched.
+    expert. groups, excluded: as `fxq.outcome` yields them. sizes: bytes of weights, scales,
+    untouched. steps: blocks by where the search put their scales.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Details:
     groups: Sequence[tuple[str, int]] = ()
     excluded: Sequence[tuple[str, int, str]] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)
+    steps: Sequence[int] = (0,) * len(STEPS)
 
 
 def write(report: Report, details: Details, directory: Path) -> None:
@@ -87,9 +89,6 @@ def _lines(made: Mapping[str, Any]) -> str:
 def content(report: Report, details: Details) -> dict[str, Any]:
     """report.json as plain values."""
     plain = report.as_dict()
-    counts = [
-        sum(column) for column in zip(*(m.steps for m in details.weights.values() if m.steps), strict=True)
-    ]
     return {
         "version": VERSION,
         "fxq": __version__,
@@ -98,7 +97,7 @@ def content(report: Report, details: Details) -> dict[str, Any]:
         "summary": {name: _plain(value) for name, value in plain.items() if name not in _MEASURED},
         "weights": [_weight(name, found) for name, found in _by_parameter(details.weights)],
         "tokens": _tokens(details.tokens),
-        "scales": {"steps": list(STEPS), "counts": counts or [0] * len(STEPS)},
+        "scales": {"steps": list(STEPS), "counts": list(details.steps)},
         "worst": _worst(details),
         "groups": [{"linears": name, "count": count} for name, count in details.groups],
         "excluded": [{"name": n, "count": count, "reason": why} for n, count, why in details.excluded],

@@ -16,6 +16,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, cast
 
@@ -196,13 +197,19 @@ def parse_type(text: str) -> object:
         shape = [int(s) for s in match[2].split(",") if s.strip()]
         if match[1] not in _LONG:
             raise ValueError(f"no dtype is called {match[1]}; there are {', '.join(_LONG)}")
-        return torch.empty(shape, dtype=_LONG[match[1]], device="meta")
+        return meta(tuple(shape), _LONG[match[1]])
     if match := re.fullmatch(r"(int|bool|float)\((.+)\)", text):
         return float(match[2]) if match[1] == "float" else ast.literal_eval(match[2])
     if text[:1] + text[-1:] in ("()", "[]"):
         items = [parse_type(part) for part in _top_level(text[1:-1])]
         return tuple(items) if text[0] == "(" else items
     raise ValueError(f"expected a type such as bf16[3,17], found {text}")
+
+
+@lru_cache(maxsize=4096)
+def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The one meta tensor of its shape and dtype: ten thousands of slices need not have one each."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _top_level(text: str) -> Iterator[str]:

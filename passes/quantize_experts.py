@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, holders, is_weight_quantize, joined
-from fxq.nodes import int_at, node_at
+from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, holders, is_weight_quantize
+from fxq.nodes import int_at, joined, node_at
 from fxq.nvfp4 import BLOCK
 from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.pipeline import check_formats, nothing_matched

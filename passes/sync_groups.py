@@ -12,14 +12,13 @@ from fxq.errors import VerifyError
 from fxq.facts import (
     Fact,
     amaxes_shared,
-    joined,
     quantized_siblings,
     tensor_mates,
     tensors_whole,
     weights_placed,
     weights_quantized,
 )
-from fxq.nodes import node_at, nodes_at
+from fxq.nodes import joined, node_at, nodes_at
 from fxq.pattern import Match, Miss
 from fxq.program import Program
 
