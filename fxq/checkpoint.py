@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq import collector, dialect, fp8, nvfp4
+from fxq import collector, dialect, fp8, heap, nvfp4
 from fxq.amaxes import amax_value
 from fxq.behind import Piece, WriteBehind
 from fxq.cone import WeightCone
@@ -105,6 +105,7 @@ def write(
         work.check_space(sum(shards.sizes))
         shards.open()
         device = device or torch.device("cpu")
+        heap.return_free_memory()  # what building the headers took
         with WriteBehind(shards, work.journal, _version(program, shards), WRITERS[device.type]) as behind:
             writer = _Writer(program, source, format, shards, behind, device, step)
             writer.run()
@@ -135,9 +136,7 @@ def _summed(written: Written, program: Program, plan: Plan, format: ModuleType) 
 def _version(program: Program, shards: Shards) -> str:
     """What the bytes of every piece depend on, besides the source: where tensors lie, and what calibration
     found."""
-    digest = hashlib.blake2b(digest_size=16)
-    for header in shards.headers:
-        digest.update(header)  # it begins with its length
+    digest = hashlib.blake2b(shards.version.encode(), digest_size=16)
     for name, value in sorted(program.values.items()):
         digest.update(json.dumps([name, float(value)]).encode())
     return digest.hexdigest()
@@ -203,7 +202,7 @@ class _Writer:
                 values = self.source.read_hub(hub_key, part)
                 finite = finite and _is_finite(values)
                 block = self.shards.piece(key, part.start if part else 0, values)
-                self.behind.put([Piece(key, [block], finite, last=self.shards.left[key] == 0)])
+                self.behind.put([Piece(key, [block], finite, last=self.shards.left(key) == 0)])
         if not finite:
             self.written.not_finite.append(key)
         self.step()
@@ -265,7 +264,7 @@ class _Writer:
                 raise CheckpointError(
                     f"{name}: %{store.name} brings {float(scalars[name])}, another of its rows {float(value)}"
                 )
-        return blocks + self._whole({n: value for n, value in scalars.items() if self.shards.left[n]})
+        return blocks + self._whole({n: value for n, value in scalars.items() if self.shards.left(n)})
 
     def _whole(self, tensors: Mapping[str, Tensor]) -> list[Block]:
         for key, tensor in tensors.items():

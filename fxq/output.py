@@ -2,9 +2,11 @@
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,8 @@ class Block:
 class Shards:
     """Safetensors files, called `*.part`, of which every tensor's place is known before it is written.
 
-    Raises CheckpointError if a block does not fit its tensor, or if bytes are given twice or never.
+    version: differs if tensors lie elsewhere. Raises CheckpointError if a block does not fit its tensor, or
+    if bytes are given twice or never.
     """
 
     def __init__(self, directory: Path, infos: Mapping[str, TensorInfo], shard_bytes: int) -> None:
@@ -68,18 +71,24 @@ class Shards:
             f"model-{i + 1:05d}-of-{total:05d}.safetensors" if total > 1 else "model.safetensors"
             for i in range(total)
         ]
-        self.place: dict[str, tuple[int, int]] = {}
-        self.headers = [self._layout(index, keys) for index, keys in enumerate(groups)]
+        # Of each tensor, at its number: its shard, its first byte there, and the bytes that are yet to come.
+        self._number = {key: number for number, key in enumerate(infos)}
+        self._shard, self._start = array("i", [0]) * len(infos), array("q", [0]) * len(infos)
+        self._left = array("q", map(nbytes, infos.values()))
+        self._headers = [self._layout(index, keys) for index, keys in enumerate(groups)]
         sizes = [sum(nbytes(infos[key]) for key in keys) for keys in groups]
-        self.sizes = [len(header) + size for header, size in zip(self.headers, sizes, strict=True)]
-        self.left = {key: nbytes(info) for key, info in infos.items()}
+        self.sizes = [len(header) + size for header, size in zip(self._headers, sizes, strict=True)]
+        digest = hashlib.blake2b(digest_size=16)
+        for header in self._headers:
+            digest.update(header)
+        self.version = digest.hexdigest()
         self.files: list[int] = []
 
     def _layout(self, index: int, keys: list[str]) -> bytes:
-        """The header of one shard."""
-        entries = ['"__metadata__":{"format":"pt"}']
-        # Wide types first, so that every tensor is aligned.
+        """The header of one shard; it begins with its length."""
+        header = bytearray(b'{"__metadata__":{"format":"pt"}')
         offset = 0
+        # Wide types first, so that every tensor is aligned.
         for key in sorted(keys, key=lambda k: (-self.infos[k].dtype.itemsize, k)):
             info, size = self.infos[key], nbytes(self.infos[key])
             entry = {
@@ -87,22 +96,24 @@ class Shards:
                 "shape": info.shape,
                 "data_offsets": (offset, offset + size),
             }
-            entries.append(f"{json.dumps(key)}:{json.dumps(entry, separators=(',', ':'))}")
-            self.place[key] = (index, offset)
+            header += f",{json.dumps(key)}:{json.dumps(entry, separators=(',', ':'))}".encode()
+            self._shard[self._number[key]], self._start[self._number[key]] = index, offset
             offset += size
-        text = f"{{{','.join(entries)}}}".encode()
-        text += b" " * (-len(text) % 8)
-        self.place.update({k: (index, self.place[k][1] + 8 + len(text)) for k in keys})
-        return len(text).to_bytes(8, "little") + text
+        header += b"}"
+        header += b" " * (-len(header) % 8)
+        for key in keys:
+            self._start[self._number[key]] += 8 + len(header)
+        return len(header).to_bytes(8, "little") + header
 
     def open(self) -> None:
         """Make the files, or take up those that an interrupted run left."""
-        for name, header, size in zip(self.names, self.headers, self.sizes, strict=True):
+        for name, header, size in zip(self.names, self._headers, self.sizes, strict=True):
             file = os.open(self.directory / f"{name}{PART}", os.O_RDWR | os.O_CREAT, 0o666)
             self.files.append(file)
             os.ftruncate(file, size)
             _reserve(file, size)
             _pwrite(file, memoryview(header), 0)
+        self._headers = []
 
     def whole(self, key: str, tensor: Tensor) -> Block:
         """All of a tensor."""
@@ -141,9 +152,14 @@ class Shards:
 
     def claim(self, span: Span) -> None:
         """Count these bytes as given."""
-        if span.size * span.runs > self.left[span.key]:
+        number = self._number[span.key]
+        if span.size * span.runs > self._left[number]:
             raise CheckpointError(f"{span.key}: written more than once")
-        self.left[span.key] -= span.size * span.runs
+        self._left[number] -= span.size * span.runs
+
+    def left(self, key: str) -> int:
+        """The bytes of a tensor that are not given yet."""
+        return self._left[self._number[key]]
 
     def write(self, block: Block, crc: int = 0) -> int:
         """Write a block; returns the CRC-32 of its bytes after those that `crc` is of."""
@@ -164,18 +180,18 @@ class Shards:
         return crc
 
     def _at(self, span: Span) -> tuple[int, int]:
-        index, offset = self.place[span.key]
-        return self.files[index], offset + span.start
+        number = self._number[span.key]
+        return self.files[self._shard[number]], self._start[number] + span.start
 
     def finish(self) -> None:
         """Bring all to the disk and write the index; CheckpointError if bytes of a tensor are missing."""
-        if missing := [key for key, left in self.left.items() if left]:
+        if missing := [key for key in self.infos if self.left(key)]:
             raise CheckpointError(
                 f"{missing[0]}: planned but not fully written ({len(missing)} such tensors)"
             )
         self.flush()
         if len(self.names) > 1:
-            weight_map = {key: self.names[self.place[key][0]] for key in self.infos}
+            weight_map = {key: self.names[shard] for key, shard in zip(self.infos, self._shard, strict=True)}
             total = sum(nbytes(info) for info in self.infos.values())
             write_json(
                 self.directory / f"{INDEX}{PART}",
@@ -224,8 +240,9 @@ def _split(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]
     return groups
 
 
-def _natural(key: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+def _natural(key: str) -> str:
+    """A name with its numbers in digits enough to be compared as text."""
+    return "\0".join(part.zfill(20) if part.isdigit() else part for part in key.split("."))
 
 
 def nbytes(info: TensorInfo) -> int:
