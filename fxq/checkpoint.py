@@ -9,7 +9,9 @@ import hashlib
 import json
 import math
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +42,7 @@ SHARD_BYTES = 5_000_000_000
 PIECE_BYTES = 16 << 20
 # Threads that write: one keeps up with a CPU that packs.
 WRITERS = {"cpu": 1, "cuda": 4}
+_Measured = nvfp4.Measured | fp8.Measured
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _REPLACED = (
     "config.json",
@@ -164,10 +167,16 @@ class _Writer:
 
     @torch.no_grad()
     def run(self) -> None:
-        with collector.sweeping() as sweep:
-            for weights, values in self.cone.batches(self._to_pack(sweep)):
-                self._pack([_pack_of(w) for w in weights], values)
-                del weights, values  # before the next are asked for
+        packing: deque[tuple[list[Node], Tensor, Future[_Measured]]] = deque()
+        with collector.sweeping() as sweep, ThreadPoolExecutor(1, thread_name_prefix="fxq-pack") as packer:
+            for weights, values in self.cone.batches(self._to_pack(sweep), kept=1):
+                packs = [_pack_of(w) for w in weights]
+                packing.append((packs, values, packer.submit(self._packed, packs, values)))
+                del weights, values, packs  # before the next are asked for
+                if len(packing) > 1:
+                    self._keep(*packing.popleft())
+            while packing:
+                self._keep(*packing.popleft())
         found = self.written.traits  # in one order, whatever was written when
         self.written.traits = dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
 
@@ -220,10 +229,14 @@ class _Writer:
     def _note(self, pack: Node, own: Traits) -> None:
         self.written.note(_weight_name(node_at(pack, 0)), node_at(pack, 0).meta["val"].numel(), own)
 
-    def _pack(self, packs: list[Node], values: Tensor) -> None:
-        """Pack a batch of weights and have it written."""
+    def _packed(self, packs: list[Node], values: Tensor) -> _Measured:
+        """A batch of weights packed, on the device."""
         amax = torch.stack([amax_value(node_at(p, 1), self.program.values) for p in packs]).to(values.device)
-        measured = _quantized(packs[0], values, amax)
+        return _quantized(packs[0], values, amax)
+
+    def _keep(self, packs: list[Node], values: Tensor, packing: Future[_Measured]) -> None:
+        """Look at a batch that is packed, and have it written."""
+        measured = packing.result()
         _check_scales(packs, measured.scale)
         packed = measured.cpu()
         batch = []
@@ -284,7 +297,7 @@ def _piece_name(pack: Node) -> str:
     return f"{store.args[0]} expert {store.kwargs['expert']} rows {store.kwargs['rows']}"
 
 
-def _quantized(pack: Node, values: Tensor, amax: Tensor) -> nvfp4.Measured | fp8.Measured:
+def _quantized(pack: Node, values: Tensor, amax: Tensor) -> _Measured:
     """What a pack node computes, of many weights at once."""
     if pack.target is dialect.PACK_FP8:
         return fp8.quantize_measured(values, amax)
@@ -315,13 +328,13 @@ def _is_finite(values: Tensor) -> bool:
 
 def _check_scales(packs: Sequence[Node], scale: Tensor) -> None:
     """Engines trust scales blindly: a zero, negative or NaN one of ours never leaves. scale: [n, ...]."""
-    codes, most = scale, torch.finfo(scale.dtype).max
+    codes, most = scale, float(torch.finfo(scale.dtype).max)
     if scale.dtype == torch.float8_e4m3fn:
         codes, most = scale.view(torch.uint8), 0x7E  # positive codes are in the order of their values
-    least, largest = torch.aminmax(codes.reshape(len(codes), -1), dim=1)
-    good = (least > 0) & (largest <= most)
-    if not bool(good.all()):
-        bad = int((~good).nonzero()[0])
+    rows = codes.reshape(len(codes), -1).cpu().numpy()  # torch would share the work with threads that pack
+    good = (rows.min(1) > 0) & (rows.max(1) <= most)
+    if not good.all():
+        bad = int(good.argmin())
         found = scale[bad].flatten()[:4].float().tolist()
         raise CheckpointError(f"{_piece_name(packs[bad])}: expected positive finite scales, found {found}")
 

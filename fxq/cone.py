@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 from typing import Any, cast
@@ -31,9 +31,13 @@ class WeightCone:
         self.program, self.source, self.device = program, source, device
         self.memory = _Memory()
 
-    def batches(self, lots: Iterable[Iterable[Node]]) -> Iterator[tuple[list[Node], Tensor]]:
+    def batches(
+        self, lots: Iterable[Iterable[Node]], *, kept: int = 0
+    ) -> Iterator[tuple[list[Node], Tensor]]:
         """The nodes of each lot, each a weight [out, in], grouped by source tensor: (nodes, values [n, out,
-        in] on the device). The next are read meanwhile; the values last until the next are asked for."""
+        in] on the device). The next are read meanwhile; values last until the next are asked for, and `kept`
+        more."""
+        used: deque[int] = deque()
         batches = loaded(
             (self._request(part) for nodes in lots for part in self._parts(nodes)),
             self.device,
@@ -41,10 +45,12 @@ class WeightCone:
             allocate=lambda request: self.memory.lend(request.shape, request.dtype),
         )
         for part, values in batches:
-            place, ready = values.data_ptr(), [values]
+            used.append(values.data_ptr())
+            ready = [values]
             del values
             yield part, ready.pop()  # nothing here keeps it alive
-            self.memory.take_back(place)
+            if len(used) > kept:
+                self.memory.take_back(used.popleft())
 
     def _parts(self, nodes: Iterable[Node]) -> Iterator[list[Node]]:
         by_parameter: dict[str, list[Node]] = defaultdict(list)

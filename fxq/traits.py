@@ -1,8 +1,9 @@
 """What packing did to each weight, seen while it is at hand: its error, what kind of values it has, and where
 the search put its block scales."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -15,8 +16,9 @@ from fxq.nvfp4 import BLOCK, E4M3_MAX
 # Block scales are compared by their FP8 codes: 8 steps are a factor of two.
 MOST_STEPS = 16
 STEPS = range(-MOST_STEPS, MOST_STEPS + 1)
-# Of each weight so many rows are looked at for all but the error: their cost is small against packing.
-SAMPLED_ROWS = 32
+# Of each weight about so many are looked at for all but the error: rows enough to tell, and so few that torch
+# does not share the work among threads.
+SAMPLED = 30_000
 _LEAST = 2.0**-9
 
 
@@ -47,7 +49,22 @@ class Traits(NamedTuple):
 
 def traits(values: Tensor, packed: nvfp4.Measured | fp8.Measured) -> list[Traits]:
     """A record for each of the weights [n, rows, K] that were packed together; FP8 has no block scales."""
-    every = max(1, values.shape[1] // SAMPLED_ROWS)
+    # On the CPU one by one: torch would share larger work with threads that pack meanwhile.
+    step = 1 if values.device.type == "cpu" else len(values)
+    lots = [slice(start, start + step) for start in range(0, len(values), step)]
+    sampled = [_sampled(values[lot], packed, lot) for lot in lots]
+    error, energy = packed.error.clone(), packed.energy.clone()
+    for i in (energy == 0).nonzero().flatten().tolist():  # zeros, or so small that nothing of them is left
+        error[i] = energy[i] = values[i].double().square().sum()
+    columns = error.tolist(), energy.tolist(), itertools.chain(*sampled)
+    return [Traits(error, energy, *rest) for error, energy, rest in zip(*columns, strict=True)]
+
+
+def _sampled(
+    values: Tensor, packed: nvfp4.Measured | fp8.Measured, lot: slice
+) -> Iterator[tuple[float, float, tuple[int, ...]]]:
+    """crest, spread and steps of some of the weights, by some of their rows."""
+    every = -(-values.shape[1] * values.shape[2] // SAMPLED)
     whole = values.shape[2] // BLOCK * BLOCK
     blocks = values[:, ::every, :whole].unflatten(-1, (-1, BLOCK)).to(torch.float32).flatten(1, 2)
     amax = blocks.abs().amax(-1)
@@ -55,23 +72,14 @@ def traits(values: Tensor, packed: nvfp4.Measured | fp8.Measured) -> list[Traits
     square = (blocks / torch.where(filled, amax, 1)[..., None]).square().mean(-1)  # of any magnitude
     crests = torch.where(filled, square.rsqrt(), 0).sum(1) / filled.sum(1).clamp_min(1)
     if isinstance(packed, nvfp4.Measured):
-        largest = packed.scale_2 * (E2M1_MAX * E4M3_MAX)
-        steps = _steps(amax, packed.scale[:, ::every].flatten(1), packed.scale_2, filled).tolist()
+        largest = packed.scale_2[lot] * (E2M1_MAX * E4M3_MAX)
+        scale = packed.scale[lot, ::every].flatten(1)
+        steps = _steps(amax, scale, packed.scale_2[lot], filled).tolist()
     else:
-        largest, steps = packed.scale * E4M3_MAX, [[]] * len(values)
+        largest, steps = packed.scale[lot] * E4M3_MAX, [[]] * len(values)
     spreads = torch.where(filled.any(1), largest / amax.median(1).values.clamp_min(1e-38), 0)
     spreads = spreads.clamp_max(torch.finfo(torch.float32).max)
-    error, energy = packed.error.clone(), packed.energy.clone()
-    for i in (energy == 0).nonzero().flatten().tolist():  # zeros, or so small that nothing of them is left
-        error[i] = energy[i] = values[i].double().square().sum()
-    columns = (
-        error.tolist(),
-        energy.tolist(),
-        crests.tolist(),
-        spreads.tolist(),
-        map(tuple, steps),
-    )
-    return [Traits(*row) for row in zip(*columns, strict=True)]
+    return zip(crests.tolist(), spreads.tolist(), map(tuple, steps), strict=True)
 
 
 def _steps(amax: Tensor, scale: Tensor, scale_2: Tensor, filled: Tensor) -> Tensor:
