@@ -42,6 +42,8 @@ SHARD_BYTES = 5_000_000_000
 PIECE_BYTES = 16 << 20
 # Threads that write: one keeps up with a CPU that packs.
 WRITERS = {"cpu": 1, "cuda": 4}
+# Batches that are packed at the same time: on a CPU two, so that no core waits for the end of one.
+PACKERS = {"cpu": 2, "cuda": 1}
 _Measured = nvfp4.Measured | fp8.Measured
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _REPLACED = (
@@ -168,12 +170,13 @@ class _Writer:
     @torch.no_grad()
     def run(self) -> None:
         packing: deque[tuple[list[Node], Tensor, Future[_Measured]]] = deque()
-        with collector.sweeping() as sweep, ThreadPoolExecutor(1, thread_name_prefix="fxq-pack") as packer:
-            for weights, values in self.cone.batches(self._to_pack(sweep), kept=1):
+        most = PACKERS[self.cone.device.type]
+        with collector.sweeping() as sweep, ThreadPoolExecutor(most, thread_name_prefix="fxq-pack") as packer:
+            for weights, values in self.cone.batches(self._to_pack(sweep), kept=most):
                 packs = [_pack_of(w) for w in weights]
                 packing.append((packs, values, packer.submit(self._packed, packs, values)))
                 del weights, values, packs  # before the next are asked for
-                if len(packing) > 1:
+                if len(packing) > most:
                     self._keep(*packing.popleft())
             while packing:
                 self._keep(*packing.popleft())
