@@ -45,6 +45,7 @@ class Bootstrap:
                     check_finite(hole, amax)
                     found[hole.name] = amax
                     step()
+            self.cone.release(values)
             del values  # before the next are asked for
         for hole in empty:
             if hole.name not in found:

@@ -44,6 +44,7 @@ PIECE_BYTES = 16 << 20
 WRITERS = {"cpu": 1, "cuda": 4}
 # Batches that are packed at the same time: on a CPU two, so that no core waits for the end of one.
 PACKERS = {"cpu": 2, "cuda": 1}
+PACKED_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 _Measured = nvfp4.Measured | fp8.Measured
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _REPLACED = (
@@ -170,13 +171,13 @@ class _Writer:
     @torch.no_grad()
     def run(self) -> None:
         packing: deque[tuple[list[Node], Tensor, Future[_Measured]]] = deque()
-        most = PACKERS[self.cone.device.type]
+        most, limit = PACKERS[self.cone.device.type], PACKED_BYTES[self.cone.device.type]
         with collector.sweeping() as sweep, ThreadPoolExecutor(most, thread_name_prefix="fxq-pack") as packer:
-            for weights, values in self.cone.batches(self._to_pack(sweep), kept=most):
+            for weights, values in self.cone.batches(self._to_pack(sweep)):
                 packs = [_pack_of(w) for w in weights]
                 packing.append((packs, values, packer.submit(self._packed, packs, values)))
                 del weights, values, packs  # before the next are asked for
-                if len(packing) > most:
+                while len(packing) > most or sum(held.nbytes for _, held, _ in packing) > limit:
                     self._keep(*packing.popleft())
             while packing:
                 self._keep(*packing.popleft())
@@ -256,6 +257,7 @@ class _Writer:
             own = own._replace(zeros=tuple(zeros))
             self._note(pack, own)
             batch.append(Piece(_piece_name(pack), blocks, own))
+        self.cone.release(values)
         self.behind.put(batch)
 
     def _blocks(self, store: Node, packed: nvfp4.Packed | fp8.Packed) -> list[Block]:

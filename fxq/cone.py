@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 from typing import Any, cast
@@ -21,6 +21,8 @@ from fxq.structure import VIEWS, parameter_name, swaps_matrix
 
 # Slices of one weight are handled together up to this many bytes: enough for a launch, little enough to hold.
 BATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+# Buffers up to this size are used again; so many bytes of them wait for that at most.
+LENT_BYTES, SPARE_BYTES = 64 << 20, 32 << 20
 
 
 class WeightCone:
@@ -31,26 +33,19 @@ class WeightCone:
         self.program, self.source, self.device = program, source, device
         self.memory = _Memory()
 
-    def batches(
-        self, lots: Iterable[Iterable[Node]], *, kept: int = 0
-    ) -> Iterator[tuple[list[Node], Tensor]]:
+    def batches(self, lots: Iterable[Iterable[Node]]) -> Iterator[tuple[list[Node], Tensor]]:
         """The nodes of each lot, each a weight [out, in], grouped by source tensor: (nodes, values [n, out,
-        in] on the device). The next are read meanwhile; values last until the next are asked for, and `kept`
-        more."""
-        used: deque[int] = deque()
-        batches = loaded(
+        in] on the device). The next are read meanwhile; `release` what is no longer needed."""
+        return loaded(
             (self._request(part) for nodes in lots for part in self._parts(nodes)),
             self.device,
             concurrent=self.source.concurrent,
             allocate=lambda request: self.memory.lend(request.shape, request.dtype),
         )
-        for part, values in batches:
-            used.append(values.data_ptr())
-            ready = [values]
-            del values
-            yield part, ready.pop()  # nothing here keeps it alive
-            if len(used) > kept:
-                self.memory.take_back(used.popleft())
+
+    def release(self, values: Tensor) -> None:
+        """The memory of a batch may be used for another."""
+        self.memory.take_back(values.data_ptr())
 
     def _parts(self, nodes: Iterable[Node]) -> Iterator[list[Node]]:
         by_parameter: dict[str, list[Node]] = defaultdict(list)
@@ -84,8 +79,8 @@ class WeightCone:
 
 
 class _Memory:
-    """Where batches that stay on the CPU are read into: the same few buffers again and again, as an allocator
-    would keep many more."""
+    """Where batches that stay on the CPU are read into: the same few buffers again and again. New ones of
+    their size would be cleared page by page, at a third of what reading them takes."""
 
     def __init__(self) -> None:
         self.spare: list[Tensor] = []
@@ -94,14 +89,16 @@ class _Memory:
 
     def lend(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
-        if not 0 < nbytes <= BATCH_BYTES["cpu"]:
+        if not 0 < nbytes <= LENT_BYTES:
             return torch.empty(tuple(shape), dtype=dtype)
         with self.lock:
-            fitting = [i for i, buffer in enumerate(self.spare) if len(buffer) >= nbytes]
+            fitting = [buffer for buffer in self.spare if nbytes <= len(buffer) <= 2 * nbytes]
             if fitting:
-                buffer = self.spare.pop(fitting[0])
-            else:  # what is spare is too small: let it go
-                self.spare, buffer = [], torch.empty(nbytes, dtype=torch.uint8)
+                buffer = min(fitting, key=len)
+                self.spare = [other for other in self.spare if other is not buffer]
+            else:
+                self._keep_spare(SPARE_BYTES - nbytes)
+                buffer = torch.empty(nbytes, dtype=torch.uint8)
             self.lent[buffer.data_ptr()] = buffer
         return buffer[:nbytes].view(dtype).view(*shape)
 
@@ -111,6 +108,12 @@ class _Memory:
             buffer = self.lent.pop(place, None)
             if buffer is not None:
                 self.spare.append(buffer)
+                self._keep_spare(SPARE_BYTES)
+
+    def _keep_spare(self, nbytes: int) -> None:
+        """Let go of what has been spare for longest until there is no more than that."""
+        while sum(map(len, self.spare)) > max(nbytes, 0):
+            self.spare.pop(0)
 
 
 def _expert_of_parameter(node: Node) -> tuple[str, bool] | None:

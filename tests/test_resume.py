@@ -115,7 +115,10 @@ def _write(
     program, source = Program(parse(PROGRAM), values={"a": torch.tensor(amax)}), Given()
     with working(out, resume=resume) as work:
         work.begin({"what": "a test"})
-        return checkpoint.write(program, source, {"model_type": "x"}, side, work, shard_bytes=2048), source
+        plan = checkpoint.plan(program)
+        return checkpoint.write(
+            program, plan, source, {"model_type": "x"}, side, work, shard_bytes=2048
+        ), source
 
 
 def _files(directory: Path) -> Files:
