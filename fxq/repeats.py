@@ -9,6 +9,10 @@ Its forward does run, on what entered the first and on the results that the firs
 asks about sizes guards the trace as ever; it is only spared the tracing. Whatever could tell modules apart
 without being an operator (a tensor or an object from elsewhere, state kept on a module, an input changed in
 place) makes a module be traced as if there were no other.
+
+Weights that the trace will not ask for cost it time and memory all the same. So those of modules that look
+like one before them, of equal weights, are hidden from it; where one turns out to compute something else, the
+export begins anew without that guess.
 """
 
 import contextlib
@@ -29,9 +33,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fxq import sizes
 
 Function = Callable[..., Any]
+_Table = dict[str, Any]
 Key = Any  # compared with ==: stands for a value, a type, an operator with its arguments
 
 _LARGEST_CONSTANT = 4096
+_HIDDEN = "_fxq_hidden"
+# After so many guesses that were wrong no more are made: the export begins anew for each.
+_WRONG_GUESSES = 3
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 _VIEWS_NOTED = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -64,13 +72,17 @@ class Call:
 class Repeats:
     """Stand-ins for modules within one export of `model`.
 
-    around: the function modes that the model is exported under. calls: what each `fxq.region` of the export
-    stands for, by number.
+    around: the function modes that the model is exported under. unlike: modules that are known to compute
+    something else than those before them; where the export meets another, it is added and WrongGuess raised.
+    calls: what each `fxq.region` of the export stands for, by number.
     """
 
-    def __init__(self, model: nn.Module, around: Callable[[], AbstractContextManager[Any]]) -> None:
-        self.model, self.around = model, around
+    def __init__(
+        self, model: nn.Module, around: Callable[[], AbstractContextManager[Any]], unlike: set[str]
+    ) -> None:
+        self.model, self.around, self.unlike = model, around, unlike
         self.calls: list[Call] = []
+        self._hidden: set[str] = set()
         self._kinds: dict[type, list[_Kind]] = {}
         self._weights: dict[int, str] = {}
         self._outside: set[int] = set()
@@ -79,35 +91,48 @@ class Repeats:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Within, an export of the model calls those of its modules that may repeat through `self`."""
+        self._weights = _weights(self.model)
+        self._outside = {_memory(tensor) for _, tensor in named_weights(self.model)}
         before: list[tuple[Any, Any]] = []
-        try:
-            for name, module in _siblings(self.model):
-                before.append((module, vars(module).get("forward")))
-                module.forward = self._called(name, module, module.forward)
-            yield
-        finally:
-            for module, forward in before:
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
+        siblings = list(_siblings(self.model))
+        alike: set[Key] = set()
+        with contextlib.ExitStack() as stack:
+            for name, module in siblings:
+                key = name.rpartition(".")[0], type(module), _types_within(module)
+                if key in alike and name not in self.unlike and len(self.unlike) <= _WRONG_GUESSES:
+                    self._hidden.add(name)
+                    stack.enter_context(_hidden(module))
+                alike.add(key)
+            try:
+                for name, module in siblings:
+                    before.append((module, vars(module).get("forward")))
+                    module.forward = self._called(name, module, module.forward)
+                yield
+            finally:
+                for module, forward in before:
+                    del module.forward
+                    if forward is not None:
+                        module.forward = forward
 
     def _called(self, name: str, module: nn.Module, forward: Function) -> Function:
         def called(*args: Any, **kwargs: Any) -> Any:
             if self._on_shapes or not torch.compiler.is_exporting():
                 return forward(*args, **kwargs)
             leaves, structure = pytree.tree_flatten((args, kwargs))
-            try:
+            new = None
+            with contextlib.suppress(_Apart):
                 arguments = structure, self._types(leaves)
-            except _Apart:
-                return forward(*args, **kwargs)
-            kinds = self._kinds.setdefault(type(module), [])
-            with self._shapes_alone(leaves):
-                same = next(
-                    (kind for kind in kinds if self._fits(kind, module, forward, leaves, arguments)), None
-                )
-                new = self._recorded(module, forward, leaves, arguments) if same is None else None
-            if same is not None:
-                return self._stand_in(same, name, leaves)
+                kinds = self._kinds.setdefault(type(module), [])
+                with self._shapes_alone(leaves):
+                    same = next(
+                        (kind for kind in kinds if self._fits(kind, module, forward, leaves, arguments)), None
+                    )
+                    new = self._recorded(module, forward, leaves, arguments) if same is None else None
+                if same is not None:
+                    return self._stand_in(same, name, leaves)
+            if name in self._hidden:
+                self.unlike.add(name)
+                raise WrongGuess(name)
             if new is None:
                 return forward(*args, **kwargs)
             result = self._traced(new, name, forward, leaves)
@@ -118,9 +143,6 @@ class Repeats:
 
     def _types(self, leaves: Sequence[Any]) -> Key:
         """Arguments: tensors by type, and by which of them are one; of all else, only that it is plain."""
-        if not self._weights:
-            self._weights = _weights(self.model)
-            self._outside = {_memory(tensor) for _, tensor in named_weights(self.model)}
         numbers: dict[int, int] = {}
         found: list[Key] = []
         for leaf in leaves:
@@ -202,6 +224,10 @@ class Repeats:
     def _number(self, call: Call) -> int:
         self.calls.append(call)
         return len(self.calls) - 1
+
+
+class WrongGuess(Exception):
+    """A module does not compute what one before it does, although its weights are alike."""
 
 
 class _Apart(Exception):
@@ -372,9 +398,33 @@ def _weights(module: nn.Module) -> dict[int, str]:
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers under every name they have."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+    """Parameters and buffers under every name they have, hidden ones too."""
+    for prefix, inner in module.named_modules(remove_duplicate=False):
+        for table in vars(inner).get(_HIDDEN, (inner._parameters, inner._buffers)):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    yield f"{prefix}.{name}".lstrip("."), tensor
+
+
+@contextlib.contextmanager
+def _hidden(module: nn.Module) -> Iterator[None]:
+    """Within, the weights of a module and of those inside it are attributes like any other."""
+    kept: list[tuple[nn.Module, tuple[_Table, _Table]]] = []
+    try:
+        for inner in module.modules():
+            if _HIDDEN not in vars(inner):
+                tables = dict(inner._parameters), dict(inner._buffers)
+                kept.append((inner, tables))
+                inner._parameters.clear()
+                inner._buffers.clear()
+                vars(inner).update({**tables[0], **tables[1], _HIDDEN: tables})
+        yield
+    finally:
+        for inner, (parameters, buffers) in kept:
+            for name in (*parameters, *buffers, _HIDDEN):
+                del vars(inner)[name]
+            inner._parameters.update(parameters)
+            inner._buffers.update(buffers)
 
 
 def _types_within(module: nn.Module) -> Key:

@@ -123,12 +123,14 @@ def _traced(
     twin: Twin, padded: bool, transparent: Container[str], opaque_classes: Container[type], repeats: bool
 ) -> Program:
     """The graph as exported; in full if modules cannot be told apart."""
-    if repeats:
-        stand_ins = Repeats(twin.model, _EveryItem)
+    unlike: set[str] = set()
+    while repeats:
+        known, stand_ins = len(unlike), Repeats(twin.model, _EveryItem, unlike)
         with contextlib.suppress(Exception):  # what is wrong with a model, a full trace says
             with put_back(twin.model), stand_ins.installed():
                 exported, guards = _export(twin, padded, transparent, opaque_classes)
             return _program(exported, guards, twin, padded, stand_ins.calls)
+        repeats = len(unlike) > known
     exported, guards = _export(twin, padded, transparent, opaque_classes)
     return _program(exported, guards, twin, padded, ())
 

@@ -305,10 +305,13 @@ def test_batches_of_weights_come_in_the_memory_of_those_before(monkeypatch: pyte
     program, source = _chain()
     weights = [n for n in program.graph.nodes if n.op == "get_attr"]
     places = set()
-    for nodes, values in WeightCone(program, source, CPU).batches(weights):
+    cone = WeightCone(program, source, CPU)
+    for nodes, values in cone.batches([weights]):
         assert torch.equal(values[0], source.tensors[str(nodes[0].target)])
         places.add(values.data_ptr())
+        cone.release(values)
     assert len(places) <= 4  # the one in use and the next; the first is the smallest and cannot be used again
+    assert len(places) < len(weights)
 
 
 def test_a_broken_activation_is_named() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fxq
-from fxq import cone, loading, warmup
+from fxq import checkpoint, cone, loading, warmup
 from tests.families import Zoo, zoo
 
 __all__ = ["zoo"]
@@ -27,6 +27,7 @@ def test_a_weight_is_gone_before_the_next_but_one_is_read(
 ) -> None:
     """Weights that are larger than a batch: one in use, one being read."""
     monkeypatch.setattr(cone, "BATCH_BYTES", {"cpu": 1})
+    monkeypatch.setattr(checkpoint, "PACKED_BYTES", {"cpu": 1})
     monkeypatch.setattr(loading, "AHEAD_BYTES", {"cpu": 1})
     made: list[weakref.ref[Tensor]] = []
     most = 0
@@ -46,7 +47,7 @@ def test_a_weight_is_gone_before_the_next_but_one_is_read(
     monkeypatch.setattr(loading._ToHost, "start", start)
     fxq.compile(zoo("llama"), "nvfp4_weight_only_mse", out=tmp_path / "out")
     assert len(made) > 20
-    assert most == 1  # what will be used while the next is read
+    assert most <= 2  # what will be used while the next is read, and for a moment what was packed
     assert not any(ref() is not None for ref in made)
 
 

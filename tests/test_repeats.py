@@ -26,18 +26,21 @@ LENGTHS = (1, 2, 9, 17, 19, 20, 21, 29, 30, 31, 64, 200)
 
 
 class Spy(Repeats):
-    """Remembers the last one made."""
+    """Remembers the last one made, and how many there were."""
 
     last: Spy
+    made = 0
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         Spy.last = self
+        Spy.made += 1
 
 
 @pytest.fixture(autouse=True)
 def spied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "Repeats", Spy)
+    monkeypatch.setattr(Spy, "made", 0)
 
 
 def copied() -> list[str]:
@@ -128,6 +131,65 @@ class Scaled(Layer):
 def test_a_constant_tells_layers_apart() -> None:
     same_as_in_full(layers(0.5, 0.25, 0.5, 0.25, kind=Scaled))
     assert copied() == ["layers.2", "layers.3"]
+
+
+def test_an_export_is_given_the_weights_of_the_first_of_a_kind_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    export = torch.export.export
+
+    def exporting(*args: Any, **kwargs: Any) -> Any:
+        exported = export(*args, **kwargs)
+        seen.append({name.removeprefix("model.") for name in exported.graph_signature.parameters})
+        return exported
+
+    monkeypatch.setattr(torch.export, "export", exporting)
+    twin = twin_of(Toy([Layer() for _ in range(4)]))
+    before = dict(twin.model.named_parameters())
+    program = tracing.trace(twin)
+    assert seen == [{"embed.weight", "layers.0.linear.weight", "layers.0.linear.bias"}]
+    after = dict(twin.model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert not any("weight" in vars(module) for module in twin.model.modules())
+    assert {str(n.target) for n in program.graph.nodes if n.op == "get_attr"} == set(before)
+
+
+def test_an_export_begins_anew_where_a_layer_was_taken_for_another() -> None:
+    tracing.trace(layers(0.5, 0.25, 0.5, 0.25, kind=Scaled)())
+    assert Spy.made == 2
+    assert Spy.last.unlike == {"layers.1"}
+
+
+def test_wrong_guesses_come_to_an_end() -> None:
+    same_as_in_full(layers(*(1 / n for n in range(1, 13)), 0.5, kind=Scaled))
+    assert Spy.made <= 6
+    assert copied() == ["layers.12"]
+
+
+def test_weights_that_are_read_past_their_layer_are_found() -> None:
+    def run(toy: Any, x: Tensor) -> Tensor:
+        for layer in toy.layers:
+            x = layer(x)
+        return x @ toy.layers[2].linear.weight
+
+    program = same_as_in_full(lambda: twin_of(Toy([Layer() for _ in range(4)], run)))
+    assert "layers.2.linear.weight" in {n.target for n in program.graph.nodes}
+
+
+def test_a_buffer_of_a_repeated_layer_is_its_own() -> None:
+    class Shifted(Layer):
+        shift: Tensor
+
+        def __init__(self, shift: float) -> None:
+            super().__init__()
+            self.register_buffer("shift", torch.full((WIDTH,), shift))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.shift
+
+    program = same_as_in_full(layers(1.0, 2.0, 3.0, kind=Shifted))
+    assert copied() == ["layers.1", "layers.2"]
+    assert "layers.2.shift" in {n.target for n in program.graph.nodes}
 
 
 class Asking(Layer):
