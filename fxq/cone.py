@@ -21,8 +21,8 @@ from fxq.structure import VIEWS, parameter_name, swaps_matrix
 
 # Slices of one weight are handled together up to this many bytes: enough for a launch, little enough to hold.
 BATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-# Buffers up to this size are used again; so many bytes of them wait for that at most.
-LENT_BYTES, SPARE_BYTES = 64 << 20, 32 << 20
+# Buffers of a batch up to this size are used again; they are kept for that while all take so many bytes.
+LENT_BYTES, MEMORY_BYTES = 64 << 20, 64 << 20
 
 
 class WeightCone:
@@ -97,7 +97,7 @@ class _Memory:
                 buffer = min(fitting, key=len)
                 self.spare = [other for other in self.spare if other is not buffer]
             else:
-                self._keep_spare(SPARE_BYTES - nbytes)
+                self._let_go(nbytes)
                 buffer = torch.empty(nbytes, dtype=torch.uint8)
             self.lent[buffer.data_ptr()] = buffer
         return buffer[:nbytes].view(dtype).view(*shape)
@@ -108,11 +108,12 @@ class _Memory:
             buffer = self.lent.pop(place, None)
             if buffer is not None:
                 self.spare.append(buffer)
-                self._keep_spare(SPARE_BYTES)
+                self._let_go(0)
 
-    def _keep_spare(self, nbytes: int) -> None:
-        """Let go of what has been spare for longest until there is no more than that."""
-        while sum(map(len, self.spare)) > max(nbytes, 0):
+    def _let_go(self, more: int) -> None:
+        """Free what has been spare for longest while all buffers, and so many bytes more, are too many."""
+        room = MEMORY_BYTES - more - sum(map(len, self.lent.values()))
+        while self.spare and sum(map(len, self.spare)) > room:
             self.spare.pop(0)
 
 
