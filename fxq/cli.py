@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import gc
 import json
+import os
 import shutil
 import signal
 import sys
@@ -267,6 +268,8 @@ def _compile(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
+        # What is still in the buffer must not fail again, and decide the status, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise CheckpointError(
             f"{arguments.out} is complete, but its summary cannot be printed: {error.strerror}"
         ) from error

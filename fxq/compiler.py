@@ -105,7 +105,8 @@ class Compiled:
             return self.report
 
     def _plan(self) -> "_Planned":
-        """What is to be written and said; the graphs rest from here on, and wake if they are asked for."""
+        """What is to be written and said. On a CPU the graphs rest from here on, and wake if they are asked
+        for; beside a GPU their time is dearer than their memory."""
         program, model = self.program, self._model
         if program.calibrated is None:
             raise CheckpointError(
@@ -120,7 +121,8 @@ class Compiled:
             excluded=tuple(excluded(program, plan, self._reasons)),
         )
         nodes = len(program.graph.nodes)
-        program.rest()
+        if self._session.device.type == "cpu":
+            program.rest()
         return _Planned(plan, details, nodes)
 
     def _write(self, work: Work, planned: "_Planned", out: Path, shard_bytes: int) -> None:

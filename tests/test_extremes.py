@@ -151,6 +151,7 @@ def test_a_summary_that_cannot_be_printed_leaves_the_output(
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "fxq.cli", *command, *options],
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
