@@ -42,7 +42,8 @@ SHARD_BYTES = 5_000_000_000
 PIECE_BYTES = 16 << 20
 # Threads that write: one keeps up with a CPU that packs.
 WRITERS = {"cpu": 1, "cuda": 4}
-# Batches that are packed at the same time: on a CPU two, so that no core waits for the end of one.
+# Batches that are packed at the same time: on a CPU two, so that no core waits for the end of one;
+# and how many bytes of weights they may be, if they are not one.
 PACKERS = {"cpu": 2, "cuda": 1}
 PACKED_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 _Measured = nvfp4.Measured | fp8.Measured

@@ -80,7 +80,7 @@ class WeightCone:
 
 class _Memory:
     """Where batches that stay on the CPU are read into: the same few buffers again and again. New ones of
-    their size would be cleared page by page, at a third of what reading them takes."""
+    their size would be cleared page by page before they are read into."""
 
     def __init__(self) -> None:
         self.spare: list[Tensor] = []

@@ -18,8 +18,9 @@ from torch.fx.node import map_arg
 from fxq import sizes
 from fxq.edit import parameter, tidy
 from fxq.errors import TraceError
+from fxq.modules import named_weights
 from fxq.nodes import int_at, node_at, nodes_at
-from fxq.repeats import REGION, Call, named_weights
+from fxq.repeats import REGION, Call
 
 EXAMPLE_UNKNOWN = 5
 _ASSERTIONS = frozenset(

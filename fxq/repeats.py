@@ -25,19 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx._symbolic_trace import _orig_module_call, _orig_module_getattr
 from torch.overrides import _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fxq import sizes
+from fxq.modules import called_plainly, hidden, named_weights, put_back
 
 Function = Callable[..., Any]
-_Table = dict[str, Any]
 Key = Any  # compared with ==: stands for a value, a type, an operator with its arguments
 
 _LARGEST_CONSTANT = 4096
-_HIDDEN = "_fxq_hidden"
 # After so many guesses that were wrong no more are made: the export begins anew for each.
 _WRONG_GUESSES = 3
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -101,7 +99,7 @@ class Repeats:
                 key = name.rpartition(".")[0], type(module), _types_within(module)
                 if key in alike and name not in self.unlike and len(self.unlike) <= _WRONG_GUESSES:
                     self._hidden.add(name)
-                    stack.enter_context(_hidden(module))
+                    stack.enter_context(hidden(module))
                 alike.add(key)
             try:
                 for name, module in siblings:
@@ -169,7 +167,7 @@ class Repeats:
                 stack.enter_context(_disable_current_modes())
                 stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
                 stack.enter_context(self.around())
-                stack.enter_context(_modules_called_plainly())
+                stack.enter_context(called_plainly())
                 # A result may be given out again: nothing is to be noted on it about views.
                 stack.enter_context(torch._C._ExcludeDispatchKeyGuard(_VIEWS_NOTED))
                 stack.enter_context(mode)
@@ -397,36 +395,6 @@ def _weights(module: nn.Module) -> dict[int, str]:
     return names
 
 
-def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers under every name they have, hidden ones too."""
-    for prefix, inner in module.named_modules(remove_duplicate=False):
-        for table in vars(inner).get(_HIDDEN, (inner._parameters, inner._buffers)):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    yield f"{prefix}.{name}".lstrip("."), tensor
-
-
-@contextlib.contextmanager
-def _hidden(module: nn.Module) -> Iterator[None]:
-    """Within, the weights of a module and of those inside it are attributes like any other."""
-    kept: list[tuple[nn.Module, tuple[_Table, _Table]]] = []
-    try:
-        for inner in module.modules():
-            if _HIDDEN not in vars(inner):
-                tables = dict(inner._parameters), dict(inner._buffers)
-                kept.append((inner, tables))
-                inner._parameters.clear()
-                inner._buffers.clear()
-                vars(inner).update({**tables[0], **tables[1], _HIDDEN: tables})
-        yield
-    finally:
-        for inner, (parameters, buffers) in kept:
-            for name in (*parameters, *buffers, _HIDDEN):
-                del vars(inner)[name]
-            inner._parameters.update(parameters)
-            inner._buffers.update(buffers)
-
-
 def _types_within(module: nn.Module) -> Key:
     return tuple((name, _type(tensor)) for name, tensor in named_weights(module))
 
@@ -481,31 +449,3 @@ def _call(forward: Function, arguments: Key, leaves: list[Any]) -> Any:
 def _result(kind: _Kind, entering: Sequence[Tensor], outputs: Sequence[Any]) -> Any:
     leaves = [entering[leaf.position] if isinstance(leaf, _Entered) else leaf for leaf in outputs]
     return pytree.tree_unflatten(leaves, kind.structure)
-
-
-@contextlib.contextmanager
-def _modules_called_plainly() -> Iterator[None]:
-    """Undo how fx follows modules in a trace: it would lose its place where one is left by an exception."""
-    patched: Any = nn.Module
-    call, getattr_ = patched.__call__, patched.__getattr__
-    patched.__call__, patched.__getattr__ = _orig_module_call, _orig_module_getattr
-    try:
-        yield
-    finally:
-        patched.__call__, patched.__getattr__ = call, getattr_
-
-
-@contextlib.contextmanager
-def put_back(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """Undo what is set on a module, or on one inside it, within; yields the tables that had to be put back,
-    filled at the end."""
-    kept = [(table, dict(table)) for m in module.modules() for table in (vars(m), m._parameters, m._buffers)]
-    changed: list[dict[str, Any]] = []
-    try:
-        yield changed
-    finally:
-        for table, before in kept:
-            if table.keys() != before.keys() or any(table[name] is not before[name] for name in before):
-                changed.append(table)
-                table.clear()
-                table.update(before)

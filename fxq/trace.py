@@ -26,9 +26,10 @@ from fxq import dialect, sizes
 from fxq.errors import TraceError
 from fxq.exported import read
 from fxq.leaves import is_module, opaque
+from fxq.modules import put_back
 from fxq.normalize import linears
 from fxq.program import Program
-from fxq.repeats import Call, Repeats, put_back
+from fxq.repeats import Call, Repeats
 from fxq.structure import root, shape_of
 from fxq.twin import Twin, first_line, quiet
 

@@ -64,7 +64,7 @@ def _sampled(
     values: Tensor, packed: nvfp4.Measured | fp8.Measured, lot: slice
 ) -> Iterator[tuple[float, float, tuple[int, ...]]]:
     """crest, spread and steps of some of the weights, by some of their rows."""
-    every = -(-values.shape[1] * values.shape[2] // SAMPLED)
+    every = max(1, -(-values.shape[1] * values.shape[2] // SAMPLED))
     whole = values.shape[2] // BLOCK * BLOCK
     blocks = values[:, ::every, :whole].unflatten(-1, (-1, BLOCK)).to(torch.float32).flatten(1, 2)
     amax = blocks.abs().amax(-1)
