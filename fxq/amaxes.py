@@ -41,12 +41,21 @@ def check_finite(hole: Node, value: Tensor) -> None:
     """SourceError if the amax is that of a broken weight or activation."""
     if bool(torch.isfinite(value)):
         return
-    parameter = root(node_at(hole, 0))
-    piece = slice_of(hole)
-    kind = "NaN" if bool(value.isnan()) else "Inf"
-    if parameter is None:
-        raise SourceError(
-            f"%{hole.name}: calibration produced {kind} in an activation; is the model or the text broken?"
-        )
-    where = f", expert {piece.args[1]}" if piece is not None else ""
-    raise SourceError(f"{parameter.target}{where}: the weight holds {kind}; expected finite values")
+    check_weight(node_at(hole, 0), value)
+    raise SourceError(
+        f"%{hole.name}: calibration produced {_kind(value)} in an activation; is the model or the text "
+        "broken?"
+    )
+
+
+def check_weight(w: Node, value: Tensor) -> None:
+    """SourceError if `w` is a parameter, or a slice of one, and its amax that of a broken one."""
+    parameter, piece = root(w), strip(w, VIEWS)
+    if parameter is None or bool(torch.isfinite(value)):
+        return
+    where = f", expert {piece.args[1]}" if piece.target is dialect.SLICE else ""
+    raise SourceError(f"{parameter.target}{where}: the weight holds {_kind(value)}; expected finite values")
+
+
+def _kind(value: Tensor) -> str:
+    return "NaN" if bool(value.isnan()) else "Inf"

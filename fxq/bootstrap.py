@@ -24,19 +24,23 @@ class Bootstrap:
 
     def __init__(self, program: Program, source: WeightSource, device: torch.device) -> None:
         self.program, self.cone = program, WeightCone(program, source, device)
+        self.graph = program.calibrated or program.graph
         self.alike: dict[object, dict[Node, int]] = {}
 
     @torch.no_grad()
-    def run(self, step: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-        """Values for the empty amax nodes of the program, by name."""
+    def run(self, step: Callable[[], None] = lambda: None, *, shared_only: bool = False) -> dict[str, Tensor]:
+        """Values for the empty amax nodes of the program, by name.
+
+        shared_only: leave out those that nothing but their own weight needs, which is not read.
+        """
         empty = [
-            n
-            for n in self.program.graph.nodes
-            if n.target is dialect.AMAX and n.name not in self.program.values
+            n for n in self.graph.nodes if n.target is dialect.AMAX and n.name not in self.program.values
         ]
         weights: dict[Node, list[Node]] = defaultdict(list)
         for hole in empty:
-            if root(node_at(hole, 0)) is not None:
+            if shared_only and is_own(hole):
+                step()
+            elif root(node_at(hole, 0)) is not None:
                 weights[node_at(hole, 0)].append(hole)
         found: dict[str, Tensor] = {}
         for nodes, values in self.cone.batches([weights]):
@@ -48,7 +52,7 @@ class Bootstrap:
             self.cone.release(values)
             del values  # before the next are asked for
         for hole in empty:
-            if hole.name not in found:
+            if root(node_at(hole, 0)) is None:
                 found[hole.name] = self._input_amax(hole)
                 step()
         return found
@@ -63,12 +67,20 @@ class Bootstrap:
 
     def _nearest_alike(self, hole: Node) -> list[Node]:
         if not self.alike:
-            for place, node in enumerate(self.program.graph.nodes):
+            for place, node in enumerate(self.graph.nodes):
                 if node.target is dialect.AMAX and root(node_at(node, 0)) is None:
                     self.alike.setdefault(_use(node), {})[node] = place
         fellows = self.alike[_use(hole)]
         seen = [node for node in fellows if node.name in self.program.values]
         return sorted(seen, key=lambda node: abs(fellows[node] - fellows[hole]))[:1]
+
+
+def is_own(hole: Node) -> bool:
+    """Whether an amax is a weight's and serves to quantize that weight alone."""
+    w = node_at(hole, 0)
+    return root(w) is not None and all(
+        user.target is dialect.QUANTIZE and node_at(user, 0) is w for user in hole.users
+    )
 
 
 def _use(hole: Node) -> object:

@@ -6,6 +6,7 @@ place: memory is the batch of slices that is computed and, packed, the one befor
 """
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxq import collector, dialect, fp8, heap, nvfp4
-from fxq.amaxes import amax_value
+from fxq.amaxes import amax_of, amax_value, check_weight
 from fxq.behind import Piece, WriteBehind
 from fxq.cone import WeightCone
 from fxq.errors import CheckpointError
@@ -39,7 +40,7 @@ from fxq.workdir import PART, Work, writing
 FORMATS: dict[str, ModuleType] = {"modelopt": modelopt, "compressed-tensors": compressed_tensors}
 SHARD_BYTES = 5_000_000_000
 # Tensors that are carried through are read and written so many bytes at a time.
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 4 << 20
 # Threads that write: one keeps up with a CPU that packs.
 WRITERS = {"cpu": 1, "cuda": 4}
 # Batches that are packed at the same time: on a CPU two, so that no core waits for the end of one;
@@ -141,11 +142,11 @@ def _summed(written: Written, program: Program, plan: Plan, format: ModuleType) 
 
 
 def _version(program: Program, shards: Shards) -> str:
-    """What the bytes of every piece depend on, besides the source: where tensors lie, and what calibration
-    found."""
+    """What the bytes of every piece depend on, besides the source: where tensors lie, and what data showed
+    (what was bootstrapped follows from that)."""
     digest = hashlib.blake2b(shards.version.encode(), digest_size=16)
-    for name, value in sorted(program.values.items()):
-        digest.update(json.dumps([name, float(value)]).encode())
+    for name in sorted(program.values.keys() - program.bootstrapped):
+        digest.update(json.dumps([name, float(program.values[name])]).encode())
     return digest.hexdigest()
 
 
@@ -168,11 +169,13 @@ class _Writer:
         self.cone = WeightCone(program, source, device)
         self.written = Written()
         self.scalars: dict[str, dict[str, Tensor]] = {}
+        self.to_copy: deque[tuple[str, str]] = deque()  # name in the output, in the source
 
     @torch.no_grad()
     def run(self) -> None:
         packing: deque[tuple[list[Node], Tensor, Future[_Measured]]] = deque()
         most, limit = PACKERS[self.cone.device.type], PACKED_BYTES[self.cone.device.type]
+        copies = self._copies()
         with collector.sweeping() as sweep, ThreadPoolExecutor(most, thread_name_prefix="fxq-pack") as packer:
             for weights, values in self.cone.batches(self._to_pack(sweep)):
                 packs = [_pack_of(w) for w in weights]
@@ -180,14 +183,16 @@ class _Writer:
                 del weights, values, packs  # before the next are asked for
                 while len(packing) > most or sum(held.nbytes for _, held, _ in packing) > limit:
                     self._keep(*packing.popleft())
+                next(copies, None)  # while others are packed
             while packing:
                 self._keep(*packing.popleft())
+            deque(itertools.chain(copies, self._copies()), maxlen=0)
         found = self.written.traits  # in one order, whatever was written when
         self.written.traits = dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
 
     def _to_pack(self, sweep: Callable[[], object]) -> Iterator[list[Node]]:
-        """The weights that are to be packed, a part of the program at a time; all else of it is written on
-        the way. A part's nodes are a cycle, which is gone after a sweep."""
+        """The weights that are to be packed, a part of the program at a time; tensors that are to be copied
+        are noted. A part's nodes are a cycle, which is gone after a sweep."""
         for graph in self.program.parts():
             sweep()
             weights: list[Node] = []
@@ -198,7 +203,7 @@ class _Writer:
                 elif node.target is dialect.STORE_KV and node.args[1] is not None:
                     self._store_kv(node)
                 elif node.target is dialect.STORE:
-                    self._copy(str(node.args[0]), str(node.args[1].args[0]))
+                    self.to_copy.append((str(node.args[0]), str(node.args[1].args[0])))
             yield weights
 
     def _store_kv(self, store: Node) -> None:
@@ -207,19 +212,22 @@ class _Writer:
         if name not in self.behind.finished:
             self.behind.put([Piece(name, self._whole(self.format.kv_tensors(store.args[0], *amaxes)))])
 
-    def _copy(self, key: str, hub_key: str) -> None:
-        """Carry a tensor through as it is, a piece at a time."""
-        finite = self.behind.finished.get(key)
-        if finite is None:
-            finite = True
-            for part in pieces(self.shards.infos[key], PIECE_BYTES):
-                values = self.source.read_hub(hub_key, part)
-                finite = finite and _is_finite(values)
-                block = self.shards.piece(key, part.start if part else 0, values)
-                self.behind.put([Piece(key, [block], finite, last=self.shards.left(key) == 0)])
-        if not finite:
-            self.written.not_finite.append(key)
-        self.step()
+    def _copies(self) -> Iterator[None]:
+        """Carry tensors through as they are, a piece at a time."""
+        while self.to_copy:
+            key, hub_key = self.to_copy.popleft()
+            finite = self.behind.finished.get(key)
+            if finite is None:
+                finite = True
+                for part in pieces(self.shards.infos[key], PIECE_BYTES):
+                    values = self.source.read_hub(hub_key, part)
+                    finite = finite and _is_finite(values)
+                    block = self.shards.piece(key, part.start if part else 0, values)
+                    self.behind.put([Piece(key, [block], finite, last=self.shards.left(key) == 0)])
+                    yield
+            if not finite:
+                self.written.not_finite.append(key)
+            self.step()
 
     def _is_packed(self, pack: Node) -> bool:
         """Whether an interrupted run wrote all of it."""
@@ -236,8 +244,21 @@ class _Writer:
 
     def _packed(self, packs: list[Node], values: Tensor) -> _Measured:
         """A batch of weights packed, on the device."""
-        amax = torch.stack([amax_value(node_at(p, 1), self.program.values) for p in packs]).to(values.device)
+        amax = torch.zeros(len(packs), device=values.device)
+        for later in (False, True):
+            lot = [i for i, pack in enumerate(packs) if self._is_later(node_at(pack, 1)) is later]
+            if lot and later:
+                amax[lot] = amax_of(values, lot)
+            elif lot:
+                known = [amax_value(node_at(packs[i], 1), self.program.values) for i in lot]
+                amax[lot] = torch.stack(known).to(amax.device)
+        if not bool(amax.isfinite().all()):
+            for pack, value in zip(packs, amax, strict=True):
+                check_weight(node_at(pack, 0), value)
         return _quantized(packs[0], values, amax)
+
+    def _is_later(self, amax: Node) -> bool:
+        return amax.target is dialect.VALUE and self.program.is_later(str(amax.args[0]))
 
     def _keep(self, packs: list[Node], values: Tensor, packing: Future[_Measured]) -> None:
         """Look at a batch that is packed, and have it written."""

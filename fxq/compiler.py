@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from fxq import __version__, checkpoint, collector, heap, identity, likelihood, pipeline, report_files, warmup
 from fxq import calib as calibration
+from fxq.bootstrap import Bootstrap
 from fxq.checkpoint import Written
 from fxq.errors import CheckpointError, SourceError, SpecError, TraceError, choices
 from fxq.interpret import Simulate, Streaming, Unquantized
@@ -88,7 +89,14 @@ class Compiled:
 
     @property
     def scales(self) -> Mapping[str, Tensor]:
+        self._complete_values()
         return MappingProxyType(self.program.values)
+
+    def _complete_values(self) -> None:
+        """Fill in the amaxes that were left to the writer."""
+        if self.program.bootstrapped - self.program.values.keys():
+            bootstrap = Bootstrap(self.program, self._model.source, self._session.device)
+            self.program.values.update(bootstrap.run())
 
     def save(
         self, out: str | Path, *, shard_bytes: int = checkpoint.SHARD_BYTES, resume: bool = False
@@ -167,6 +175,7 @@ class Compiled:
         """
         ids = samples_of(self._model, text, samples, seq_len)
         batches = predicted_batches([self.program], ids)
+        self._complete_values()
         self.report.warnings += [n for n in self.program.notes if n not in self.report.warnings]
         with _timed(self.report, "evaluate"):
             before = self._perplexity(Unquantized, batches, "perplexity before")
@@ -262,7 +271,8 @@ def compile(
                 program = opened.program
             heap.return_free_memory()
             batches = batches_of([program], ids) if ids is not None else None
-            session = Session(opened.source, where, batches, progress)
+            writes = work is not None and evaluate is None
+            session = Session(opened.source, where, batches, progress, writes)
             if work is not None:
                 session.found = work.calibrations()
             report.calibration_tokens = sum(batch.numel() for batch in batches or ())

@@ -5,11 +5,11 @@ import ctypes
 # From glibc's malloc.h. Left alone, it raises the threshold to the size of whatever is freed, up to 32 MiB,
 # and then keeps twice as much in the heap of each thread.
 _M_MMAP_THRESHOLD = -3
-_LARGE = 4 << 20
+_LARGE = 256 << 10
 
 
 def return_large_buffers() -> None:
-    """From now on buffers of 4 MiB or more go back to the system as soon as they are freed, in the whole
+    """From now on buffers of 256 KiB or more go back to the system as soon as they are freed, in the whole
     process; nothing happens where malloc has no such setting."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

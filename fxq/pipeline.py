@@ -30,14 +30,17 @@ class Session:
     """What calibration passes run with: where weights come from, the calibration batches, the device.
 
     batches: int64 [B, S] each, every row a whole sample (no padding); None when only the graph is wanted.
-    progress: `with progress(label, total) as step` shows a bar that `step()` advances. found: calibration
-    pass -> what it found (`Program.found`); one that is there already is not run again.
+    progress: `with progress(label, total) as step` shows a bar that `step()` advances. writes: whether the
+    program is written at once: the amax that nothing but its own weight needs is then left until that is read
+    to be packed. found: calibration pass -> what it found (`Program.found`); one that is there already is not
+    run again.
     """
 
     source: WeightSource
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batches: Sequence[Tensor] | None = None
     progress: Progress = field(default_factory=lambda: no_progress)
+    writes: bool = False
     found: MutableMapping[str, Any] = field(default_factory=dict)
 
 
@@ -122,10 +125,10 @@ def _calibrate(step: CalibrationPass, place: str, program: Program, session: Ses
     """Run a calibration pass, or take what it found before the run was interrupted."""
     if session is None:
         return 0
-    before = len(program.values)
+    before = len(program.values.keys() | program.bootstrapped)
     if place in session.found:
         program.restore(session.found[place])
-        return len(program.values) - before
+        return len(program.values.keys() | program.bootstrapped) - before
     count = step.calibrate(program, session)
     session.found[place] = program.found()
     return count

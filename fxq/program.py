@@ -112,7 +112,7 @@ class Program:
     values: amax node name -> calibrated float32 [], filled by the calibration passes.
     tokens: fused weight name -> int64 [experts], the tokens each expert saw while calibrating.
     constants: small tensors the trace lifted out of the model, by the name of the node that reads them.
-    bootstrapped: names of the amax nodes that calibrate-bootstrap filled.
+    bootstrapped: names of the amax nodes that calibrate-bootstrap filled, or left to the writer.
     accepts: (batch, length) -> None if the graph holds for inputs of that size, else why not.
     notes: what the user should know about decisions that passes took.
     left: weights that a pass was asked for and could not quantize, and was allowed to leave -> why.
@@ -131,6 +131,10 @@ class Program:
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+
+    def is_later(self, name: str) -> bool:
+        """Whether the amax of that name is its own weight's, and found when that is read to be packed."""
+        return name in self.bootstrapped and name not in self.values
 
     def rest(self) -> None:
         """Keep the graphs as text until one is asked for: only their parts are needed while weights

@@ -34,9 +34,9 @@ class CalibrateBootstrap:
         return 0
 
     def calibrate(self, program: Program, session: Session) -> int:
-        total = sum(1 for site in self.sites(program) if isinstance(site, Match))
-        with session.progress("calibrate-bootstrap", total) as step:
-            found = Bootstrap(program, session.source, session.device).run(step)
-        program.values.update(found)
-        program.bootstrapped.update(found)
-        return len(found)
+        empty = [site.node.name for site in self.sites(program) if isinstance(site, Match)]
+        with session.progress("calibrate-bootstrap", len(empty)) as step:
+            bootstrap = Bootstrap(program, session.source, session.device)
+            program.values.update(bootstrap.run(step, shared_only=session.writes))
+        program.bootstrapped.update(empty)
+        return len(empty)
