@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import pickle
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -132,6 +133,19 @@ class Compiled:
         if self._session.device.type == "cpu":
             program.rest()
         return _Planned(plan, details, nodes)
+
+    def _set_aside(self) -> bytes:
+        """`_plan` and what calibration found, in one piece while the graphs go: scattered among them it would
+        keep Python from giving their memory back."""
+        aside = pickle.dumps((self._plan(), self.program.found()))
+        self.program.forget()
+        self._session.found = {}
+        return aside
+
+    def _taken_up(self, aside: bytes) -> "_Planned":
+        planned, found = pickle.loads(aside)
+        self.program.restore(found)
+        return cast(_Planned, planned)
 
     def _write(self, work: Work, planned: "_Planned", out: Path, shard_bytes: int) -> None:
         start = time.perf_counter()
@@ -284,9 +298,11 @@ def compile(
             _measure_memory(report, where)
             if evaluate is not None:
                 compiled.perplexity(evaluate)
-            planned = compiled._plan() if work is not None else None
+            aside = compiled._set_aside() if work is not None else b""
         heap.return_free_memory()  # what the graphs took, before weights stream
-        if work is not None and out is not None and planned is not None:
+        if work is not None and out is not None:
+            planned = compiled._taken_up(aside)
+            del aside
             compiled._write(work, planned, Path(out), shard_bytes)
     return compiled
 

@@ -155,8 +155,13 @@ class Program:
             "bootstrapped": sorted(self.bootstrapped),
         }
 
+    def forget(self) -> None:
+        """Be without what `found` gave."""
+        for kept in (self.values, self.tokens, self.bootstrapped):
+            kept.clear()
+
     def restore(self, found: Mapping[str, Any]) -> None:
-        """Take over what `found` gave in another process."""
+        """Take over what `found` gave, maybe in another process."""
         for name, value in found["values"].items():
             self.values[name] = torch.tensor(value, dtype=torch.float32)
         for name, counts in found["tokens"].items():
