@@ -14,7 +14,10 @@ from fxq.program import Program
 
 @dataclass(frozen=True)
 class CalibrateBootstrap:
-    """A weight's amax comes from the weight; an input's from its layer's inputs, else a constant."""
+    """A weight's amax comes from the weight; an input's from its layer's inputs, else a constant.
+
+    If the program is written at once, the amax that only its own weight needs is found when that is packed.
+    """
 
     name: ClassVar[str] = "calibrate-bootstrap"
     requires: ClassVar[tuple[Fact, ...]] = ()
