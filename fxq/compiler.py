@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import pickle
 import resource
@@ -27,7 +28,10 @@ from fxq.errors import CheckpointError, SourceError, SpecError, TraceError, choi
 from fxq.interpret import Simulate, Streaming, Unquantized
 from fxq.outcome import Reasons, excluded, groups
 from fxq.passes import PASSES
-from fxq.pipeline import Progress, Session, no_progress
+from fxq.passes.calibrate_bootstrap import CalibrateBootstrap
+from fxq.passes.calibrate_mse import CalibrateMse
+from fxq.passes.lower import Lower
+from fxq.pipeline import Pass, Progress, Session, no_progress
 from fxq.plan import Plan
 from fxq.program import Program, WeightSource
 from fxq.report import Report, fold
@@ -285,10 +289,10 @@ def compile(
                 program = opened.program
             heap.return_free_memory()
             batches = batches_of([program], ids) if ids is not None else None
-            writes = work is not None and evaluate is None
-            session = Session(opened.source, where, batches, progress, writes)
+            session = Session(opened.source, where, batches, progress)
             if work is not None:
                 session.found = work.calibrations()
+                session.writes = evaluate is None and _looks_at_no_amax(chosen.passes)
             report.calibration_tokens = sum(batch.numel() for batch in batches or ())
             with _timed(report, "passes"):
                 reasons = Reasons(chosen.passes, program)
@@ -305,6 +309,12 @@ def compile(
             del aside
             compiled._write(work, planned, Path(out), shard_bytes)
     return compiled
+
+
+def _looks_at_no_amax(passes: Sequence[Pass]) -> bool:
+    """Whether no pass after calibrate-bootstrap may look at what it found."""
+    after = itertools.dropwhile(lambda step: not isinstance(step, CalibrateBootstrap), passes)
+    return all(type(step) in (CalibrateBootstrap, CalibrateMse, Lower) for step in after)
 
 
 def open_model(

@@ -30,18 +30,18 @@ class Session:
     """What calibration passes run with: where weights come from, the calibration batches, the device.
 
     batches: int64 [B, S] each, every row a whole sample (no padding); None when only the graph is wanted.
-    progress: `with progress(label, total) as step` shows a bar that `step()` advances. writes: whether the
-    program is written at once: the amax that nothing but its own weight needs is then left until that is read
-    to be packed. found: calibration pass -> what it found (`Program.found`); one that is there already is not
-    run again.
+    progress: `with progress(label, total) as step` shows a bar that `step()` advances. found: calibration
+    pass -> what it found (`Program.found`); one that is there already is not run again. writes: whether the
+    program is written at once, and no pass looks at amaxes before: one that nothing but its own weight needs
+    is then left until that is read to be packed.
     """
 
     source: WeightSource
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batches: Sequence[Tensor] | None = None
     progress: Progress = field(default_factory=lambda: no_progress)
-    writes: bool = False
     found: MutableMapping[str, Any] = field(default_factory=dict)
+    writes: bool = False
 
 
 @runtime_checkable

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import fxq
 from fxq.bootstrap import is_own
+from fxq.facts import Fact, amaxes_filled
+from fxq.output import Shards
+from fxq.passes import PASSES
+from fxq.pattern import Match, Miss
+from fxq.program import Program
 from fxq.sources import Directory
+from fxq.spec import load
 from tests.families import EXPERTS, LAYERS, Zoo, samples, without_times, zoo
 
 __all__ = ["zoo"]
@@ -74,6 +84,57 @@ def test_a_dead_expert_s_amax_can_wait_and_perplexity_does_not_miss_it(zoo: Zoo,
     after = evaluated.report.perplexity_after
     assert after is not None
     assert compiled.perplexity(samples(2))[1] == after
+
+
+@dataclass(frozen=True)
+class Halve:
+    """Clip every weight at half of its amax."""
+
+    name: ClassVar[str] = "halve"
+    requires: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
+    ensures: ClassVar[tuple[Fact, ...]] = ()
+    breaks: ClassVar[tuple[Fact, ...]] = ()
+
+    def sites(self, program: Program) -> Iterator[Match | Miss]:
+        return iter(())
+
+    def run(self, program: Program) -> int:
+        for value in program.values.values():
+            value /= 2
+        return len(program.values)
+
+
+def test_a_pass_after_bootstrap_sees_every_amax(zoo: Zoo, tmp_path: Path) -> None:
+    spec = load(WEIGHT_ONLY, PASSES)
+    halved = dataclasses.replace(spec, passes=(*spec.passes[:-1], Halve(), spec.passes[-1]))
+    plain = fxq.compile(zoo("qwen3_moe"), spec).scales
+    scales = fxq.compile(zoo("qwen3_moe"), halved, out=tmp_path / "out").scales
+    assert scales.keys() == plain.keys()
+    assert all(torch.equal(scales[name] * 2, value) for name, value in plain.items())
+
+
+def test_an_interrupted_run_can_be_resumed_with_an_evaluation(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fxq.compile(zoo("qwen3_moe"), WEIGHT_ONLY, out=tmp_path / "whole")
+    plain, calls = Shards.write, itertools.count()
+
+    def write(self: Shards, *args: Any) -> int:
+        if next(calls) >= 100:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            fxq.compile(zoo("qwen3_moe"), WEIGHT_ONLY, out=tmp_path / "out")
+    resumed = fxq.compile(
+        zoo("qwen3_moe"), WEIGHT_ONLY, out=tmp_path / "out", resume=True, evaluate=samples(2)
+    )
+    assert resumed.report.perplexity_after == whole.perplexity(samples(2))[1]
+    assert {name: data for name, data in _files(tmp_path / "out").items() if "report" not in name} == {
+        name: data for name, data in _files(tmp_path / "whole").items() if "report" not in name
+    }
 
 
 def _files(out: Path) -> dict[str, bytes]:
