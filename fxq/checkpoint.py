@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq import collector, dialect, fp8, heap, nvfp4
+from fxq import collector, dialect, fp8, heap, kernels, nvfp4
 from fxq.amaxes import amax_of, amax_value, check_weight
 from fxq.behind import Piece, WriteBehind
 from fxq.cone import WeightCone
@@ -176,6 +176,7 @@ class _Writer:
         packing: deque[tuple[list[Node], Tensor, Future[_Measured]]] = deque()
         most, limit = PACKERS[self.cone.device.type], PACKED_BYTES[self.cone.device.type]
         copies = self._copies()
+        kernels.implementation(torch.empty(0, device=self.cone.device))  # its imports are not to be swept
         with collector.sweeping() as sweep, ThreadPoolExecutor(most, thread_name_prefix="fxq-pack") as packer:
             for weights, values in self.cone.batches(self._to_pack(sweep)):
                 packs = [_pack_of(w) for w in weights]

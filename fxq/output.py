@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +73,9 @@ class Shards:
             for i in range(total)
         ]
         # Of each tensor, at its number: its shard, its first byte there, and the bytes that are yet to come.
-        self._number = {key: number for number, key in enumerate(infos)}
+        self._keys = sorted(infos)
         self._shard, self._start = array("i", [0]) * len(infos), array("q", [0]) * len(infos)
-        self._left = array("q", map(nbytes, infos.values()))
+        self._left = array("q", (nbytes(infos[key]) for key in self._keys))
         self._headers = [self._layout(index, keys) for index, keys in enumerate(groups)]
         sizes = [sum(nbytes(infos[key]) for key in keys) for keys in groups]
         self.sizes = [len(header) + size for header, size in zip(self._headers, sizes, strict=True)]
@@ -97,12 +98,12 @@ class Shards:
                 "data_offsets": (offset, offset + size),
             }
             header += f",{json.dumps(key)}:{json.dumps(entry, separators=(',', ':'))}".encode()
-            self._shard[self._number[key]], self._start[self._number[key]] = index, offset
+            self._shard[self._number(key)], self._start[self._number(key)] = index, offset
             offset += size
         header += b"}"
         header += b" " * (-len(header) % 8)
         for key in keys:
-            self._start[self._number[key]] += 8 + len(header)
+            self._start[self._number(key)] += 8 + len(header)
         return len(header).to_bytes(8, "little") + header
 
     def open(self) -> None:
@@ -152,14 +153,18 @@ class Shards:
 
     def claim(self, span: Span) -> None:
         """Count these bytes as given."""
-        number = self._number[span.key]
+        number = self._number(span.key)
         if span.size * span.runs > self._left[number]:
             raise CheckpointError(f"{span.key}: written more than once")
         self._left[number] -= span.size * span.runs
 
     def left(self, key: str) -> int:
         """The bytes of a tensor that are not given yet."""
-        return self._left[self._number[key]]
+        return self._left[self._number(key)]
+
+    def _number(self, key: str) -> int:
+        """The place of a tensor among all names in order: a search takes no memory."""
+        return bisect_left(self._keys, key)
 
     def write(self, block: Block, crc: int = 0) -> int:
         """Write a block; returns the CRC-32 of its bytes after those that `crc` is of."""
@@ -180,7 +185,7 @@ class Shards:
         return crc
 
     def _at(self, span: Span) -> tuple[int, int]:
-        number = self._number[span.key]
+        number = self._number(span.key)
         return self.files[self._shard[number]], self._start[number] + span.start
 
     def finish(self) -> None:
@@ -191,11 +196,11 @@ class Shards:
             )
         self.flush()
         if len(self.names) > 1:
-            weight_map = {key: self.names[shard] for key, shard in zip(self.infos, self._shard, strict=True)}
+            weight_map = {key: self.names[shard] for key, shard in zip(self._keys, self._shard, strict=True)}
             total = sum(nbytes(info) for info in self.infos.values())
             write_json(
                 self.directory / f"{INDEX}{PART}",
-                {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+                {"metadata": {"total_size": total}, "weight_map": weight_map},
             )
             self.names.append(INDEX)
 
