@@ -184,7 +184,8 @@ class _Writer:
                 del weights, values, packs  # before the next are asked for
                 while len(packing) > most or sum(held.nbytes for _, held, _ in packing) > limit:
                     self._keep(*packing.popleft())
-                next(copies, None)  # while others are packed
+                if self.source.concurrent:  # else nothing is read beside the next weights
+                    next(copies, None)  # while others are packed
             while packing:
                 self._keep(*packing.popleft())
             deque(itertools.chain(copies, self._copies()), maxlen=0)
