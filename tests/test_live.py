@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fxq
+from fxq import checkpoint
 from fxq.compiler import open_model
 from fxq.sources import Directory, Live
 from fxq.sources.parameters import Parameters
@@ -279,6 +283,31 @@ def _two_ranks(rank: int, port: int, path: Path, out: Path) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     fxq.compile(_shard(load(path)), SPEC, out=out / str(rank))
     dist.destroy_process_group()
+
+
+def test_parameters_are_read_one_at_a_time_and_in_one_order(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read of a sharded model is a collective: ranks must come to them in the same order."""
+    plain, inside = Parameters.read, threading.Lock()
+    orders: list[list[str]] = []
+
+    def read(self: Parameters, name: str) -> Tensor:
+        assert inside.acquire(blocking=False), f"{name} is read beside another"
+        try:
+            time.sleep(random.random() / 500)
+            orders[-1].append(name)
+            return plain(self, name)
+        finally:
+            inside.release()
+
+    monkeypatch.setattr(Parameters, "read", read)
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 1024)
+    for run in range(2):
+        orders.append([])
+        fxq.compile(load(zoo("qwen3_moe")), SPEC, out=tmp_path / str(run))
+    assert len(orders[0]) > 40
+    assert orders[0] == orders[1]
 
 
 @pytest.mark.slow
