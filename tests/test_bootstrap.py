@@ -113,6 +113,7 @@ def test_a_pass_after_bootstrap_sees_every_amax(zoo: Zoo, tmp_path: Path) -> Non
     assert all(torch.equal(scales[name] * 2, value) for name, value in plain.items())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_can_be_resumed_with_an_evaluation(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
