@@ -44,11 +44,12 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fxq.compiler
-from fxq import dialect
-from fxq.compiler import Model, open_model
+
+from fxq.compile import Model, open_model
 from fxq.errors import FxqError
-from fxq.interpret import Streaming
-from fxq.program import Program
+from fxq.graph import dialect
+from fxq.graph.program import Program
+from fxq.run.streaming import Streaming
 from tests import reader, tiny
 
 DEFAULT, EXPERTS_ONLY = "nvfp4_default-fp8_cast_kv", "nvfp4_experts_only-fp8_cast_kv"

@@ -33,9 +33,9 @@ import resource
 import torch
 from transformers import LlamaConfig
 import fxq.audit, fxq.checkpoint, fxq.compiler, fxq.passes
-from fxq import nvfp4
-from fxq.trace import trace
-from fxq.twin import twin_of_config
+from fxq.numbers import nvfp4
+from fxq.trace.export import trace
+from fxq.trace.fake_model import twin_of_config
 size = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, vocab_size=64, num_hidden_layers=1)
 trace(twin_of_config(LlamaConfig(**size), torch.bfloat16))
 nvfp4.quantize_measured(torch.ones(1, 16, 64, dtype=torch.bfloat16), torch.ones(1), "mse")
@@ -43,7 +43,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 _KERNEL = """
 import sys, time, torch
-from fxq import nvfp4
+from fxq.numbers import nvfp4
 device, scale = sys.argv[1:3]
 w = torch.randn(8, 1024, 1024, device=device).to(torch.bfloat16) * 0.02
 amax = w.abs().amax((1, 2)).float()
@@ -110,7 +110,7 @@ def copy(model: Path, out: Path) -> tuple[float, float]:
 
 def compile_(model: Path, spec: str, device: str, out: Path) -> tuple[Run, dict[str, Any]]:
     """One `fxq compile` from launch to exit."""
-    command = [sys.executable, "-m", "fxq.cli", "compile", str(model), "--spec", spec, "--out", str(out)]
+    command = [sys.executable, "-m", "fxq", "compile", str(model), "--spec", spec, "--out", str(out)]
     if "weight_only" not in spec:
         command += ["--calib", str(model / "calib.jsonl")]
     run, text = process([*command, "--device", device, "--json"])

@@ -18,16 +18,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DeepseekV3Config, PreTrainedConfig, Qwen3_5MoeTextConfig, Qwen3MoeConfig
 
-from fxq import pipeline
-from fxq.facts import is_weight_quantize
+from fxq.graph.hub import TensorInfo
+from fxq.graph.program import Program
+from fxq.graph.structure.experts import is_expert
 from fxq.passes import PASSES
-from fxq.pipeline import Pass
-from fxq.program import Program, TensorInfo
+from fxq.pipeline import run as pipeline
+from fxq.pipeline.base import Pass
+from fxq.pipeline.facts import is_weight_quantize
+from fxq.pipeline.spec import load
 from fxq.sources.conversion import hub_of, own_names, revert
-from fxq.spec import load
-from fxq.structure import is_expert
-from fxq.trace import trace
-from fxq.twin import twin_of_config
+from fxq.trace.export import trace
+from fxq.trace.fake_model import twin_of_config
 
 
 def _qwen3(layers: int | None) -> PreTrainedConfig:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from fxq.sources.conversion import own_names, revert
-from fxq.twin import twin_of_config
+from fxq.trace.fake_model import twin_of_config
 
 SHARD_BYTES = 1 << 30
 _POOL = 1 << 24

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fxq.sources.conversion import own_names, revert
-from fxq.twin import twin_of_config
+from fxq.trace.fake_model import twin_of_config
 
 SPECS = ("nvfp4_experts_only_mse-fp8_cast_kv", "nvfp4_weight_only_mse")
 SAMPLES, LENGTH = 8, 512

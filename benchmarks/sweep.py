@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxq import kernels, nvfp4
+from fxq.numbers import kernels, nvfp4
 
 CASES = {
     "gate_up of Qwen3-30B-A3B": (128, 1536, 2048),

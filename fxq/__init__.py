@@ -5,14 +5,17 @@ compiled = fxq.compile("path/to/model", "nvfp4_experts_only_mse-fp8_cast_kv", ca
 compiled.save("path/to/output")
 """
 
+import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fxq.errors import CheckpointError, FxqError, SourceError, SpecError, TraceError, VerifyError
 
 if TYPE_CHECKING:
     from fxq.audit import Findings, verify_checkpoint
-    from fxq.compiler import Compiled, compile
-    from fxq.evaluation import Evaluation, evaluate
+    from fxq.compile import Compiled, compile
+    from fxq.evaluate.evaluation import Evaluation, evaluate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,20 +32,29 @@ __all__ = [
     "evaluate",
     "verify_checkpoint",
 ]
+_HOMES = {
+    "compile": "fxq.compile",
+    "Compiled": "fxq.compile",
+    "evaluate": "fxq.evaluate.evaluation",
+    "Evaluation": "fxq.evaluate.evaluation",
+    "verify_checkpoint": "fxq.audit",
+    "Findings": "fxq.audit",
+}
 
 
 def __getattr__(name: str) -> Any:
     """torch and transformers load when they are first needed, not when fxq is imported."""
-    if name in ("compile", "Compiled"):
-        from fxq import compiler
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fxq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
-        return getattr(compiler, name)
-    if name in ("evaluate", "Evaluation"):
-        from fxq import evaluation
 
-        return getattr(evaluation, name)
-    if name in ("verify_checkpoint", "Findings"):
-        from fxq import audit
+class _Package(ModuleType):
+    """`fxq.compile` is the function, although importing the module `fxq/compile.py` would set it to that."""
 
-        return getattr(audit, name)
-    raise AttributeError(f"module 'fxq' has no attribute {name!r}")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -11,17 +11,19 @@ from typing import Any
 
 from torch.fx import Graph
 
-from fxq import dialect, pipeline
-from fxq.checkpoint import FORMATS
-from fxq.compiler import Model
+from fxq.checkpoint.plan import plan
+from fxq.checkpoint.shards import nbytes
+from fxq.checkpoint.writer import FORMATS
+from fxq.compile import Model
 from fxq.errors import FxqError
-from fxq.outcome import Reasons, excluded, expert_tensors, groups
-from fxq.output import nbytes
-from fxq.pipeline import Pass, needs_data
-from fxq.plan import plan
-from fxq.program import Program
-from fxq.report import unquantized
-from fxq.spec import Spec
+from fxq.graph import dialect
+from fxq.graph.program import Program
+from fxq.pipeline import run as pipeline
+from fxq.pipeline.base import Pass
+from fxq.pipeline.run import needs_data
+from fxq.pipeline.spec import Spec
+from fxq.report.reasons import Reasons, excluded, expert_tensors, groups
+from fxq.report.summary import unquantized
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Generic, Self, TypeVar, cast
 
 from torch.fx import Graph, Node
 
-from fxq.dialect import PACKS
-from fxq.nodes import joined
-from fxq.text import format_node, parse
+from fxq.graph.arguments import joined
+from fxq.graph.dialect import PACKS
+from fxq.graph.text import format_node, parse
 
 # Nodes of a part, if what belongs together is not more.
 PART_NODES = 500

@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from fxq import nvfp4
+from fxq.numbers import nvfp4
 
 
 def begin(device: torch.device, scale: str) -> None:

@@ -9,7 +9,7 @@ from fxq.passes.quantize_experts import QuantizeExperts
 from fxq.passes.quantize_kv import QuantizeKv
 from fxq.passes.quantize_linears import QuantizeLinears
 from fxq.passes.sync_groups import SyncGroups
-from fxq.pipeline import Pass
+from fxq.pipeline.base import Pass
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls

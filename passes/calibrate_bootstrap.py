@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxq import dialect
-from fxq.bootstrap import Bootstrap
-from fxq.facts import Fact, amaxes_filled
-from fxq.pattern import Match, Miss
-from fxq.pipeline import Session
-from fxq.program import Program
+from fxq.graph import dialect
+from fxq.graph.pattern import Match, Miss
+from fxq.graph.program import Program
+from fxq.pipeline.base import Session
+from fxq.pipeline.facts import Fact, amaxes_filled
+from fxq.run.bootstrap import Bootstrap
 
 
 @dataclass(frozen=True)

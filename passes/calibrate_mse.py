@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxq import dialect
-from fxq.facts import Fact, amaxes_filled, amaxes_shared, is_weight_quantize
-from fxq.pattern import Match, Miss
-from fxq.pipeline import nothing_matched
-from fxq.program import Program
+from fxq.graph import dialect
+from fxq.graph.pattern import Match, Miss
+from fxq.graph.program import Program
+from fxq.pipeline.base import nothing_matched
+from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, is_weight_quantize
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import Fact, experts_fused
-from fxq.nodes import int_at, node_at
-from fxq.pattern import Bind, Call, Const, Listed, Match, Miss, PastViews, Rule, Weight
-from fxq.program import Program
-from fxq.structure import VIEWS, as_weight_matmul, multiplies_experts, shape_of, strip, weight_matmuls
+from fxq.graph import dialect, edit
+from fxq.graph.arguments import int_at, node_at
+from fxq.graph.pattern import Bind, Call, Const, Listed, Match, Miss, PastViews, Rule, Weight
+from fxq.graph.program import Program
+from fxq.graph.structure.experts import multiplies_experts
+from fxq.graph.structure.matmuls import as_weight_matmul, weight_matmuls
+from fxq.graph.structure.views import VIEWS, shape_of, strip
+from fxq.pipeline.facts import Fact, experts_fused
 
 aten = torch.ops.aten
 GROUPED = (aten._grouped_mm.default,)

@@ -10,9 +10,17 @@ from typing import ClassVar, Literal
 
 from torch.fx import Graph, Node
 
-from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import (
+from fxq.graph import dialect, edit
+from fxq.graph.arguments import node_at, nodes_at
+from fxq.graph.hub import Stored, TensorInfo
+from fxq.graph.pattern import Match, Miss
+from fxq.graph.places import Place, cache_module, named, places
+from fxq.graph.program import Program
+from fxq.graph.structure.attention import attentions, latent_projection
+from fxq.graph.structure.matmuls import Frontiers, input_quantize, weight_matmuls
+from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
+from fxq.pipeline.facts import (
     Fact,
     amaxes_filled,
     amaxes_shared,
@@ -20,21 +28,6 @@ from fxq.facts import (
     tensors_whole,
     weights_placed,
     weights_quantized,
-)
-from fxq.nodes import node_at, nodes_at
-from fxq.pattern import Match, Miss
-from fxq.places import Place, cache_module, named, places
-from fxq.program import Program, Stored, TensorInfo
-from fxq.structure import (
-    VIEWS,
-    Frontiers,
-    attentions,
-    input_quantize,
-    latent_projection,
-    parameter_name,
-    shape_of,
-    strip,
-    weight_matmuls,
 )
 
 

@@ -9,25 +9,19 @@ from typing import ClassVar, Literal
 import torch
 from torch.fx import Node
 
-from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, holders, is_weight_quantize
-from fxq.nodes import int_at, joined, node_at
-from fxq.nvfp4 import BLOCK
-from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
-from fxq.pipeline import check_formats, nothing_matched
-from fxq.places import named
-from fxq.program import Hub, Program
-from fxq.structure import (
-    VIEWS,
-    Frontiers,
-    is_expert,
-    multiplies_experts,
-    parameter_name,
-    shape_of,
-    strip,
-    weight_matmuls,
-)
+from fxq.graph import dialect, edit
+from fxq.graph.arguments import int_at, joined, node_at
+from fxq.graph.hub import Hub
+from fxq.graph.pattern import Bind, Call, Match, Miss, Rule, Weight
+from fxq.graph.places import named
+from fxq.graph.program import Program
+from fxq.graph.structure.experts import is_expert, multiplies_experts
+from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
+from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
+from fxq.numbers.nvfp4 import BLOCK
+from fxq.pipeline.base import check_formats, nothing_matched
+from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, holders, is_weight_quantize
 
 EXPERTS = Rule(
     "expert_linear", Call(dialect.EXPERT_LINEAR, Bind("x", rank=2), Weight("w", rank=3), Bind("ids"))

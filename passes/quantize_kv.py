@@ -7,14 +7,16 @@ from typing import ClassVar, Literal
 import torch
 from torch.fx import Node
 
-from fxq import dialect, edit
-from fxq.facts import Fact, amaxes_filled
-from fxq.nodes import node_at
-from fxq.nvfp4 import E4M3_MAX
-from fxq.pattern import Match, Miss
-from fxq.pipeline import nothing_matched
-from fxq.program import Program
-from fxq.structure import VIEWS, Attention, Frontiers, attentions, latent_projection, other_softmaxes, strip
+from fxq.graph import dialect, edit
+from fxq.graph.arguments import node_at
+from fxq.graph.pattern import Match, Miss
+from fxq.graph.program import Program
+from fxq.graph.structure.attention import Attention, attentions, latent_projection, other_softmaxes
+from fxq.graph.structure.matmuls import Frontiers
+from fxq.graph.structure.views import VIEWS, strip
+from fxq.numbers.nvfp4 import E4M3_MAX
+from fxq.pipeline.base import nothing_matched
+from fxq.pipeline.facts import Fact, amaxes_filled
 
 
 @dataclass(frozen=True)

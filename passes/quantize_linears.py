@@ -10,25 +10,18 @@ from typing import ClassVar, Literal
 import torch
 from torch.fx import Node
 
-from fxq import dialect, edit
 from fxq.errors import SpecError, VerifyError
-from fxq.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, weights_quantized
-from fxq.nvfp4 import BLOCK
-from fxq.pattern import Bind, Call, Match, Miss, Rule, Weight
-from fxq.pipeline import check_formats, nothing_matched
-from fxq.program import Hub, Program
-from fxq.structure import (
-    VIEWS,
-    Frontiers,
-    attentions,
-    head,
-    latent_projection,
-    parameter_name,
-    routers,
-    shape_of,
-    strip,
-    weight_matmuls,
-)
+from fxq.graph import dialect, edit
+from fxq.graph.hub import Hub
+from fxq.graph.pattern import Bind, Call, Match, Miss, Rule, Weight
+from fxq.graph.program import Program
+from fxq.graph.structure.attention import attentions, latent_projection
+from fxq.graph.structure.groups import head, routers
+from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
+from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
+from fxq.numbers.nvfp4 import BLOCK
+from fxq.pipeline.base import check_formats, nothing_matched
+from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, weights_quantized
 
 LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w", rank=2)))
 

@@ -7,9 +7,12 @@ from typing import ClassVar
 
 from torch.fx import Node
 
-from fxq import dialect, edit
 from fxq.errors import VerifyError
-from fxq.facts import (
+from fxq.graph import dialect, edit
+from fxq.graph.arguments import joined, node_at, nodes_at
+from fxq.graph.pattern import Match, Miss
+from fxq.graph.program import Program
+from fxq.pipeline.facts import (
     Fact,
     amaxes_shared,
     quantized_siblings,
@@ -18,9 +21,6 @@ from fxq.facts import (
     weights_placed,
     weights_quantized,
 )
-from fxq.nodes import joined, node_at, nodes_at
-from fxq.pattern import Match, Miss
-from fxq.program import Program
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fxq.pipeline import Pass
-from fxq.schema import schema
+from fxq.pipeline.base import Pass
+from fxq.pipeline.schema import schema
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

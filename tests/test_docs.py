@@ -12,12 +12,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fxq import cli
+from fxq.cli import main as cli
 from fxq.errors import SpecError
 from fxq.passes import PASSES
-from fxq.pipeline import Pass
-from fxq.schema import schema
-from fxq.spec import parse, shipped
+from fxq.pipeline.base import Pass
+from fxq.pipeline.schema import schema
+from fxq.pipeline.spec import parse, shipped
 from tests.docs import PAGES, ROOT, anchors, blocks, commands, links, reference, shown
 
 BY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -103,7 +103,7 @@ def newcomer(tmp_path: Path) -> Path:
     """A directory as a reader has it: the demo, `fxq` and `python` on the path, the files that pages make."""
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     (tmp_path / "bin").mkdir()
-    for name, words in {"fxq": "-m fxq.cli", "python": ""}.items():
+    for name, words in {"fxq": "-m fxq", "python": ""}.items():
         script = tmp_path / "bin" / name
         script.write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
         script.chmod(0o755)

@@ -11,15 +11,15 @@ import pytest
 from transformers import Qwen3MoeConfig
 
 import fxq
-from fxq import spec
-from fxq.compiler import Model, open_model, with_options
+from fxq.compile import Model, open_model, with_options
 from fxq.errors import SpecError, VerifyError
+from fxq.graph.program import Program
+from fxq.graph.text import parse
 from fxq.passes import PASSES
+from fxq.pipeline import spec
 from fxq.preview import Preview, preview, previews
-from fxq.program import Program
-from fxq.report import fold, unquantized
+from fxq.report.summary import fold, unquantized
 from fxq.sources import Directory
-from fxq.text import parse
 from tests import reader, tiny
 from tests.families import VOCABULARY, Zoo, random_model, samples, save, zoo
 

@@ -13,11 +13,14 @@ import torch
 from torch.fx import Graph
 
 import fxq
-from fxq import checkpoint, dialect, loading, rest
-from fxq.program import Program
+from fxq import rest
+from fxq.checkpoint import writer as checkpoint
+from fxq.graph import dialect
+from fxq.graph.program import Program
+from fxq.graph.text import dump, format_node, parse
+from fxq.graph.verify import verify
 from fxq.rest import Rest
-from fxq.text import dump, format_node, parse
-from fxq.verify import verify
+from fxq.run import loader as loading
 from tests.families import Zoo, zoo
 
 __all__ = ["zoo"]

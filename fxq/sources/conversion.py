@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from fxq.errors import SourceError
-from fxq.program import Hub, Part, Stored, TensorInfo, row_axis
+from fxq.graph.hub import Hub, Part, Stored, TensorInfo, row_axis
 
 Infos = Mapping[str, TensorInfo]
 Sources = Mapping[str, Sequence[str]]  # pattern of a conversion -> the tensors it matched, in order

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
-from fxq import nvfp4
 from fxq.errors import SourceError
-from fxq.program import Hub, Stored, TensorInfo, row_axis
+from fxq.graph.hub import Hub, Stored, TensorInfo, row_axis
+from fxq.numbers import nvfp4
 from fxq.sources.conversion import hub_of, kept_turned
-from fxq.sources.encoding import ELEMENTS_AT_ONCE, Packed, Scaled, decode, encoding_of
 from fxq.sources.files import INDEX, allow_files, check_depth, check_links, read_config, shards
-from fxq.sources.quantized import quantized_encoding
-from fxq.sources.shard import Shard
+from fxq.sources.fp8_blocks import ELEMENTS_AT_ONCE, Packed, Scaled, decode, encoding_of
+from fxq.sources.nvfp4_checkpoint import quantized_encoding
+from fxq.sources.safetensors_file import Shard
 
 
 class Directory:

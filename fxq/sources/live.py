@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fxq.errors import SourceError
-from fxq.program import Hub, TensorInfo, row_axis
+from fxq.graph.hub import Hub, TensorInfo, row_axis
 from fxq.sources.conversion import hub_of, own_names, revert
 from fxq.sources.directory import Directory
 from fxq.sources.parameters import Parameters

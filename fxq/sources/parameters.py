@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fxq.errors import SourceError
-from fxq.program import TensorInfo
+from fxq.graph.hub import TensorInfo
 
 
 class Parameters(Mapping[str, TensorInfo]):

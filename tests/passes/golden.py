@@ -28,11 +28,14 @@ import yaml
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
-from fxq import dialect, errors
+from fxq import errors
+from fxq.graph import dialect
+from fxq.graph.hub import Hub, Part, Stored, TensorInfo, row_axis
+from fxq.graph.program import Program
+from fxq.graph.text import dump, parse, parse_type
 from fxq.passes import PASSES
-from fxq.pipeline import Pass, Session, run
-from fxq.program import Hub, Part, Program, Stored, TensorInfo, row_axis
-from fxq.text import dump, parse, parse_type
+from fxq.pipeline.base import Pass, Session
+from fxq.pipeline.run import run
 
 FOLDER = Path(__file__).parent
 KEYS = {"pass", "options", "rewrites", "hub", "values", "weights", "inputs", "batches"}

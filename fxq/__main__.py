@@ -1,0 +1,7 @@
+"""`python -m fxq`, which is what `fxq` runs."""
+
+import sys
+
+from fxq.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,172 @@
+"""`fxq.evaluate`: what a model makes of a text, and how far that is from what another makes of it.
+
+Both run as they would be served, layer by layer. Base and model go through their last layers in step, a batch
+at a time: of logits there are never more than one batch's of each (4096 tokens times the vocabulary), and
+between layers no more is kept than the residual streams.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fxq.compile import Model, device_of, open_model, predicted_batches, samples_of
+from fxq.errors import SourceError, SpecError
+from fxq.evaluate.served import served
+from fxq.graph.program import Program
+from fxq.pipeline.base import Progress, no_progress
+from fxq.run import likelihood
+from fxq.run.streaming import Simulate
+
+QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How the model's predictions differ from the base's, per predicted token.
+
+    kl: KL(base || model) in nats: mean, median, p90, p99, max. top1_agreement: the share of tokens where both
+    rank the same one first.
+    """
+
+    base: str
+    perplexity: float
+    kl: Mapping[str, float]
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """perplexity: exp of the mean loss over `tokens` predicted tokens of `samples` samples. against: the
+    comparison with the base, if one was given. notes: what was cut, or simulated otherwise than stored."""
+
+    model: str
+    samples: int
+    tokens: int
+    perplexity: float
+    against: Divergence | None
+    notes: tuple[str, ...]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    text: object,
+    *,
+    base: str | Path | PreTrainedModel | None = None,
+    samples: int = 64,
+    seq_len: int = 512,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Perplexity of a model on a text; with `base`, of both, and how their predictions differ.
+
+    model, base: a directory of safetensors, unquantized, FP8 block-quantized or NVFP4 (ModelOpt's or
+    compressed-tensors', whoever wrote it; then inputs and KV cache are quantized as it declares), or a live
+    model. text: a .jsonl path or an iterable, as for calibration; the first `samples`, cut to `seq_len`
+    tokens. Raises SpecError, SourceError or TraceError.
+    """
+    where, start = device_of(device), time.perf_counter()
+    if samples < 1 or seq_len < 2:
+        raise SpecError(f"samples is at least 1 and seq_len at least 2; found {samples} and {seq_len}")
+    given = [model] if base is None else [model, base]
+    models = [open_model(m, trust_remote_code=trust_remote_code, quantized=True) for m in given]
+    names = [_name(one, held) for one, held in zip(given, models, strict=True)]
+    _check_vocabularies(names, models)
+    ids = samples_of(_with_tokenizer(models), text, samples, min(seq_len, *map(_longest, models)))
+    programs = [served(held) for held in models]
+    batches = predicted_batches(programs, ids)
+    steps = sum(len(program.graph.nodes) for program in programs)
+    with progress("evaluate", steps) as step:
+        runs = [
+            Simulate(program, held.source, where, step=step)
+            for program, held in zip(programs, models, strict=True)
+        ]
+        losses, apart = _run(runs, batches)
+    return Evaluation(
+        names[0],
+        sum(len(batch) for batch in batches),
+        len(losses[0]),
+        likelihood.perplexity(losses[0]),
+        _divergence(names[1], losses[1], *apart) if apart is not None else None,
+        tuple(_notes(names, programs)),
+        time.perf_counter() - start,
+    )
+
+
+def _run(
+    runs: Sequence[Simulate], batches: Sequence[Tensor]
+) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
+    """(losses of each model, divergences of the first from the second if there is one) per token."""
+    losses: list[list[Tensor]] = [[] for _ in runs]
+    apart: list[tuple[Tensor, Tensor]] = []
+    with closing(runs[0].stream(batches)) as first, closing(runs[-1].stream(batches)) as second:
+        for i, logits in first:
+            losses[0].append(likelihood.losses(logits, batches[i]))
+            if len(runs) > 1:
+                _, expected = next(second)
+                losses[1].append(likelihood.losses(expected, batches[i]))
+                apart.append(likelihood.divergences(expected, logits))
+                del expected
+            del logits
+    joined = [torch.cat(parts) for parts in losses]
+    if not apart:
+        return joined, None
+    kl, same = zip(*apart, strict=True)
+    return joined, (torch.cat(kl), torch.cat(same))
+
+
+def _divergence(base: str, losses: Tensor, kl: Tensor, same: Tensor) -> Divergence:
+    ordered = kl.sort().values
+    found = {name: float(ordered[min(int(q * len(kl)), len(kl) - 1)]) for name, q in QUANTILES.items()}
+    agreement = float(same.double().mean())
+    return Divergence(base, likelihood.perplexity(losses), {"mean": float(kl.mean()), **found}, agreement)
+
+
+def _name(model: str | Path | PreTrainedModel, held: Model) -> str:
+    return type(held.twin.model).__name__ if isinstance(model, PreTrainedModel) else str(model)
+
+
+def _vocabulary(model: Model) -> int:
+    return int(model.twin.config.get_text_config().vocab_size)
+
+
+def _longest(model: Model) -> int:
+    """How many positions a model has; without a limit, more than any text."""
+    return int(getattr(model.twin.config.get_text_config(), "max_position_embeddings", None) or 1 << 62)
+
+
+def _check_vocabularies(names: Sequence[str], models: Sequence[Model]) -> None:
+    sizes = [_vocabulary(model) for model in models]
+    if len(set(sizes)) > 1:
+        raise SourceError(
+            f"{names[0]} has a vocabulary of {sizes[0]} tokens, the base {names[1]} one of {sizes[1]}: "
+            "expected the same, as their predictions are compared token by token"
+        )
+
+
+def _with_tokenizer(models: Sequence[Model]) -> Model:
+    """The model whose directory may have a tokenizer; the base's is the same."""
+    has = (m for m in models if m.directory is not None and any(m.directory.glob("tokenizer*")))
+    return next(has, models[0])
+
+
+def _notes(names: Sequence[str], programs: Sequence[Program]) -> list[str]:
+    """What the programs say, each with the name of its model if there are two."""
+    single = len(programs) == 1
+    return [
+        note if single else f"{name}: {note}"
+        for name, program in zip(names, programs, strict=True)
+        for note in program.notes
+    ]

@@ -1,0 +1,172 @@
+"""The graph of a checkpoint as engines serve it: weights come decoded, and what they multiply and what
+attentions cache is quantized where, and as, the checkpoint says."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxq.compile import Model
+from fxq.errors import SourceError
+from fxq.graph import dialect, edit
+from fxq.graph.arguments import int_at, node_at
+from fxq.graph.hub import Hub
+from fxq.graph.places import cache_module
+from fxq.graph.program import Program
+from fxq.graph.structure.attention import attentions
+from fxq.graph.structure.matmuls import Frontiers, WeightMatmul, weight_matmuls
+from fxq.graph.structure.views import VIEWS, strip
+from fxq.graph.text import format_target
+from fxq.numbers import fp8, nvfp4
+from fxq.passes.fuse_experts import FuseExperts
+from fxq.passes.quantize_kv import QuantizeKv
+from fxq.pipeline import run as pipeline
+from fxq.sources import Directory
+from fxq.sources.fp8_blocks import Activations, InputScale
+
+_TAKE_INPUTS = (torch.ops.aten.linear.default, dialect.EXPERT_LINEAR)
+# What turns an amax into the scale that a checkpoint holds, and its divisor.
+_SCALES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "nvfp4": (nvfp4.global_scale, 6 * nvfp4.E4M3_MAX),
+    "fp8": (fp8.scale_of, nvfp4.E4M3_MAX),
+}
+
+
+def served(model: Model) -> Program:
+    """The model's program, run by `Simulate`; SourceError if its checkpoint quantizes what the graph cannot
+    show.
+
+    Notes say what is simulated otherwise than the checkpoint's tensors say.
+    """
+    program, source = model.program, model.source
+    pipeline.run((FuseExperts(partial=True),), program)
+    if isinstance(source, Directory) and source.activations is not None:
+        program.notes += source.activations.notes
+        _quantize_inputs(program, source, source.activations)
+        edit.tidy(program.graph)
+        if source.activations.fp8_cache:
+            notes = list(program.notes)
+            pipeline.run((QuantizeKv(required=False),), program)
+            program.notes = notes  # what the pass says of calibration is no news here
+            _fill_caches(program, source, source.activations)
+    return program
+
+
+def _quantize_inputs(program: Program, source: Directory, activations: Activations) -> None:
+    """A quantize node before every matmul whose weight has an input scale; experts share the largest, as
+    engines have it."""
+    quantized: dict[tuple[Node, str, float], Node] = {}
+    left, differing = dict(activations.inputs), list[str]()
+    for matmul in list(weight_matmuls(program.graph)):
+        keys = [key for key in _keys(program.hub, matmul) if key in activations.inputs]
+        scales = {key: activations.inputs[key] for key in keys}
+        if not scales:
+            continue
+        for key in keys:
+            left.pop(key, None)
+        format, values = _format(scales, matmul), {_scale(source, scale) for scale in scales.values()}
+        if len(values) > 1:
+            differing.append(keys[0])
+        known = (matmul.x, format, max(values))
+        if known not in quantized:
+            name = f"{matmul.parameter.name}_input"
+            quantized[known] = _quantize(program, matmul.x, name, format, max(values))
+        edit.replace(matmul.x, quantized[known], [matmul.node])
+    if differing:
+        program.notes.append(
+            f"{differing[0]}{_others(differing)}: its input scale differs from its fellows'; engines, and "
+            "this simulation, take the largest"
+        )
+    extra = set(program.hub.extra)
+    if unseen := [key for key in left if key not in extra]:
+        program.notes.append(
+            f"{unseen[0]}{_others(unseen)}: the graph shows no matmul by it; its input is simulated "
+            "unquantized"
+        )
+
+
+def _keys(hub: Hub, matmul: WeightMatmul) -> Iterable[str]:
+    """The tensors of the checkpoint that a matmul's weight is made of."""
+    stored = hub.stored.get(str(matmul.parameter.target))
+    piece = strip(matmul.w, VIEWS)
+    for part in stored.parts if stored is not None else ():
+        if stored is not None and stored.stacked and piece.target is dialect.SLICE:
+            yield part.keys[int_at(piece, 1)]
+        else:
+            yield from part.keys
+
+
+def _format(scales: Mapping[str, InputScale], matmul: WeightMatmul) -> str:
+    """How the input of a matmul is quantized, by the scales of all that its weight is made of."""
+    first, last = next(iter(scales)), list(scales)[-1]
+    formats = {scale.format for scale in scales.values()}
+    if len(formats) > 1:
+        raise SourceError(f"{first}: read together with {last}, but one is NVFP4, the other FP8")
+    if matmul.node.target not in _TAKE_INPUTS:
+        raise SourceError(
+            f"{first} has an input scale, but the model uses it in %{matmul.node.name} "
+            f"({format_target(matmul.node.target)}), which is no linear"
+        )
+    return formats.pop()
+
+
+def _quantize(program: Program, x: Node, name: str, format: str, scale: float) -> Node:
+    amax = edit.call(x.graph, f"{name}_amax", dialect.AMAX, x)
+    program.values[amax.name] = _amax(torch.tensor(scale), format)
+    kind = dialect.INPUT_SCALES[format]
+    return edit.call(x.graph, f"{name}_q", dialect.QUANTIZE, x, amax, format=format, scale=kind)
+
+
+def _scale(source: Directory, scale: InputScale) -> float:
+    """The largest of a tensor of input scales; SourceError unless all are positive and finite."""
+    values = source.read_stored(scale.key).to(torch.float32)
+    values = values.reciprocal() if scale.is_divisor else values
+    if not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise SourceError(
+            f"{source.path}: {scale.key}: expected a positive finite scale, found "
+            f"{values.flatten()[:4].tolist()}"
+        )
+    return float(values.max())
+
+
+def _amax(scale: Tensor, format: str) -> Tensor:
+    """The amax whose scale is this one, or its neighbour where float32 has none."""
+    scale_of, divisor = _SCALES[format]
+    near = scale * divisor
+    candidates = [near, *(torch.nextafter(near, torch.tensor(end)) for end in (0.0, torch.inf))]
+    return min(candidates, key=lambda amax: float((scale_of(amax) - scale).abs()))
+
+
+def _fill_caches(program: Program, source: Directory, activations: Activations) -> None:
+    """The scales of each attention's keys and values; 1.0 where the checkpoint has none, as engines have it,
+    and where it has one alone, that for both."""
+    frontiers = Frontiers(program.graph)
+    bare, scaled = list[str](), 0
+    for attention in attentions(program.graph):
+        holes = [node_at(t, 1) for t in (attention.k, attention.v) if t.target is dialect.QUANTIZE]
+        if not any(hole.target is dialect.AMAX for hole in holes):
+            continue
+        module = cache_module(program.hub, frontiers, attention.k, attention.v)
+        found = _cache_scales(activations.cache_scales, module)
+        bare, scaled = (bare, scaled + 1) if found else ([*bare, module], scaled)
+        for hole, kind in zip(holes, "kv", strict=True):
+            key = found.get(kind) or next(iter(found.values()), None)
+            value = _scale(source, InputScale(key, "fp8")) if key is not None else 1.0
+            if hole.target is dialect.AMAX:
+                program.values[hole.name] = _amax(torch.tensor(value), "fp8")
+    if bare and scaled:
+        program.notes.append(
+            f"{bare[0]}{_others(bare)}: no KV scale, although others have one; engines take 1.0"
+        )
+
+
+def _cache_scales(keys: Iterable[str], module: str) -> dict[str, str]:
+    """k, v -> the tensor that holds the scale of one attention's cache: `k_proj.k_scale` or `k_scale`."""
+    within = (key for key in keys if key.startswith(f"{module}."))
+    near = [key for key in within if key.removeprefix(f"{module}.").count(".") <= 1]
+    return {key.rpartition(".")[2][0]: key for key in near}
+
+
+def _others(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if names[1:] else ""

@@ -1,0 +1,1 @@
+"""The intermediate representation: operators, text, edits, patterns, rules, what data flow says; no file."""

@@ -1,0 +1,89 @@
+"""Edits to a graph: new nodes get derived names and their value's type at birth; `tidy` orders and drops
+what is unused."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+
+from fxq.errors import VerifyError
+from fxq.graph.dialect import STORES
+from fxq.graph.text import meta
+from fxq.graph.verify import infer
+
+
+def parameter(graph: Graph, name: str, shape: Iterable[int], dtype: torch.dtype) -> Node:
+    """A node that stands for the model's tensor `name`; its node name is the path with dots replaced."""
+    node = graph.create_node("get_attr", name, (), {}, name.replace(".", "_"))
+    node.meta["val"] = meta(tuple(shape), dtype)
+    return node
+
+
+def call(graph: Graph, name: str, target: Callable[..., object], *args: object, **kwargs: object) -> Node:
+    """A new call, anywhere in the graph (`tidy` moves it before its users), typed by the target's shape
+    rule."""
+    node = graph.create_node("call_function", target, cast(Any, args), cast(Any, kwargs), name)
+    node.meta["val"] = map_aggregate(cast(Any, infer(node)), _shared)
+    return node
+
+
+def _shared(val: Any) -> Any:
+    if type(val) is torch.Tensor and val.is_meta and val.is_contiguous():
+        return meta(tuple(val.shape), val.dtype)
+    return val
+
+
+def replace(old: Node, new: Node, users: Iterable[Node] | None = None) -> None:
+    """Let `users` (default: all but `new`) read `new` instead of `old`."""
+    for user in list(old.users if users is None else users):
+        if user is not new:
+            user.replace_input_with(old, new)
+
+
+def tidy(graph: Graph) -> None:
+    """Drop unused nodes and put every node after its inputs, keeping the given order where it is free.
+
+    Parameters go right before their first use, so that a streaming interpreter reads them as late as
+    possible.
+    """
+    unused = [node for node in graph.nodes if _is_unused(node)]
+    while unused:
+        node = unused.pop()
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        unused += [source for source in inputs if _is_unused(source)]
+    placed: dict[Node, None] = {}
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    for node in [n for n in graph.nodes if n.op != "get_attr" and n is not output] + [output]:
+        _place(node, placed)
+    for node in placed:
+        if node is not output:
+            output.prepend(node)
+
+
+def _is_unused(node: Node) -> bool:
+    return not node.users and node.op in ("call_function", "get_attr") and node.target not in STORES
+
+
+def _place(node: Node, placed: dict[Node, None]) -> None:
+    """Depth first without recursion: graphs are tens of thousands of nodes deep."""
+    if node in placed:
+        return
+    stack, open_ = [(node, iter(node.all_input_nodes))], {node}
+    while stack:
+        current, inputs = stack[-1]
+        for source in inputs:
+            if source in open_:
+                raise VerifyError(
+                    f"%{source.name} and %{current.name} need each other: the graph has a cycle"
+                )
+            if source not in placed:
+                stack.append((source, iter(source.all_input_nodes)))
+                open_.add(source)
+                break
+        else:
+            placed[current] = None
+            open_.discard(current)
+            stack.pop()

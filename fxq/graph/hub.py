@@ -1,0 +1,127 @@
+"""The checkpoint's view of a model: which tensors it holds, and where in them each parameter lies."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape and dtype of one tensor of the checkpoint, known from its header."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(shape: tuple[int, ...], dtype: torch.dtype) -> "TensorInfo":
+        """The same object for equal arguments: ten thousands of tensors are alike."""
+        return TensorInfo(shape, dtype)
+
+
+class Convert(Protocol):
+    """transformers' own conversion of whole tensors into a parameter."""
+
+    @property
+    def operations(self) -> str:
+        """What it does, for messages."""
+        ...
+
+    def __call__(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The parameter, from the tensors of the checkpoint that `read` gives."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one tensor of the checkpoint, or of one tensor an expert.
+
+    keys: the tensor; if the parameter is stacked, `keys[e]` holds expert e alone. rows: which rows of it,
+    counted along the second to last dimension (the only one of a vector); a range may have a step.
+    """
+
+    keys: tuple[str, ...]
+    rows: range
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one parameter of the model lies in the hub's checkpoint.
+
+    The rows of its parts follow one another (gate, then up); experts that are tensors of their own are
+    `stacked`; then the last two dimensions are swapped if `transposed`. With `convert` no rows describe the
+    parameter: its parts name every tensor that it is made of.
+    """
+
+    parts: tuple[Part, ...]
+    stacked: bool = False
+    transposed: bool = False
+    convert: Convert | None = None
+
+    @classmethod
+    def whole(cls, key: str, shape: Sequence[int]) -> Self:
+        """A parameter that is one tensor of the checkpoint, as it is."""
+        return cls((Part((key,), range(shape[row_axis(shape)] if shape else 1)),))
+
+    @property
+    def keys(self) -> tuple[tuple[str, ...], ...]:
+        """The tensors of each part."""
+        return tuple(part.keys for part in self.parts)
+
+
+def row_axis(shape: Sequence[int]) -> int:
+    """The dimension that rows are counted along: the second to last, or the only one."""
+    return max(len(shape) - 2, 0)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The checkpoint's view of the model, names and shapes only.
+
+    stored: parameter or buffer name in memory -> where it lies. names: the same, under the names the hub
+    gives this family, which is what gets written (they differ from `stored` only when the source holds
+    fused what the family's own checkpoints hold expert by expert). tensors: every tensor of the source in
+    its order. extra: those the model class ignores (multi-token prediction layers, vision towers), carried
+    through untouched. modules: names listed as unquantized even without a tensor of their own (a tied
+    `lm_head`).
+    """
+
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    names: Mapping[str, Stored] = field(default_factory=dict)
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    extra: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+
+
+class WeightSource(Protocol):
+    """Where tensors come from: a checkpoint directory read lazily, or a live model. Nothing is cached or
+    written.
+
+    concurrent: whether several threads may read at once; else reads come in order, on one thread at a time.
+    """
+
+    hub: Hub
+    concurrent: bool
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """A parameter or persistent buffer by its name in memory, on the CPU; SourceError if it cannot be
+        read.
+
+        out: where to put it, of the parameter's shape and dtype (pinned memory, say); new memory by default.
+        """
+        ...
+
+    def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
+        """`read(name)[expert]` without building the rest of a fused weight."""
+        ...
+
+    def read_hub(self, key: str, part: range | None = None) -> Tensor:
+        """A tensor of the checkpoint under the hub's name, as `hub.tensors` has it.
+
+        part: which consecutive indices of its first dimension, so that one larger than memory can be copied.
+        """
+        ...

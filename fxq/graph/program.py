@@ -1,0 +1,79 @@
+"""What passes work on: a graph, where its parameters lie in the checkpoint, what calibration found."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph
+
+from fxq.graph.hub import Hub
+from fxq.rest import Kept
+
+Accepts = Callable[[int, int], str | None]
+_GRAPH, _CALIBRATED = Kept[Graph](), Kept[Graph | None](None)
+
+
+@dataclass
+class Program:
+    """A graph under compilation.
+
+    values: amax node name -> calibrated float32 [], filled by the calibration passes.
+    tokens: fused weight name -> int64 [experts], the tokens each expert saw while calibrating.
+    constants: small tensors the trace lifted out of the model, by the name of the node that reads them.
+    bootstrapped: names of the amax nodes that calibrate-bootstrap filled, or left to the writer.
+    accepts: (batch, length) -> None if the graph holds for inputs of that size, else why not.
+    notes: what the user should know about decisions that passes took.
+    left: weights that a pass was asked for and could not quantize, and was allowed to leave -> why.
+    calibrated: the graph that was lowered, which simulates the deployed model; None until then.
+    format: what the lowered program is written as.
+    """
+
+    graph: Kept[Graph] = _GRAPH
+    hub: Hub = field(default_factory=Hub)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    bootstrapped: set[str] = field(default_factory=set)
+    calibrated: Kept[Graph | None] = _CALIBRATED
+    format: str = "modelopt"
+    accepts: Accepts = lambda batch, length: None
+    notes: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def is_later(self, name: str) -> bool:
+        """Whether the amax of that name is its own weight's, and found when that is read to be packed."""
+        return name in self.bootstrapped and name not in self.values
+
+    def rest(self) -> None:
+        """Keep the graphs as text until one is asked for: only their parts are needed while weights
+        stream."""
+        _CALIBRATED.rest(self)
+        _GRAPH.rest(self, apart=True)
+
+    def parts(self) -> Iterator[Graph]:
+        """The lowered program in graphs that have nothing to do with each other, one at a time, if it is at
+        rest; else as it is."""
+        return _GRAPH.graphs(self)
+
+    def found(self) -> dict[str, Any]:
+        """All that calibration found so far, in JSON; float32 survives exactly."""
+        return {
+            "values": {name: float(value) for name, value in self.values.items()},
+            "tokens": {name: counts.tolist() for name, counts in self.tokens.items()},
+            "bootstrapped": sorted(self.bootstrapped),
+        }
+
+    def forget(self) -> None:
+        """Be without what `found` gave."""
+        for kept in (self.values, self.tokens, self.bootstrapped):
+            kept.clear()
+
+    def restore(self, found: Mapping[str, Any]) -> None:
+        """Take over what `found` gave, maybe in another process."""
+        for name, value in found["values"].items():
+            self.values[name] = torch.tensor(value, dtype=torch.float32)
+        for name, counts in found["tokens"].items():
+            self.tokens[name] = torch.tensor(counts, dtype=torch.int64)
+        self.bootstrapped.update(found["bootstrapped"])

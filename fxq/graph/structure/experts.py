@@ -1,0 +1,100 @@
+"""Experts: stacks of matrices of which each token multiplies the one that was picked for it.
+
+%p : bf16[8,64,32] = aten.index(%w, [%ids])        a matrix a token, picked from w [E, out, in]
+%y : bf16[8,64,1]  = aten.bmm(%p, %column)         multiplies_experts: yes
+%z : bf16[4,8,16]  = aten.bmm(%heads, %w_by_head)  block-diagonal, each sees features of its own: no
+"""
+
+from collections import deque
+
+import torch
+from torch.fx import Node
+
+from fxq.graph import dialect
+from fxq.graph.arguments import nodes_at
+from fxq.graph.structure.attention import PRODUCTS
+from fxq.graph.structure.matmuls import WeightMatmul, as_weight_matmul
+from fxq.graph.structure.views import PICKS, shape_of, weight_path
+
+_ATEN = torch.ops.aten
+_REPEATS = frozenset(
+    {
+        _ATEN.expand.default,
+        _ATEN.repeat.default,
+        _ATEN.repeat_interleave.self_int,
+        _ATEN.broadcast_to.default,
+    }
+)
+# What sends tokens to where other activations say.
+_ROUTES = frozenset(
+    {
+        _ATEN.index.Tensor,
+        _ATEN.index_select.default,
+        _ATEN.gather.default,
+        _ATEN.scatter.src,
+        _ATEN.scatter_add.default,
+        _ATEN.index_add.default,
+        _ATEN.index_put.default,
+        _ATEN.index_copy.default,
+    }
+)
+
+
+def is_expert(node: Node) -> bool:
+    """True for a weight operand that is, or was picked from, a stack of matrices [E, ., .]."""
+    return any(len(shape_of(step)) == 3 for step in weight_path(node))
+
+
+def multiplies_experts(matmul: WeightMatmul) -> bool:
+    """Whether a matmul by a stack of matrices is one by experts: a matrix is picked for each token, or all of
+    them see the same tokens.
+
+    A stack whose matrices each see features of their own is block-diagonal, and one whose first dimension is
+    summed over is a linear by heads: neither is experts.
+    """
+    if not is_expert(matmul.w):
+        return False
+    steps = list(weight_path(matmul.w))
+    if any(step.target in PICKS | {dialect.STACK} for step in steps):
+        return True
+    if matmul.node.target is _ATEN.einsum.default:
+        return _einsum_shares_tokens(matmul)
+    if "grouped_mm" in str(matmul.node.target) or matmul.node.target is dialect.EXPERT_LINEAR:
+        return True
+    copies = shape_of(steps[-1])[0]
+    shape = shape_of(matmul.w)
+    return copies not in shape[:-2] or _is_repeated(matmul.x, copies, shape.index(copies) - len(shape))
+
+
+def _einsum_shares_tokens(matmul: WeightMatmul) -> bool:
+    equation, operands = str(matmul.node.args[0]).replace(" ", ""), list(nodes_at(matmul.node, 1))
+    terms, _, result = equation.partition("->")
+    stack, *matrix = list(terms.split(",")[operands.index(matmul.w)])
+    others = "".join(t for i, t in enumerate(terms.split(",")) if operands[i] is not matmul.w)
+    # With no rows of its own, a "matrix" is one row of a linear whose input has several dimensions.
+    has_rows = any(letter in result and letter not in others for letter in matrix)
+    return stack in result and stack not in others and has_rows
+
+
+def _is_repeated(x: Node, copies: int, dim: int) -> bool:
+    """Whether activations, with `copies` of them in dimension `dim` < 0, are the same tokens for each matrix,
+    tokens dispatched to it, or made by experts."""
+    shape = shape_of(x)
+    if len(shape) < -dim or shape[dim] != copies:
+        return True
+    seen, queue = {x}, deque([x])
+    while queue:
+        node = queue.popleft()
+        if node.target in _REPEATS | _ROUTES:
+            return True
+        matmul = as_weight_matmul(node)
+        if matmul is not None:
+            if multiplies_experts(matmul):
+                return True
+            continue
+        if node.target in PRODUCTS | {_ATEN.einsum.default}:  # of tokens by a dispatch mask
+            return True
+        new = [n for n in node.all_input_nodes if n not in seen and not isinstance(n.meta["val"], int)]
+        seen.update(new)
+        queue.extend(new)
+    return False

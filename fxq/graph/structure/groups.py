@@ -1,0 +1,88 @@
+"""Groups: linears that engines merge into one, routers, and the output head.
+
+%q : bf16[8,64] = aten.linear(%x, %w_q)        q/k/v: one input, and they meet in an attention
+%m : bf16[8,96] = aten.mul(%silu_gate, %up)    gate/up: one input, and they meet in a product
+%i : i64[8,2]   = aten.topk(%logits, 2)        a router: a choice is made by its result
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+from fxq.graph.arguments import node_at
+from fxq.graph.structure.attention import attentions, latent_projection
+from fxq.graph.structure.matmuls import Frontiers
+from fxq.graph.structure.views import shape_of
+
+_ATEN = torch.ops.aten
+CHOICES = frozenset(
+    {_ATEN.topk.default, _ATEN.argmax.default, _ATEN.sort.default, _ATEN.sort.stable, _ATEN.argsort.default}
+)
+
+
+def _is_choice(node: Node) -> bool:
+    if node.target is _ATEN.max.dim:  # a choice only if its indices are used
+        return any(u.target is operator.getitem and u.args[1] == 1 for u in node.users)
+    return node.op == "call_function" and node.target in CHOICES
+
+
+def routers(graph: Graph, frontiers: Frontiers) -> dict[Node, Node]:
+    """Weight matmuls whose result is what a top-k (or sort, argmax, max with indices) chooses by -> that
+    choice."""
+    found: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if _is_choice(node):
+            for matmul in frontiers.of(node_at(node, 0)):
+                found.setdefault(matmul, node)
+    return found
+
+
+def head(graph: Graph, frontiers: Frontiers) -> Node | None:
+    """The single weight matmul that makes the model's output, or None."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    found = frontiers.of(*output.all_input_nodes)
+    return found[0] if len(found) == 1 else None
+
+
+def fused_by_engines(graph: Graph, frontiers: Frontiers) -> Iterator[tuple[str, tuple[Node, ...]]]:
+    """Linears that serving engines merge into one: q/k/v of an attention (with a latent one level up: q_a
+    and kv_a), and two that meet in a product (gate and up)."""
+    for attention in attentions(graph):
+        operands = [attention.q, attention.k, attention.v]
+        if latent_projection(frontiers, attention) is None:
+            yield from _one_input("q/k/v", frontiers, [frontiers.of(operand) for operand in operands])
+        else:
+            yield from _latent_group(frontiers, operands)
+    for node in graph.nodes:
+        if node.target is _ATEN.mul.Tensor and all(isinstance(a, Node) for a in node.args[:2]):
+            a, b = node_at(node, 0), node_at(node, 1)
+            if shape_of(a) == shape_of(b):
+                yield from _one_input(
+                    "gate/up", frontiers, [frontiers.of(a, most=1), frontiers.of(b, most=1)]
+                )
+
+
+def _one_input(
+    kind: str, frontiers: Frontiers, sources: Sequence[tuple[Node, ...]]
+) -> Iterator[tuple[str, tuple[Node, ...]]]:
+    if any(len(found) != 1 for found in sources):
+        return
+    group = tuple(dict.fromkeys(found[0] for found in sources))
+    same_input = len({frontiers.input_of(node) for node in group}) == 1
+    if len(group) > 1 and same_input and all(n.target is _ATEN.linear.default for n in group):
+        yield kind, group
+
+
+def _latent_group(frontiers: Frontiers, operands: Sequence[Node]) -> Iterator[tuple[str, tuple[Node, ...]]]:
+    near = frontiers.of(*operands)
+    far = frontiers.of(*(frontiers.matmuls[node].x for node in near))
+    by_input: dict[Node, dict[Node, None]] = {}
+    for node in dict.fromkeys((*near, *far)):
+        by_input.setdefault(frontiers.input_of(node), {})[node] = None
+    # Those that make the latent and the query's own latent read the block's input; no one else shares it.
+    makers = {frontiers.input_of(node) for node in far if node in frontiers.of(*operands[1:])}
+    for value, group in by_input.items():
+        if value in makers and len(group) > 1:
+            yield "q_a/kv_a", tuple(group)

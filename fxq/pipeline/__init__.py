@@ -1,0 +1,1 @@
+"""Passes: what one is, the facts that order them, specs, and how they run."""

@@ -1,0 +1,212 @@
+"""A spec is YAML and *is* the pipeline: a list of passes, each with its options; every mistake is named
+by its line."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from fxq.errors import SpecError, choices
+from fxq.pipeline.base import Pass
+from fxq.pipeline.run import check_order
+
+_KEYS = ("description", "passes")
+_DEEPEST = 2
+_LARGEST = 1 << 20  # characters
+_TAG = "tag:yaml.org,2002:"
+_BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_SCALARS: dict[str, Callable[[str], object]] = {
+    "str": str,
+    "int": lambda text: int(text, 0),
+    "float": float,
+    "bool": lambda text: _BOOLEANS[text.lower()],
+    "null": lambda text: None,
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A named pipeline."""
+
+    name: str
+    description: str
+    passes: tuple[Pass, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, by which a small file can stand for one without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="a spec has no aliases (*name)", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+def shipped() -> dict[str, Path]:
+    """The specs that come with fxq, by name."""
+    folder = Path(__file__).parents[1] / "specs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(name: str | Path, table: Mapping[str, type[Pass]]) -> Spec:
+    """The shipped spec called `name`, or the YAML file at that path; SpecError names the file, line and
+    choices."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(name) not in shipped():
+            raise SpecError(
+                f"no spec is called {str(name)!r}; there are {choices(shipped())}; or give a .yaml file"
+            )
+        path = shipped()[str(name)]
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LARGEST + 1)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
+        raise SpecError(f"{_short(str(path))}: cannot read this spec: {error}") from error
+    return parse(
+        text,
+        table,
+        where=str(name) if path.suffix in (".yaml", ".yml") and str(path) == str(name) else path.name,
+    )
+
+
+def parse(text: str, table: Mapping[str, type[Pass]], where: str) -> Spec:
+    """A spec from YAML text; `where` names it in errors."""
+    if len(text) > _LARGEST:
+        raise SpecError(f"{where}: expected a spec, found more than {_LARGEST:,} characters")
+    try:
+        return _parse(text, table, where)
+    except RecursionError as error:
+        raise SpecError(f"{where}: nested too deeply for a spec") from error
+
+
+def _parse(text: str, table: Mapping[str, type[Pass]], where: str) -> Spec:
+    try:
+        tree = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise SpecError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{where}: not valid YAML: {type(error).__name__} {str(error)[:100]}") from error
+    if not isinstance(tree, yaml.MappingNode) or tree.tag != _TAG + "map":
+        line = f":{tree.start_mark.line + 1}" if tree is not None else ""
+        raise SpecError(f"{where}{line}: expected a mapping with {choices(_KEYS)}")
+    fields = _fields(tree, where)
+    for name, (key, _) in fields.items():
+        if name not in _KEYS:
+            raise SpecError(f"{_at(where, key)}: a spec has no key {name!r}; it has: {choices(_KEYS)}")
+    if "passes" not in fields:
+        raise SpecError(f"{where}: expected `passes:`, a list of {choices(table)}")
+    listed = fields["passes"][1]
+    if not isinstance(listed, yaml.SequenceNode) or listed.tag != _TAG + "seq" or not listed.value:
+        raise SpecError(f"{_at(where, listed)}: expected `passes:` to be a list of {choices(table)}")
+    passes = tuple(_pass(node, table, where) for node in listed.value)
+    check_order(passes, [_at(where, node) for node in listed.value])
+    description = _scalar(fields["description"][1], where) if "description" in fields else ""
+    return Spec(Path(where).stem, description, passes)
+
+
+def _pass(node: yaml.Node, table: Mapping[str, type[Pass]], where: str) -> Pass:
+    options: Mapping[str, tuple[yaml.Node, yaml.Node]] = {}
+    name_node = node
+    if isinstance(node, yaml.MappingNode):
+        if len(node.value) != 1:
+            raise SpecError(
+                f"{_at(where, node)}: expected one pass an entry, as in `- lower: {{format: modelopt}}`"
+            )
+        name_node, body = node.value[0]
+        if isinstance(body, yaml.MappingNode):
+            options = _fields(body, where)
+        elif (found := _plain(body, where)) is not None:
+            raise SpecError(f"{_at(where, body)}: expected options in braces, found {_short(found)}")
+    name = _scalar(name_node, where)
+    if name not in table:
+        raise SpecError(f"{_at(where, name_node)}: no pass is called {name!r}; there are {choices(table)}")
+    cls = table[name]
+    fields = {f.name for f in dataclasses.fields(cast(Any, cls))}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for option, (key, value) in options.items():
+        if option not in fields:
+            raise SpecError(f"{_at(where, key)}: {name} has no option {option!r}; it has: {choices(fields)}")
+        values[option] = _checked(
+            _plain(value, where), hints[option], f"{_at(where, value)}: {name}: {option}"
+        )
+    try:
+        return cls(**values)
+    except SpecError as error:  # options that do not go together
+        raise SpecError(f"{_at(where, name_node)}: {error}") from error
+
+
+def _fields(node: yaml.MappingNode, where: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """Key -> (key node, value node) of a mapping; a key that stands twice is a mistake."""
+    found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+    for key, value in node.value:
+        name = _scalar(key, where)
+        if name in found:
+            raise SpecError(f"{_at(where, key)}: {name!r} stands here for the second time")
+        found[name] = (key, value)
+    return found
+
+
+def _checked(value: object, hint: Any, at: str) -> object:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if value is None and "none" in arguments:
+            return "none"
+        if value not in arguments:
+            raise SpecError(f"{at} is one of {', '.join(map(str, arguments))}; found {_short(value)}")
+        return value
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise SpecError(f"{at} is a list of globs; found {_short(value)}")
+        return tuple(items)
+    expected = arguments if origin in (types.UnionType, typing.Union) else (hint,)
+    if isinstance(value, int) and not isinstance(value, bool) and float in expected and int not in expected:
+        return float(value)
+    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+        raise SpecError(f"{at} is {' or '.join(t.__name__ for t in expected)}; found {_short(value)}")
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value) if not isinstance(value, (list, dict)) or len(value) < 20 else f"{len(value)} entries"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _scalar(node: yaml.Node, where: str) -> str:
+    if not isinstance(node, yaml.ScalarNode) or node.tag != _TAG + "str":
+        kind = node.tag.removeprefix(_TAG)
+        found = _short(node.value) if isinstance(node, yaml.ScalarNode) and kind in _SCALARS else node.tag
+        raise SpecError(f"{_at(where, node)}: expected a name, found {found}")
+    return str(node.value)
+
+
+def _plain(node: yaml.Node, where: str, depth: int = 0) -> object:
+    """The value of a node of YAML's core types; other tags (`!!python/...`, timestamps) are refused."""
+    if depth > _DEEPEST:
+        raise SpecError(f"{_at(where, node)}: nested too deeply for a spec")
+    kind = node.tag.removeprefix(_TAG)
+    try:
+        match node:
+            case yaml.SequenceNode() if kind == "seq":
+                return [_plain(item, where, depth + 1) for item in node.value]
+            case yaml.MappingNode() if kind == "map":
+                return {_scalar(key, where): _plain(value, where, depth + 1) for key, value in node.value}
+            case yaml.ScalarNode() if kind in _SCALARS:
+                return _SCALARS[kind](node.value)
+    except (ValueError, KeyError) as error:
+        raise SpecError(f"{_at(where, node)}: {_short(node.value)} is no {kind}") from error
+    raise SpecError(f"{_at(where, node)}: a spec holds text, numbers, lists and mappings; found {node.tag}")
+
+
+def _at(where: str, node: yaml.Node) -> str:
+    return f"{where}:{node.start_mark.line + 1}"

@@ -1,0 +1,213 @@
+"""The report beside the weights: report.json for programs, report.html for people.
+
+They lie in the directory fxq-report of the output, which engines do not look into: they read the
+*.safetensors and the JSON files of the output directory itself. The HTML is one file that fetches nothing.
+
+report.json (`version` changes when the meaning of a field does; everything outside `measured` is the same in
+every run of the same inputs):
+
+version, fxq, spec, title   1; fxq's version; the spec's name; the model's directory name or class
+summary                     the fields of `fxq.report.Report` that are counts and errors
+weights                     a parameter each: name; layer (its first number) and projection (the rest); per
+                            expert (or once) sqnr_db (null: exact), crest and spread (`fxq.traits`)
+tokens                      a layer of experts each: name, layer, tokens calibration routed to each
+scales                      steps and counts: sampled blocks by how many FP8 codes their scale lies above the
+                            one that reaches their maximum
+worst                       name, expert or null, sqnr_db, noise (error / energy), typical (the median noise
+                            of its projection), reason; worst first
+groups                      linears that share global scales: linears (names with * for numbers), count
+excluded                    what stays as it is: name, count, reason
+sizes                       bytes: weights, scales, untouched
+warnings                    sentences
+measured                    seconds by stage, peak_host_bytes, peak_device_bytes: differ from run to run
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from fxq import __version__
+from fxq.numbers.quality import STEPS, Traits
+from fxq.report.pages import page
+from fxq.report.summary import Report
+
+VERSION = 1
+DIRECTORY = "fxq-report"
+WORST = 10
+# A weight stands out from its fellows if a property is so many times theirs.
+STANDS_OUT = 1.15
+_MEASURED = ("seconds", "peak_host_bytes", "peak_device_bytes", "out", "warnings", "spec")
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_Weights = Mapping[tuple[str, int | None], Traits]
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the report shows beside the counts of `Report`.
+
+    weights: (parameter, expert or None) -> what packing did to it. tokens: fused weight -> tokens of each
+    expert. groups, excluded: as `fxq.outcome` yields them. sizes: bytes of weights, scales,
+    untouched. steps: blocks by where the search put their scales.
+    """
+
+    title: str
+    weights: _Weights = field(default_factory=dict)
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: Sequence[tuple[str, int]] = ()
+    excluded: Sequence[tuple[str, int, str]] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    steps: Sequence[int] = (0,) * len(STEPS)
+
+
+def write(report: Report, details: Details, directory: Path) -> None:
+    """Write fxq-report/report.json and report.html into a checkpoint's directory."""
+    made = content(report, details)
+    folder = directory / DIRECTORY
+    folder.mkdir()
+    (folder / "report.json").write_text(_lines(made), encoding="utf-8")
+    title = f"{details.title}, {report.spec}"
+    (folder / "report.html").write_text(page("report", title, made), encoding="utf-8")
+
+
+def _lines(made: Mapping[str, Any]) -> str:
+    """JSON with a line for each field, and for each item of a list of objects."""
+    fields = []
+    for name, value in made.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n  " + ",\n  ".join(json.dumps(v, ensure_ascii=False) for v in value) + "\n ]"
+        fields.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def content(report: Report, details: Details) -> dict[str, Any]:
+    """report.json as plain values."""
+    plain = report.as_dict()
+    return {
+        "version": VERSION,
+        "fxq": __version__,
+        "spec": report.spec,
+        "title": details.title,
+        "summary": {name: _plain(value) for name, value in plain.items() if name not in _MEASURED},
+        "weights": [_weight(name, found) for name, found in _by_parameter(details.weights)],
+        "tokens": _tokens(details.tokens),
+        "scales": {"steps": list(STEPS), "counts": list(details.steps)},
+        "worst": _worst(details),
+        "groups": [{"linears": name, "count": count} for name, count in details.groups],
+        "excluded": [{"name": n, "count": count, "reason": why} for n, count, why in details.excluded],
+        "sizes": {name: details.sizes.get(name, 0) for name in ("weights", "scales", "untouched")},
+        "warnings": report.warnings,
+        "measured": {
+            "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
+            "peak_host_bytes": report.peak_host_bytes,
+            "peak_device_bytes": report.peak_device_bytes,
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: an exact weight has no SQNR."""
+    if isinstance(value, float):
+        return None if value in (float("inf"), float("-inf")) or value != value else round(value, 6)
+    return value
+
+
+def _by_parameter(weights: _Weights) -> Iterable[tuple[str, list[Traits]]]:
+    """Parameters in their order, each with its experts in theirs."""
+    found: dict[str, dict[int, Traits]] = {}
+    for (name, expert), own in weights.items():
+        found.setdefault(name, {})[expert or 0] = own
+    order = sorted(found, key=_key)
+    return ((name, [found[name][e] for e in sorted(found[name])]) for name in order)
+
+
+def _key(name: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _weight(name: str, experts: Sequence[Traits]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "layer": _layer(name),
+        "projection": _projection(name),
+        "sqnr_db": [_plain(m.sqnr_db and round(m.sqnr_db, 2)) for m in experts],
+        "crest": [round(m.crest, 2) for m in experts],
+        "spread": [round(m.spread, 1) for m in experts],
+    }
+
+
+def _layer(name: str) -> int | str:
+    """The first number of a name, which every model's layers have; "" without one."""
+    match = _NUMBER.search(name)
+    return int(match[1]) if match else ""
+
+
+def _projection(name: str) -> str:
+    """What follows the layer, without `.weight`; other numbers as `*`."""
+    match = _NUMBER.search(name)
+    rest = name[match.end() + 1 :] if match else name
+    return _NUMBER.sub(lambda m: m[0].replace(m[1], "*"), rest.removesuffix(".weight"))
+
+
+def _tokens(tokens: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """One entry a module of experts: its weights see the same tokens."""
+    modules = {name.rpartition(".")[0]: counts for name, counts in tokens.items()}
+    return [
+        {"name": name, "layer": _layer(name), "tokens": modules[name].tolist()}
+        for name in sorted(modules, key=_key)
+    ]
+
+
+def _worst(details: Details) -> list[dict[str, Any]]:
+    fellows: dict[str, list[Traits]] = {}
+    for (name, _), own in details.weights.items():
+        fellows.setdefault(_projection(name), []).append(own)
+    lossy = [(key, m) for key, m in details.weights.items() if m.error > 0 and m.energy > 0]
+    lossy.sort(key=lambda item: -item[1].error / item[1].energy)
+    return [
+        {
+            "name": name,
+            "expert": expert,
+            "sqnr_db": _plain(m.sqnr_db),
+            "noise": _plain(m.error / m.energy),
+            "typical": _plain(median(f.error / f.energy for f in fellows[_projection(name)] if f.energy > 0)),
+            "reason": _reason(m, fellows[_projection(name)], _seen(details.tokens, name, expert)),
+        }
+        for (name, expert), m in lossy[:WORST]
+    ]
+
+
+def _seen(tokens: Mapping[str, Tensor], name: str, expert: int | None) -> int | None:
+    """Tokens that reached an expert while calibrating; None if it is none, or nothing was calibrated."""
+    counts = tokens.get(name)
+    return int(counts[expert]) if counts is not None and expert is not None else None
+
+
+def _reason(own: Traits, fellows: Sequence[Traits], tokens: int | None) -> str:
+    """What distinguishes a weight from others of its projection."""
+    crest, spread = (median(values) for values in zip(*((m.crest, m.spread) for m in fellows), strict=True))
+    said = []
+    if own.spread > STANDS_OUT * spread:
+        said.append(
+            f"its largest weight is {own.spread:.0f} times the median block's (its fellows' "
+            f"{spread:.0f}): small blocks are left with coarse scales"
+        )
+    if own.crest > STANDS_OUT * crest:
+        said.append(
+            f"outliers inside blocks: their maximum is {own.crest:.2f} times their root mean square "
+            f"(its fellows' {crest:.2f})"
+        )
+    elif own.crest < crest / STANDS_OUT:
+        said.append(
+            f"even blocks: their values fill the gaps of the e2m1 grid (crest {own.crest:.2f} "
+            f"against {crest:.2f})"
+        )
+    if tokens == 0:
+        said.append("no token reached it, which does not change its weights' error")
+    return "; ".join(said) or f"no outlier: the lower end of {len(fellows)} alike weights"

@@ -1,0 +1,176 @@
+"""What a lowered program quantizes, which of it shares scales, and what stays as it is and why."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+from fxq.checkpoint.plan import Plan
+from fxq.graph import dialect
+from fxq.graph.arguments import node_at
+from fxq.graph.pattern import Miss
+from fxq.graph.program import Program
+from fxq.graph.structure.experts import is_expert, multiplies_experts
+from fxq.graph.structure.matmuls import as_weight_matmul
+from fxq.graph.structure.views import PICKS, VIEWS, shape_of
+from fxq.graph.text import format_target
+from fxq.passes import PASSES
+from fxq.pipeline.base import Pass
+from fxq.report.summary import fold
+
+_ATEN = torch.ops.aten
+_LINEARS = "quantize-linears"
+_UNASKED = "no pass of the spec quantizes linears"
+
+
+class Reasons:
+    """Why quantize-linears leaves linears, asked when its turn comes: `look` follows the pipeline.
+
+    of: parameter -> reason.
+    """
+
+    def __init__(self, passes: Sequence[Pass], program: Program) -> None:
+        self.of: dict[str, str] = {}
+        self._coming = list(passes)
+        if all(step.name != _LINEARS for step in passes):
+            self.of = _misses(PASSES[_LINEARS](only=()), program)  # type: ignore[call-arg]
+        self._look(program)
+
+    def look(self, done: Pass, program: Program, count: int) -> None:
+        """What `fxq.pipeline.run` calls after each pass."""
+        self._look(program)
+
+    def _look(self, program: Program) -> None:
+        step = self._coming.pop(0) if self._coming else None
+        if step is not None and step.name == _LINEARS:
+            self.of.update(_misses(step, program))
+
+
+def _misses(step: Pass, program: Program) -> dict[str, str]:
+    """Parameter -> why quantize-linears leaves it."""
+    found: dict[str, str] = {}
+    for site in step.sites(program):
+        matmul = as_weight_matmul(site.node)
+        if isinstance(site, Miss) and matmul is not None:
+            unasked = site.reason.startswith("not selected by only=[],")
+            found[str(matmul.parameter.target)] = _UNASKED if unasked else site.reason
+    return found
+
+
+def _stores(lowered: Graph) -> Iterator[tuple[str, int, Node]]:
+    """(tensor of the checkpoint, expert of it, packed weight) of every quantized weight."""
+    for node in lowered.nodes:
+        if node.target is dialect.STORE_LINEAR:
+            yield f"{node.args[0]}.weight", 0, node_at(node, 1)
+        elif node.target is dialect.STORE_ROWS:
+            yield str(node.args[0]), int(str(node.kwargs["expert"])), node_at(node, 1)
+
+
+def expert_tensors(lowered: Graph) -> set[str]:
+    return {key for key, _, packed in _stores(lowered) if is_expert(node_at(packed, 0))}
+
+
+def groups(lowered: Graph) -> Iterator[tuple[str, int]]:
+    """Sets of two or more weights with one global scale, alike ones counted."""
+    members: dict[Node, dict[tuple[str, int], None]] = {}
+    for key, expert, packed in _stores(lowered):
+        members.setdefault(node_at(packed, 1), {})[key, expert] = None
+    labels = [_label(list(group)) for group in members.values() if len(group) > 1]
+    return iter(Counter(labels).items())
+
+
+def _label(group: Sequence[tuple[str, int]]) -> str:
+    """`model.layers.*.self_attn.{q_proj,k_proj,v_proj}`: where alike names differ."""
+    names = [name.removesuffix(".weight") for name, _ in fold(key for key, _ in group)]
+    owners = {name.rpartition(".")[0] for name in names}
+    label = ", ".join(names)
+    if len(names) > 1 and len(owners) == 1 and owners != {""}:
+        label = f"{owners.pop()}.{{{','.join(name.rpartition('.')[2] for name in names)}}}"
+    experts = max(expert for _, expert in group) + 1
+    return f"{label} (all {experts} experts)" if experts > 1 else label
+
+
+def excluded(program: Program, planned: Plan, misses: Mapping[str, str]) -> list[tuple[str, int, str]]:
+    """What stays as it is, folded, matrices before vectors."""
+    owners: dict[str, list[str]] = {}
+    for name, stored in program.hub.stored.items():
+        for key in (key for keys in stored.keys for key in keys):
+            owners.setdefault(key, []).append(name)
+    assert program.calibrated is not None
+    read = {str(n.target): n for n in program.calibrated.nodes if n.op == "get_attr"}
+    why: dict[str, str] = dict.fromkeys(planned.infos, "")
+    for node in program.graph.nodes:
+        if node.target is dialect.STORE:
+            key = str(node.args[0])
+            why[key] = _reason(owners.get(key, []), read, program.left, misses)
+    whole = _whole_modules(why)
+    rows: dict[tuple[str, str], int] = {}
+    for key in sorted(why, key=lambda key: len(planned.infos[key].shape) < 2):
+        if why[key]:
+            ((name, _),), ((reason, _),) = (
+                fold([whole.get(key, key).removesuffix(".weight")]),
+                fold([why[key]]),
+            )
+            rows[name, reason] = rows.get((name, reason), 0) + 1
+    return [(name, count, reason) for (name, reason), count in rows.items()]
+
+
+def _whole_modules(why: Mapping[str, str]) -> dict[str, str]:
+    """Tensor -> `module.*`, of the outermost module whose tensors, more than two, stay for one reason."""
+    inside: dict[str, Counter[str]] = {}
+    for key, reason in why.items():
+        for owner in _owners(key):
+            inside.setdefault(owner, Counter())[reason] += 1
+    whole: dict[str, str] = {}
+    for key in why:
+        alone = [owner for owner in _owners(key) if len(inside[owner]) == 1 and inside[owner].total() > 2]
+        if alone:
+            whole[key] = f"{alone[0]}.*"
+    return whole
+
+
+def _owners(key: str) -> list[str]:
+    """The modules around a tensor, the outermost first; without numbers at their end, which lists have."""
+    words = key.split(".")
+    return [".".join(words[:end]) for end in range(1, len(words)) if not words[end - 1].isdigit()]
+
+
+def _reason(
+    names: Sequence[str], read: dict[str, Node], left: dict[str, str], misses: Mapping[str, str]
+) -> str:
+    """Why a tensor of the checkpoint, which holds the given parameters, stays as it is."""
+    if not names:
+        return "not part of the model's class: carried through"
+    if (name := next((name for name in names if name in read or name in left), None)) is None:
+        return "the text path never reads it"
+    if name not in read:
+        return left[name]
+    readers = list(_readers(read[name]))
+    is_table = any(reader.target is _ATEN.embedding.default for reader in readers)
+    known = left.get(name) or misses.get(name)
+    if known is not None:
+        return f"an embedding, and {known}" if is_table else known
+    if is_table:
+        return "an embedding"
+    if len(shape_of(read[name])) < 2:
+        return "a vector: norm, bias or scale"
+    if any("conv" in str(reader.target) for reader in readers):
+        return "a convolution"
+    if (leaf := next((r for r in readers if r.target is dialect.LEAF), None)) is not None:
+        return f"inside the opaque call {str(leaf.args[0]).partition(':')[2]}"
+    matmuls = [matmul for reader in readers if (matmul := as_weight_matmul(reader)) is not None]
+    if any(map(multiplies_experts, matmuls)):
+        return "experts, and no pass of the spec quantizes experts"
+    return f"read by {format_target(readers[0].target)}, which is no linear"
+
+
+def _readers(parameter: Node) -> Iterator[Node]:
+    """What uses a parameter, past views and picks of it."""
+    stack = list(parameter.users)
+    while stack:
+        node = stack.pop()
+        if node.target in VIEWS or node.target in PICKS:
+            stack += node.users
+        else:
+            yield node

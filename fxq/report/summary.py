@@ -1,0 +1,197 @@
+"""What a compilation did, in figures: for people as a table, for programs as a mapping."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph
+
+from fxq.graph import dialect
+from fxq.graph.arguments import node_at
+from fxq.graph.program import Program
+from fxq.graph.structure.experts import is_expert, multiplies_experts
+from fxq.graph.structure.matmuls import weight_matmuls
+from fxq.graph.structure.views import parameter_name, root
+from fxq.pipeline.facts import is_weight_quantize
+from fxq.run.bootstrap import UNSEEN_INPUT_AMAX
+
+# Correct NVFP4 weights are at 18 to 22 dB, FP8 above 25.
+LEAST_SQNR_DB = 18
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+_NODE_NUMBER = re.compile(r"(%\w*?)(_\d+)+\b")
+
+
+@dataclass
+class Report:
+    """Counts and measurements of one compilation; None where something was not measured.
+
+    sqnr_db: 10 log10(sum w**2 / sum (w - w')**2) over all quantized weights; worst_*: the weight with the
+    lowest. groups: sets of emitted linears (q/k/v, gate/up, ...) that share their global scales.
+    bits_per_weight: bytes of the quantized linears, scales included, times 8, by their weights.
+    """
+
+    spec: str
+    quantize_nodes: int = 0
+    expert_nodes: int = 0
+    linear_nodes: int = 0
+    input_nodes: int = 0
+    kv_nodes: int = 0
+    experts: int = 0
+    dead_experts: int | None = None
+    bootstrapped: int = 0
+    unseen_inputs: int = 0
+    groups: int = 0
+    calibration_tokens: int = 0
+    tensors_quantized: int | None = None
+    tensors_excluded: int | None = None
+    bits_per_weight: float | None = None
+    sqnr_db: float | None = None
+    expert_sqnr_db: float | None = None
+    worst_tensor: str | None = None
+    worst_sqnr_db: float | None = None
+    source_bytes: int | None = None
+    output_bytes: int | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    out: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_host_bytes: int | None = None
+    peak_device_bytes: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return asdict(self)
+
+    def count(self, graph: Graph, program: Program) -> None:
+        """Fill in what the calibrated graph and its values say."""
+        for node in graph.nodes:
+            if node.target is dialect.QUANTIZE:
+                self.quantize_nodes += 1
+                if node.kwargs["scale"] in dialect.INPUT_SCALES.values():
+                    self.input_nodes += 1
+                elif not is_weight_quantize(node):
+                    self.kv_nodes += 1
+                elif is_expert(node_at(node, 0)):
+                    self.expert_nodes += 1
+                else:
+                    self.linear_nodes += 1
+        self.groups = _shared_scales(program.graph)
+        self.warnings += [*program.notes, *unquantized(graph, program)]
+        self.bootstrapped = len(program.bootstrapped)
+        holes = {n.name: n for n in graph.nodes if n.target is dialect.AMAX}
+        self.unseen_inputs = sum(
+            1
+            for n in program.bootstrapped
+            if n in holes
+            and root(node_at(holes[n], 0)) is None
+            and float(program.values[n]) == UNSEEN_INPUT_AMAX
+        )
+        layers = _experts_by_layer(program.tokens)
+        self.experts = sum(len(counts) for counts in layers.values())
+        self.dead_experts = sum(int((counts == 0).sum()) for counts in layers.values()) if layers else None
+        if self.unseen_inputs:
+            self.warnings.append(
+                f"{self.unseen_inputs} input amaxes saw no data and hold a constant: give calibration "
+                "text for accuracy"
+            )
+
+    def measure(self, errors: Mapping[tuple[str, int | None], tuple[float, float]]) -> None:
+        """Fill in the signal-to-noise figures from per-weight (squared error, energy)."""
+        self.sqnr_db = sqnr_db(errors.values())
+        self.expert_sqnr_db = sqnr_db(v for (_, expert), v in errors.items() if expert is not None)
+        worst = min(errors, key=lambda name: _ratio(errors[name]), default=None)
+        if worst is not None:
+            self.worst_tensor = worst[0] + (f" expert {worst[1]}" if worst[1] is not None else "")
+            self.worst_sqnr_db = sqnr_db([errors[worst]])
+
+    def losses(self, zeros: Sequence[str], not_finite: Sequence[str]) -> Iterator[str]:
+        """Which weights have become zeros or the worst of noise, and which tensors were broken before."""
+        if zeros:
+            yield (
+                f"{_names(zeros)}: all values become zero, so small are they, alone or beside those that "
+                "they share a scale with"
+            )
+        elif self.worst_sqnr_db is not None and self.worst_sqnr_db < LEAST_SQNR_DB:
+            yield (
+                f"{self.worst_tensor}: its error is at {self.worst_sqnr_db:.1f} dB; what suits the format "
+                f"is at {LEAST_SQNR_DB} dB and more"
+            )
+        if not_finite:
+            yield f"{_names(not_finite)}: NaN or Inf in what is carried through as it is"
+
+
+def _names(names: Sequence[str]) -> str:
+    """Names counted and folded; a single one in full."""
+    if len(names) == 1:
+        return names[0]
+    return f"{len(names)} tensors ({', '.join(name for name, _ in fold(names))})"
+
+
+def unquantized(graph: Graph, program: Program) -> Iterator[str]:
+    """What was left although the spec asked for it, and experts that it did not ask for."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in program.left.items():
+        by_reason.setdefault(fold([reason])[0][0], []).append(name)
+    for reason, names in by_reason.items():
+        yield f"{_listed(names, program)}: {reason}"
+    quantized = {parameter_name(node) for node in graph.nodes if is_weight_quantize(node)}
+    stacks: dict[str, list[str]] = {}
+    for matmul in weight_matmuls(graph):
+        name = str(matmul.parameter.target)
+        if is_expert(matmul.w) and name not in quantized and name not in program.left:
+            routed = multiplies_experts(matmul)
+            why = (
+                "no pass of the spec quantizes experts"
+                if routed
+                else "stacked, but no tokens are routed to it"
+            )
+            stacks.setdefault(why, []).append(name)
+    for why, names in stacks.items():
+        yield f"{_listed(list(dict.fromkeys(names)), program)}: {why}"
+
+
+def _listed(names: Sequence[str], program: Program) -> str:
+    """Parameters counted, under the names of the checkpoint."""
+    stored = program.hub.names
+    keys = [key for n in names for key in ([part[0] for part in stored[n].keys] if n in stored else [n])]
+    patterns = ", ".join(pattern for pattern, _ in fold(key.removesuffix(".weight") for key in keys))
+    return f"{len(names)} weight{'s' * (len(names) > 1)} left unquantized ({patterns})"
+
+
+def fold(names: Iterable[str]) -> list[tuple[str, int]]:
+    """(name, how many) with the numbers of layers and experts as `*`, and nodes without theirs; in order."""
+    return list(Counter(_NODE_NUMBER.sub(r"\1", _NUMBER.sub("*", name)) for name in names).items())
+
+
+def _shared_scales(lowered: Graph) -> int:
+    """How many sets of two or more emitted linears have one weight amax."""
+    linears: dict[Any, int] = {}
+    for node in lowered.nodes:
+        if node.target is dialect.STORE_LINEAR:
+            amax = node_at(node_at(node, 1), 1)
+            linears[amax] = linears.get(amax, 0) + 1
+    return sum(1 for count in linears.values() if count > 1)
+
+
+def sqnr_db(pairs: Any) -> float | None:
+    """10 log10(total energy / total squared error) of (squared error, energy) pairs; None without any."""
+    error, energy = (
+        (sum(column) for column in zip(*pairs, strict=True)) if (pairs := list(pairs)) else (0.0, 0.0)
+    )
+    if energy == 0:
+        return None
+    return 10 * math.log10(energy / error) if error > 0 else math.inf
+
+
+def _ratio(pair: tuple[float, float]) -> float:
+    return pair[1] / pair[0] if pair[0] else math.inf
+
+
+def _experts_by_layer(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Token counts per experts module: its up and down weights see the same tokens."""
+    return {name.rpartition(".")[0]: counts for name, counts in tokens.items()}

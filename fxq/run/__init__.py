@@ -1,0 +1,1 @@
+"""Running a graph: streaming over batches, statistics, simulation, weights on their way."""

@@ -1,0 +1,1 @@
+"""The graph for people: folded text, selections, reasons, a page."""

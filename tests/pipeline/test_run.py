@@ -1,0 +1,260 @@
+"""Passes run in an order that their facts allow, and are held to what they promise."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxq.errors import SpecError, VerifyError
+from fxq.graph import edit
+from fxq.graph.hub import Hub, Part, Stored
+from fxq.graph.pattern import Match, Miss
+from fxq.graph.program import Program
+from fxq.graph.text import dump, parse
+from fxq.graph.verify import verify
+from fxq.passes import PASSES
+from fxq.pipeline.base import CalibrationPass, Pass, Session
+from fxq.pipeline.facts import Fact
+from fxq.pipeline.run import check_order, needs_data, run
+from fxq.pipeline.spec import load, shipped
+from tests.passes.golden import Tensors
+
+MODEL = """\
+%ids : i64[1,4] = placeholder()
+%table : bf16[8,32] = @embed_tokens.weight
+%x : bf16[1,4,32] = aten.embedding(%table, %ids)
+%q : bf16[32,32] = @layers.0.self_attn.q_proj.weight
+%q_out : bf16[1,4,32] = aten.linear(%x, %q)
+%q_heads : bf16[1,1,4,32] = aten.unsqueeze(%q_out, 1)
+%k : bf16[32,32] = @layers.0.self_attn.k_proj.weight
+%k_out : bf16[1,4,32] = aten.linear(%x, %k)
+%k_heads : bf16[1,1,4,32] = aten.unsqueeze(%k_out, 1)
+%v : bf16[32,32] = @layers.0.self_attn.v_proj.weight
+%v_out : bf16[1,4,32] = aten.linear(%x, %v)
+%v_heads : bf16[1,1,4,32] = aten.unsqueeze(%v_out, 1)
+%attention : bf16[1,1,4,32] = aten.scaled_dot_product_attention(%q_heads, %k_heads, %v_heads)
+%tokens : bf16[4,32] = aten.view(%attention, [4, 32])
+%router : bf16[2,32] = @layers.0.mlp.gate.weight
+%r : bf16[4,2] = aten.linear(%tokens, %router)
+%which : i64[4] = aten.argmax(%r, -1)
+%w : bf16[2,16,32] = @layers.0.mlp.experts.up_proj
+%picked : bf16[4,16,32] = aten.index.Tensor(%w, [%which])
+%column : bf16[4,32,1] = aten.unsqueeze(%tokens, -1)
+%bmm : bf16[4,16,1] = aten.bmm(%picked, %column)
+%up_out : bf16[4,16] = aten.squeeze.dim(%bmm, -1)
+%act : bf16[4,16] = aten.relu(%up_out)
+%shared : bf16[32,16] = @layers.0.mlp.shared.down_proj.weight
+%d : bf16[4,32] = aten.linear(%act, %shared)
+%lm : bf16[8,32] = @lm_head.weight
+%logits : bf16[4,8] = aten.linear(%d, %lm)
+return [%logits]
+"""
+EXPERTS = Stored(
+    (Part(("layers.0.mlp.experts.0.up_proj.weight", "layers.0.mlp.experts.1.up_proj.weight"), range(16)),),
+    stacked=True,
+)
+HUB = Hub(stored={"layers.0.mlp.experts.up_proj": EXPERTS}, names={"layers.0.mlp.experts.up_proj": EXPERTS})
+
+
+def holds(program: Program) -> str | None:
+    return None
+
+
+def fails(program: Program) -> str | None:
+    return "it does not"
+
+
+def doubled(program: Program) -> str | None:
+    """Holds once the graph has a node called `twice`."""
+    return None if any(node.name == "twice" for node in program.graph.nodes) else "no node is called twice"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass with facts of its own; `does` is what it does to the graph."""
+
+    name: ClassVar[str] = "step"
+    requires: tuple[Fact, ...] = ()  # type: ignore[misc]
+    ensures: tuple[Fact, ...] = ()  # type: ignore[misc]
+    breaks: tuple[Fact, ...] = ()  # type: ignore[misc]
+    does: str = "nothing"
+
+    def sites(self, program: Program) -> Iterable[Match | Miss]:
+        return ()
+
+    def run(self, program: Program) -> int:
+        x = next(iter(program.graph.nodes))
+        if self.does == "double":
+            edit.replace(x, edit.call(program.graph, "twice", torch.ops.aten.add.Tensor, x, x))
+        if self.does == "break":
+            x.meta["val"] = torch.empty(3, device="meta")
+        return int(self.does == "double")
+
+
+@dataclass(frozen=True)
+class Calibration(Step):
+    """A calibration pass that fills one value."""
+
+    name: ClassVar[str] = "calibration"
+    needs_data: ClassVar[bool] = True
+
+    def calibrate(self, program: Program, session: Session) -> int:
+        program.values["a"] = torch.tensor(2.0)
+        return 1
+
+
+def small() -> Program:
+    return Program(parse("%x : f32[4] = placeholder()\n%y : f32[4] = aten.relu(%x)\nreturn [%y]\n"))
+
+
+def steps(*found: Step) -> list[Pass]:
+    return list(found)  # type: ignore[arg-type]
+
+
+def test_order_is_right_when_a_pass_before_ensures_what_is_required() -> None:
+    check_order(steps(Step(ensures=(holds,)), Step(), Step(requires=(holds,))), ["s.yaml"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([Step(requires=(holds,))], "s.yaml: pass 1, step, requires holds; no pass here ensures it"),
+        (
+            [Step(requires=(holds,)), Calibration(ensures=(holds,))],
+            "s.yaml: pass 1, step, requires holds; calibration ensures it and must come before",
+        ),
+        (
+            [Calibration(ensures=(holds,)), Step(breaks=(holds,)), Step(requires=(holds,))],
+            "s.yaml: pass 3, step, requires holds; calibration ensures it and must come before",
+        ),
+        ([Step(requires=(holds,), ensures=(holds,))], "s.yaml: pass 1, step, requires holds"),
+    ],
+)
+def test_a_wrong_order_is_an_error(passes: list[Step], message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        check_order(steps(*passes), ["s.yaml"] * len(passes))
+    assert message in str(caught.value)
+
+
+def test_a_pass_may_ensure_again_what_it_breaks() -> None:
+    check_order(steps(Step(breaks=(holds,), ensures=(holds,)), Step(requires=(holds,))), ["s.yaml"] * 2)
+
+
+def test_a_pass_that_does_not_do_what_it_ensures_is_an_error() -> None:
+    with pytest.raises(VerifyError, match="step ensures doubled: no node is called twice"):
+        run(steps(Step(ensures=(doubled,))), small())
+    run(steps(Step(ensures=(doubled,), does="double")), small())
+
+
+def test_a_pass_whose_graph_lacks_what_it_requires_is_an_error_before_it_runs() -> None:
+    program = small()
+    before = dump(program.graph)
+    with pytest.raises(VerifyError, match="step requires fails: it does not"):
+        run(steps(Step(requires=(fails,), does="double")), program)
+    assert dump(program.graph) == before
+
+
+def test_a_pass_that_leaves_a_broken_graph_is_an_error() -> None:
+    with pytest.raises(VerifyError, match="%y: expected type"):
+        run(steps(Step(does="break")), small())
+
+
+def test_a_broken_graph_never_reaches_a_pass() -> None:
+    program = small()
+    next(iter(program.graph.nodes)).meta["val"] = torch.empty(5, device="meta")
+    with pytest.raises(VerifyError, match="%y: expected type"):
+        run(steps(Step(requires=(fails,))), program)
+
+
+def test_every_stage_is_seen_tidy_and_with_its_count() -> None:
+    seen: list[tuple[str, int, str]] = []
+    run(
+        steps(Step(does="double"), Step()),
+        small(),
+        after=lambda step, program, count: seen.append((step.name, count, dump(program.graph))),
+    )
+    assert [(name, count) for name, count, _ in seen] == [("step", 1), ("step", 0)]
+    assert seen[0][2].splitlines()[1] == "%twice : f32[4] = aten.add.Tensor(%x, %x)"
+
+
+def test_a_calibration_pass_runs_only_with_a_session_and_is_only_then_held_to_its_word() -> None:
+    program = small()
+    run(steps(Calibration(ensures=(fails,))), program)
+    assert program.values == {}
+    with pytest.raises(VerifyError, match="calibration ensures fails"):
+        run(steps(Calibration(ensures=(fails,))), program, Session(Tensors({})))
+    assert float(program.values["a"]) == 2.0
+
+
+def test_the_pass_that_needs_data_is_named() -> None:
+    assert needs_data(steps(Step(), Calibration())) == "calibration"
+    assert needs_data(steps(Step())) is None
+    for name in shipped():
+        assert needs_data(load(name, PASSES).passes) == (None if "weight_only" in name else "calibrate-max")
+
+
+@pytest.mark.parametrize("name", list(PASSES))
+def test_every_pass_keeps_the_protocol(name: str) -> None:
+    step = PASSES[name]()
+    assert isinstance(step, Pass)
+    assert step.name == name
+    assert isinstance(step, CalibrationPass) == (name in ("calibrate-max", "calibrate-bootstrap"))
+    with pytest.raises(AttributeError):
+        step.name = "other"  # type: ignore[misc]
+
+
+@pytest.fixture(params=list(shipped()))
+def spec(request: pytest.FixtureRequest) -> Iterator[str]:
+    return request.param
+
+
+def test_every_shipped_spec_runs_over_a_small_graph_without_weights(spec: str) -> None:
+    program = Program(parse(MODEL), HUB)
+    run(load(spec, PASSES).passes, program)
+    verify(program.graph)
+    text = dump(program.graph)
+    assert dump(parse(text)) == text
+    stored = {
+        str(node.args[0]) for node in program.graph.nodes if str(node.target).startswith("fxq.store_linear")
+    }
+    experts = {f"layers.0.mlp.experts.{e}.up_proj" for e in (0, 1)}
+    mlp = {"layers.0.mlp.shared.down_proj"}
+    attention = {f"layers.0.self_attn.{p}_proj" for p in "qkv"}
+    expected = (
+        experts
+        if "experts_only" in spec
+        else experts | mlp
+        if "mlp_only" in spec
+        else experts | mlp | attention
+    )
+    assert stored == expected
+    caches = [node for node in program.graph.nodes if str(node.target).startswith("fxq.store_kv")]
+    assert [node.args[0] for node in caches] == (["layers.0.self_attn"] if spec.endswith("_kv") else [])
+    assert [any(isinstance(a, torch.fx.Node) for a in node.args) for node in caches] == [
+        spec.endswith("-fp8_kv")
+    ] * len(caches)
+    copied = {str(node.args[0]) for node in program.graph.nodes if str(node.target) == "fxq.store.default"}
+    assert {"embed_tokens.weight", "lm_head.weight", "layers.0.mlp.gate.weight"} <= copied
+    assert not {f"{linear}.weight" for linear in stored} & copied, "nothing is stored twice"
+    packs = [node for node in program.graph.nodes if str(node.target).startswith("fxq.pack_nvfp4")]
+    modes = {node.kwargs["scale"] for node in packs}  # FP8 weights have no block scales to search
+    assert modes == {"mse" if "mse" in spec else "max"}
+
+
+def test_every_shipped_spec_fills_every_amax(spec: str) -> None:
+    program = Program(parse(MODEL), HUB)
+    weights = {str(n.target): n.meta["val"] for n in program.graph.nodes if n.op == "get_attr"}
+    held: dict[str, Tensor] = {name: torch.ones(val.shape, dtype=val.dtype) for name, val in weights.items()}
+    passes = load(spec, PASSES).passes
+    run(passes, program, Session(Tensors(held), batches=[torch.tensor([[0, 1, 2, 3]])]))
+    wanted = {str(node.args[0]) for node in program.graph.nodes if str(node.target).startswith("fxq.value")}
+    assert wanted <= set(program.values)
+    assert all(float(value) > 0 and torch.isfinite(value) for value in program.values.values())
+    dead = {"w_e1_amax"}  # all router outputs are equal, so every token goes to expert 0
+    assert dead <= program.bootstrapped
+    if needs_data(passes):
+        assert program.bootstrapped == dead
+        assert program.tokens["layers.0.mlp.experts.up_proj"].tolist() == [4, 0]

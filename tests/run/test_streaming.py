@@ -1,0 +1,349 @@
+"""Interpreters on hand-built graphs, with a source that counts what is read and what is still alive."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fxq.errors import SourceError
+from fxq.graph import dialect, text
+from fxq.graph.hub import Hub
+from fxq.graph.program import Program
+from fxq.numbers import nvfp4
+from fxq.run import loader as loading
+from fxq.run.bootstrap import Bootstrap
+from fxq.run.streaming import Max, Simulate, Streaming, Unquantized
+from fxq.run.weights import WeightCone
+
+CPU = torch.device("cpu")
+DEPTH, EXPERTS = 6, 4
+
+
+class Counting:
+    """A weight source over a dictionary: hands out copies, and knows which of them are alive."""
+
+    concurrent = False
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors, self.hub = tensors, Hub()
+        self.reads: Counter[str] = Counter()
+        self.handed: list[tuple[StorageWeakRef, int]] = []
+        self.peak_bytes = self.peak = 0
+
+    def _hand_out(self, name: str, tensor: Tensor, out: Tensor | None) -> Tensor:
+        self.reads[name] += 1
+        copy = tensor.clone() if out is None else out.copy_(tensor)
+        self.handed.append((StorageWeakRef(copy.untyped_storage()), copy.nbytes))
+        self.look()
+        return copy
+
+    def look(self) -> None:
+        """Note how much of what was handed out is still alive."""
+        sizes = [size for storage, size in self.handed if not storage.expired()]
+        self.peak, self.peak_bytes = max(self.peak, len(sizes)), max(self.peak_bytes, sum(sizes))
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        return self._hand_out(name, self.tensors[name], out)
+
+    def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
+        return self._hand_out(f"{name}[{expert}]", self.tensors[name][expert], out)
+
+    def read_hub(self, key: str, part: range | None = None) -> Tensor:
+        whole = self.read(key)
+        return whole if part is None else whole[part.start : part.stop]
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def _program(lines: Sequence[str]) -> Program:
+    return Program(text.parse("\n".join(lines)))
+
+
+IDS = ["%ids : i64[2,3] = placeholder()", "%flat : i64[6] = aten.view(%ids, [-1])", "%emb : f32[8,16] = @emb"]
+IDS += ["%x : f32[6,16] = aten.embedding(%emb, %flat)"]
+
+
+def _chain() -> tuple[Program, Counting]:
+    """DEPTH linears after an embedding, each weight just before its use."""
+    lines, h = list(IDS), "%x"
+    for i in range(DEPTH):
+        lines += [f"%w{i} : f32[16,16] = @w{i}", f"%h{i} : f32[6,16] = aten.linear({h}, %w{i})"]
+        h = f"%h{i}"
+    tensors = {"emb": _random(8, 16)} | {f"w{i}": _random(16, 16, seed=i) for i in range(DEPTH)}
+    return _program([*lines, f"return [{h}]"]), Counting(tensors)
+
+
+def _quantized(name: str, of: str, shape: str, scale: str) -> list[str]:
+    return [
+        f"%{name}_amax : f32[] = fxq.amax({of})",
+        f"%{name}_q : f32[{shape}] = fxq.quantize({of}, %{name}_amax, format='nvfp4', scale='{scale}')",
+    ]
+
+
+def _experts(scale: str = "max") -> tuple[Program, Counting]:
+    """Token t goes to expert t % 4 and is quantized; ids 0 to 7 choose tokens and experts."""
+    lines = [*IDS, f"%experts : i64[6] = aten.remainder.Scalar(%flat, {EXPERTS})", "%w : f32[4,32,16] = @w"]
+    for e in range(EXPERTS):
+        lines += [
+            f"%w_e{e} : f32[32,16] = fxq.slice(%w, {e})",
+            *_quantized(f"w_e{e}", f"%w_e{e}", "32,16", scale),
+        ]
+    lines += [f"%w_q : f32[4,32,16] = fxq.stack([{', '.join(f'%w_e{e}_q' for e in range(EXPERTS))}])"]
+    lines += [
+        *_quantized("x", "%x", "6,16", "dynamic"),
+        "%y : f32[6,32] = fxq.expert_linear(%x_q, %w_q, %experts)",
+    ]
+    scales = torch.tensor([1.0, 10.0, 0.1, 5.0])[:, None, None]
+    tensors = {"emb": _random(8, 16), "w": _random(EXPERTS, 32, 16) * scales}
+    return _program([*lines, "return [%y]"]), Counting(tensors)
+
+
+def _ids(*rows: Sequence[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+BATCHES = [_ids([0, 1, 2], [3, 4, 5]), _ids([7]), _ids([1, 1, 6, 2, 0, 3, 3])]
+
+
+def test_each_weight_is_read_once_for_any_number_of_batches() -> None:
+    program, source = _chain()
+    outputs = Streaming(program, source, CPU).run_batches(BATCHES * 3)
+    assert source.reads == Counter(source.tensors.keys())
+    for ids, output in zip(BATCHES * 3, outputs, strict=True):
+        wanted = source.tensors["emb"][ids.flatten()]
+        for i in range(DEPTH):
+            wanted = torch.nn.functional.linear(wanted, source.tensors[f"w{i}"])
+        assert torch.equal(output, wanted)
+
+
+def test_a_weight_is_freed_after_its_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", 1)
+    program, source = _chain()
+    Streaming(program, source, CPU, step=source.look).run_batches([_ids([7])])
+    assert source.peak <= 2  # the one in use, and at most the next
+    assert source.peak_bytes <= 2 * 16 * 16 * 4
+    source.peak = 0
+    source.look()
+    assert source.peak == 0
+
+
+def test_only_what_reduce_keeps_of_each_output_stays() -> None:
+    program, source = _chain()
+    kept = Streaming(program, source, CPU, reduce=lambda y, i: (i, tuple(y.shape))).run_batches(BATCHES)
+    assert kept == [(0, (6, 16)), (1, (1, 16)), (2, (7, 16))]
+
+
+def test_no_batches_give_no_outputs() -> None:
+    program, source = _chain()
+    assert Streaming(program, source, CPU).run_batches([]) == []
+
+
+def _max(program: Program, source: Counting, batches: Sequence[Tensor]) -> Max:
+    interpreter = Max(program, source, CPU)  # type: ignore[arg-type]
+    interpreter.run_batches(batches)
+    return interpreter
+
+
+def test_max_records_exact_amaxes_over_batches_of_different_lengths() -> None:
+    program, source = _experts()
+    found = _max(program, source, BATCHES)
+    tokens = torch.cat([b.flatten() for b in BATCHES])
+    assert found.values["x_amax"] == source.tensors["emb"][tokens].abs().max()
+    for e in range(EXPERTS):
+        assert found.values[f"w_e{e}_amax"] == source.tensors["w"][e].abs().max()
+    assert all(v.dtype == torch.float32 and v.shape == () for v in found.values.values())
+    assert source.reads == Counter(["emb", "w"])
+
+
+def test_max_counts_the_tokens_of_each_expert_over_all_batches() -> None:
+    program, source = _experts()
+    tokens = torch.cat([b.flatten() for b in BATCHES])
+    wanted = torch.bincount(tokens % EXPERTS, minlength=EXPERTS)
+    assert torch.equal(_max(program, source, BATCHES).tokens["w"], wanted)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_max_does_not_depend_on_the_order_or_the_cut_of_batches(order: int) -> None:
+    program, source = _experts()
+    rows = [_ids([t]) for b in BATCHES for t in b.flatten().tolist()][::order]
+    one, other = _max(program, source, rows), _max(program, source, BATCHES)
+    assert one.values == other.values
+    assert torch.equal(one.tokens["w"], other.tokens["w"])
+
+
+def test_max_leaves_dead_experts_to_bootstrap_which_reads_only_those() -> None:
+    program, source = _experts()
+    found = _max(program, source, [_ids([0, 2, 4, 6])])
+    assert found.tokens["w"].tolist() == [2, 0, 2, 0]
+    assert set(found.values) == {"x_amax", "w_e0_amax", "w_e2_amax"}
+    program.values.update(found.values)
+    source.reads.clear()
+    filled = Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
+    assert set(filled) == {"w_e1_amax", "w_e3_amax"}
+    assert filled["w_e1_amax"] == source.tensors["w"][1].abs().max()
+    assert filled["w_e3_amax"] == source.tensors["w"][3].abs().max()
+    assert set(source.reads) == {"w[1]", "w[3]"}
+
+
+def test_bootstrap_without_any_data_fills_everything_from_weights_alone() -> None:
+    program, source = _experts()
+    filled = Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
+    assert set(filled) == {n.name for n in program.graph.nodes if n.target is dialect.AMAX}
+    for e in range(EXPERTS):
+        assert filled[f"w_e{e}_amax"] == source.tensors["w"][e].abs().max()
+    assert torch.isfinite(filled["x_amax"])
+    assert filled["x_amax"] > 0
+    assert "emb" not in source.reads
+    assert "w" not in source.reads
+    assert max(source.reads.values()) == 1
+
+
+def test_bootstrap_of_weights_is_what_max_finds() -> None:
+    program, source = _experts()
+    everything = _max(program, source, [torch.arange(8)[None]]).values
+    filled = Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
+    assert {k: v for k, v in filled.items() if k != "x_amax"} == {
+        k: v for k, v in everything.items() if k != "x_amax"
+    }
+
+
+def _unrolled() -> tuple[Program, Counting]:
+    """Each expert's linear on its own rows: tokens 2e and 2e + 1 are expert e's, which may have none."""
+    lines = [*IDS, "%w : f32[4,32,16] = @w"]
+    for e in range(EXPERTS):
+        lines += [
+            f"%pick{e} : i64[6] = aten.floor_divide(%flat, 2)",
+            f"%mask{e} : bool[6] = aten.eq.Scalar(%pick{e}, {e})",
+            f"%x{e} : f32[6,16] = aten.index.Tensor(%x, [%mask{e}])",
+            *_quantized(f"x{e}", f"%x{e}", "6,16", "dynamic"),
+            f"%w_e{e} : f32[32,16] = fxq.slice(%w, {e})",
+            *_quantized(f"w_e{e}", f"%w_e{e}", "32,16", "max"),
+            f"%y{e} : f32[6,32] = aten.linear(%x{e}_q, %w_e{e}_q)",
+        ]
+    lines.append(f"%y : f32[24,32] = aten.cat([{', '.join(f'%y{e}' for e in range(EXPERTS))}])")
+    tensors = {"emb": _random(8, 16), "w": _random(EXPERTS, 32, 16)}
+    lines = [
+        line.replace("aten.floor_divide(%flat, 2)", "aten.__rshift__.Scalar(%flat, 1)") for line in lines
+    ]
+    return _program([*lines, "return [%y]"]), Counting(tensors)
+
+
+def test_an_input_that_no_token_reached_takes_the_largest_of_its_layer() -> None:
+    program, source = _unrolled()
+    found = _max(program, source, [_ids([0, 1]), _ids([4])])
+    assert not {"x1_amax", "x3_amax"} & set(found.values), "no token produced these: they are for bootstrap"
+    program.values.update(found.values)
+    filled = Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
+    largest = max(found.values["x0_amax"], found.values["x2_amax"])
+    assert filled["x1_amax"] == filled["x3_amax"] == largest
+    assert largest == source.tensors["emb"][[0, 1, 4]].abs().max()
+
+
+def test_an_input_is_never_filled_from_another_layer() -> None:
+    program, source = _unrolled()
+    program.values.update({"x0_amax": torch.tensor(2.0), "x2_amax": torch.tensor(3.0)})
+    filled = Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
+    assert filled["x1_amax"] == filled["x3_amax"] == 3
+
+
+@pytest.mark.parametrize("scale", ["max", "mse"])
+def test_simulation_is_quantizing_by_hand(scale: str) -> None:
+    program, source = _experts(scale)
+    amaxes = {f"w_e{e}_amax": source.tensors["w"][e].abs().max() * 1.25 for e in range(EXPERTS)}
+    program.values.update({**amaxes, "x_amax": torch.tensor(1.5)})
+    found = Simulate(program, source, CPU).run_batches(BATCHES)
+    w = torch.stack(
+        [
+            nvfp4.dequantize(nvfp4.quantize_weight(source.tensors["w"][e], amaxes[f"w_e{e}_amax"], scale))
+            for e in range(EXPERTS)
+        ]
+    )
+    for ids, y in zip(BATCHES, found, strict=True):
+        x = nvfp4.fake_quantize_activation(source.tensors["emb"][ids.flatten()], torch.tensor(1.5))
+        assert torch.equal(y, dialect.EXPERT_LINEAR(x, w, ids.flatten() % EXPERTS))
+
+
+def test_quantize_passes_through_where_the_model_is_wanted_as_it_was() -> None:
+    program, source = _experts()
+    for ids, y in zip(BATCHES, Unquantized(program, source, CPU).run_batches(BATCHES), strict=True):
+        x = source.tensors["emb"][ids.flatten()]
+        assert torch.equal(y, dialect.EXPERT_LINEAR(x, source.tensors["w"], ids.flatten() % EXPERTS))
+
+
+def test_max_sees_the_unquantized_model_downstream() -> None:
+    lines = [
+        *IDS,
+        "%w : f32[16,16] = @w",
+        *_quantized("w", "%w", "16,16", "max"),
+        *_quantized("x", "%x", "6,16", "dynamic"),
+    ]
+    lines += ["%y : f32[6,16] = aten.linear(%x_q, %w_q)", "%y_amax : f32[] = fxq.amax(%y)"]
+    source = Counting({"emb": _random(8, 16), "w": _random(16, 16)})
+    found = _max(_program([*lines, "return [%y, %y_amax]"]), source, [_ids([0, 5, 3])])
+    wanted = torch.nn.functional.linear(source.tensors["emb"][[0, 5, 3]], source.tensors["w"]).abs().max()
+    assert found.values["y_amax"] == wanted
+    assert found.values["w_amax"] == source.tensors["w"].abs().max()
+
+
+@pytest.mark.parametrize(("value", "word"), [(torch.nan, "NaN"), (torch.inf, "Inf"), (-torch.inf, "Inf")])
+def test_a_broken_expert_is_named_by_max_and_by_bootstrap(value: float, word: str) -> None:
+    program, source = _experts()
+    source.tensors["w"][2, 7, 5] = value
+    with pytest.raises(SourceError, match=f"w.*expert 2.*{word}") as caught:
+        _max(program, source, [torch.arange(8)[None]])
+    assert len(str(caught.value).splitlines()) <= 3
+    with pytest.raises(SourceError, match=f"w.*expert 2.*{word}"):
+        Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
+
+
+def test_batches_of_weights_come_in_the_memory_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", 1)
+    program, source = _chain()
+    weights = [n for n in program.graph.nodes if n.op == "get_attr"]
+    places = set()
+    cone = WeightCone(program, source, CPU)
+    for nodes, values in cone.batches([weights]):
+        assert torch.equal(values[0], source.tensors[str(nodes[0].target)])
+        places.add(values.data_ptr())
+        cone.release(values)
+    assert len(places) <= 4  # the one in use and the next; the first is the smallest and cannot be used again
+    assert len(places) < len(weights)
+
+
+def test_a_broken_activation_is_named() -> None:
+    program, source = _experts()
+    source.tensors["emb"][3, 3] = torch.nan
+    with pytest.raises(SourceError, match=r"x_amax.*NaN") as caught:
+        _max(program, source, BATCHES)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_a_broken_expert_that_no_token_reaches_is_found_by_bootstrap() -> None:
+    program, source = _experts()
+    source.tensors["w"][1, 0, 0] = torch.nan
+    program.values.update(_max(program, source, [_ids([0, 2])]).values)
+    with pytest.raises(SourceError, match="expert 1"):
+        Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
+
+
+def test_step_is_called_for_every_node() -> None:
+    program, source = _chain()
+    calls: list[None] = []
+    Streaming(program, source, CPU, step=lambda: calls.append(None)).run_batches(BATCHES)
+    assert len(calls) == len(program.graph.nodes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_does_not_fit_on_the_gpu_waits_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, source = _chain()
+    wanted = Streaming(program, source, torch.device("cuda")).run_batches(BATCHES)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    found = Streaming(program, source, torch.device("cuda")).run_batches(BATCHES)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
