@@ -22,9 +22,9 @@ from fxq.graph.hub import TensorInfo
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert
 from fxq.passes import PASSES
-from fxq.pipeline import run as pipeline
 from fxq.pipeline.base import Pass
 from fxq.pipeline.facts import is_weight_quantize
+from fxq.pipeline.run import run_passes
 from fxq.pipeline.spec import load
 from fxq.sources.conversion import hub_of, own_names, revert
 from fxq.trace.export import trace
@@ -97,7 +97,7 @@ def measure(name: str, layers: int | None, spec: str, table: Table) -> None:
             experts = sum(1 for n in weights if is_expert(n.args[0]))
             nodes = len(program.graph.nodes)
 
-    pipeline.run(load(spec, PASSES).passes, program, after=after)
+    run_passes(load(spec, PASSES).passes, program, after=after)
     done = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     table.add_row(

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import itertools
 import json
 import pickle
 import resource
@@ -30,15 +29,12 @@ from fxq.errors import CheckpointError, SourceError, SpecError, TraceError, choi
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
 from fxq.passes import PASSES
-from fxq.passes.calibrate_bootstrap import CalibrateBootstrap
-from fxq.passes.calibrate_mse import CalibrateMse
-from fxq.passes.lower import Lower
-from fxq.pipeline import run as pipeline
-from fxq.pipeline.base import Pass, Progress, Session, no_progress
+from fxq.pipeline.base import Progress, Session, bystanders, no_progress, with_flags
+from fxq.pipeline.run import needs_data, run_passes
 from fxq.pipeline.spec import Spec, load
 from fxq.report import files as report_files
 from fxq.report.files import Details
-from fxq.report.reasons import Reasons, excluded, groups
+from fxq.report.reasons import excluded, groups
 from fxq.report.summary import Report, fold
 from fxq.run import likelihood
 from fxq.run.bootstrap import Bootstrap
@@ -90,9 +86,8 @@ class Compiled:
         session: Session,
         report: Report,
         run: Callable[..., Run],
-        reasons: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._model, self._session, self._run, self._reasons = model, session, run, reasons
+        self._model, self._session, self._run = model, session, run
         self.program, self.report = program, report
 
     @property
@@ -138,7 +133,7 @@ class Compiled:
             name or str((model.config.get("architectures") or ["model"])[0]),
             tokens=program.tokens,
             groups=tuple(groups(program.graph)),
-            excluded=tuple(excluded(program, plan, self._reasons)),
+            excluded=tuple(excluded(program, plan)),
         )
         nodes = len(program.graph.nodes)
         if self._session.device.type == "cpu":
@@ -275,7 +270,7 @@ def compile(
     directory = _directory_of(model)
     if out is not None:
         check_output(Path(out).expanduser(), directory)
-    needing = pipeline.needs_data(chosen.passes)
+    needing = needs_data(chosen.passes)
     if needing is not None and calib is None:
         raise SpecError(
             f"{chosen.name}: {needing} needs calibration data; give --calib FILE.jsonl (calib=... in python)"
@@ -299,13 +294,12 @@ def compile(
             session = Session(opened.source, where, batches, progress)
             if work is not None:
                 session.found = work.calibrations()
-                session.writes = evaluate is None and _looks_at_no_amax(chosen.passes)
+                session.writes = evaluate is None
             report.calibration_tokens = sum(batch.numel() for batch in batches or ())
             with _timed(report, "passes"):
-                reasons = Reasons(chosen.passes, program)
-                pipeline.run(chosen.passes, program, session, after=reasons.look)
+                run_passes(chosen.passes, program, session, beside=bystanders(chosen.passes, PASSES))
             report.count(program.calibrated or program.graph, program)
-            compiled = Compiled(opened, program, session, report, run, reasons.of)
+            compiled = Compiled(opened, program, session, report, run)
             _measure_memory(report, where)
             if evaluate is not None:
                 compiled.perplexity(evaluate)
@@ -316,12 +310,6 @@ def compile(
             del aside
             compiled._write(work, planned, Path(out), shard_bytes)
     return compiled
-
-
-def _looks_at_no_amax(passes: Sequence[Pass]) -> bool:
-    """Whether no pass after calibrate-bootstrap may look at what it found."""
-    after = itertools.dropwhile(lambda step: not isinstance(step, CalibrateBootstrap), passes)
-    return all(type(step) in (CalibrateBootstrap, CalibrateMse, Lower) for step in after)
 
 
 def open_model(
@@ -473,14 +461,9 @@ def with_options(spec: Spec, format: str | None, allow_partial: bool) -> Spec:
     """The spec with what the command line says about its passes."""
     if format is not None and format not in checkpoint.FORMATS:
         raise SpecError(f"no output format is called {format!r}; there are {choices(checkpoint.FORMATS)}")
-    options: dict[str, object] = {"format": format} if format is not None else {}
-    options |= {"partial": True} if allow_partial else {}
-    passes = []
-    for step in cast(Any, spec.passes):
-        known = {f.name for f in dataclasses.fields(step)} - ({"format"} if step.name != "lower" else set())
-        own = {name: value for name, value in options.items() if name in known}
-        passes.append(dataclasses.replace(step, **own))
-    return dataclasses.replace(spec, passes=tuple(passes))
+    flags: dict[str, object] = {"format": format} if format is not None else {}
+    flags |= {"partial": True} if allow_partial else {}
+    return dataclasses.replace(spec, passes=tuple(with_flags(step, flags) for step in spec.passes))
 
 
 def device_of(device: str | torch.device) -> torch.device:

@@ -18,11 +18,11 @@ from fxq.compile import Model
 from fxq.errors import FxqError
 from fxq.graph import dialect
 from fxq.graph.program import Program
-from fxq.pipeline import run as pipeline
-from fxq.pipeline.base import Pass
-from fxq.pipeline.run import needs_data
+from fxq.passes import PASSES
+from fxq.pipeline.base import Pass, bystanders
+from fxq.pipeline.run import needs_data, run_passes
 from fxq.pipeline.spec import Spec
-from fxq.report.reasons import Reasons, excluded, expert_tensors, groups
+from fxq.report.reasons import excluded, expert_tensors, groups
 from fxq.report.summary import unquantized
 
 
@@ -63,10 +63,11 @@ class Preview:
 
 def preview(model: Model, spec: Spec) -> Preview:
     """What `spec` would do to `model`; raises as `fxq.compile` would before it calibrates."""
-    program = dataclasses.replace(
-        model.program, graph=copy.deepcopy(model.program.graph), values={}, notes=[], left={}
+    traced = model.program
+    program = Program(
+        copy.deepcopy(traced.graph), traced.hub, constants=traced.constants, accepts=traced.accepts
     )
-    reasons = _run(program, spec)
+    run_passes(spec.passes, program, beside=bystanders(spec.passes, PASSES))
     source = sum(nbytes(info) for info in program.hub.tensors.values())
     weights = sum(nbytes(info) // info.dtype.itemsize for info in program.hub.tensors.values())
     made = Preview(
@@ -88,7 +89,7 @@ def preview(model: Model, spec: Spec) -> Preview:
         experts=len(experts),
         linears=len(planned.linears) - len(experts),
         groups=tuple(groups(program.graph)),
-        excluded=tuple(excluded(program, planned, reasons.of)),
+        excluded=tuple(excluded(program, planned)),
         kv_cache=_kv_cache(program.graph),
         output_bytes=output,
         bits_per_weight=8 * output / weights,
@@ -103,7 +104,7 @@ def previews(model: Model, specs: Iterable[Spec]) -> Iterator[Preview]:
     """
     made: dict[tuple[Pass, ...], Preview] = {}
     for spec in specs:
-        key = tuple(step for step in spec.passes if not step.name.startswith("calibrate-"))
+        key = tuple(step for step in spec.passes if not step.only_values)
         if key not in made:
             try:
                 made[key] = preview(model, spec)
@@ -115,13 +116,6 @@ def previews(model: Model, specs: Iterable[Spec]) -> Iterator[Preview]:
             description=spec.description,
             needs_data=needs_data(spec.passes) is not None,
         )
-
-
-def _run(program: Program, spec: Spec) -> Reasons:
-    """Run the passes without calibrating; why quantize-linears left what it left when its turn came."""
-    reasons = Reasons(spec.passes, program)
-    pipeline.run(spec.passes, program, after=reasons.look)
-    return reasons
 
 
 def _kv_cache(lowered: Graph) -> str:

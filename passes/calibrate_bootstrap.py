@@ -7,23 +7,22 @@ from typing import ClassVar
 from fxq.graph import dialect
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
-from fxq.pipeline.base import Session
+from fxq.pipeline.base import CalibrationPass, Session
 from fxq.pipeline.facts import Fact, amaxes_filled
 from fxq.run.bootstrap import Bootstrap
 
 
 @dataclass(frozen=True)
-class CalibrateBootstrap:
+class CalibrateBootstrap(CalibrationPass):
     """A weight's amax comes from the weight; an input's from its layer's inputs, else a constant.
 
     If the program is written at once, the amax that only its own weight needs is found when that is packed.
     """
 
     name: ClassVar[str] = "calibrate-bootstrap"
-    requires: ClassVar[tuple[Fact, ...]] = ()
     ensures: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
-    breaks: ClassVar[tuple[Fact, ...]] = ()
     needs_data: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every amax node: empty ones fire."""
@@ -33,13 +32,11 @@ class CalibrateBootstrap:
             elif node.target is dialect.AMAX:
                 yield Miss("empty amax", node, "calibration data reached it", depth=1)
 
-    def run(self, program: Program) -> int:
-        return 0
-
     def calibrate(self, program: Program, session: Session) -> int:
         empty = [site.node.name for site in self.sites(program) if isinstance(site, Match)]
         with session.progress("calibrate-bootstrap", len(empty)) as step:
             bootstrap = Bootstrap(program, session.source, session.device)
-            program.values.update(bootstrap.run(step, shared_only=session.writes))
+            later = session.writes and not session.values_are_read
+            program.values.update(bootstrap.run(step, shared_only=later))
         program.bootstrapped.update(empty)
         return len(empty)

@@ -7,30 +7,22 @@ from typing import ClassVar
 from fxq.graph import dialect
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
-from fxq.pipeline.base import Session
-from fxq.pipeline.facts import Fact
+from fxq.pipeline.base import CalibrationPass, Session
 from fxq.run.streaming import Max
 
 
 @dataclass(frozen=True)
-class CalibrateMax:
+class CalibrateMax(CalibrationPass):
     """Amax of activations over all tokens, tokens per expert, and the weight amax of the experts that
     were reached."""
 
     name: ClassVar[str] = "calibrate-max"
-    requires: ClassVar[tuple[Fact, ...]] = ()
-    ensures: ClassVar[tuple[Fact, ...]] = ()
-    breaks: ClassVar[tuple[Fact, ...]] = ()
-    needs_data: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every amax node."""
         for node in program.graph.nodes:
             if node.target is dialect.AMAX:
                 yield Match("amax", node, {"t": node.args[0]})
-
-    def run(self, program: Program) -> int:
-        return 0
 
     def calibrate(self, program: Program, session: Session) -> int:
         with session.progress("calibrate-max", len(program.graph.nodes)) as step:

@@ -8,12 +8,12 @@ from typing import ClassVar
 from fxq.graph import dialect
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
-from fxq.pipeline.base import nothing_matched
+from fxq.pipeline.base import Pass, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, is_weight_quantize
 
 
 @dataclass(frozen=True)
-class CalibrateMse:
+class CalibrateMse(Pass):
     """Mark the quantize nodes of weights `scale='mse'`.
 
     The scales follow from the weight and the group's amax alone, so they are found where the weight is read
@@ -22,8 +22,8 @@ class CalibrateMse:
 
     name: ClassVar[str] = "calibrate-mse"
     requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared, amaxes_filled)
-    ensures: ClassVar[tuple[Fact, ...]] = ()
-    breaks: ClassVar[tuple[Fact, ...]] = ()
+    only_values: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = False
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every quantize node; activations and other formats miss."""
@@ -45,10 +45,9 @@ class CalibrateMse:
                 yield Match("weight quantize", node, {"w": node.args[0]})
 
     def run(self, program: Program) -> int:
-        sites = list(self.sites(program))
-        matches = [site for site in sites if isinstance(site, Match)]
-        if not any(isinstance(site, Match) or site.depth for site in sites):
+        if not any(isinstance(site, Match) or site.depth for site in self.sites(program)):
             raise nothing_matched(self, program, "quantized weights in blocks")
-        for site in matches:
-            site.node.kwargs = {**site.node.kwargs, "scale": "mse"}
-        return len(matches)
+        return super().run(program)
+
+    def rewrite(self, site: Match) -> None:
+        site.node.kwargs = {**site.node.kwargs, "scale": "mse"}

@@ -16,6 +16,7 @@ from fxq.graph.program import Program
 from fxq.graph.structure.experts import multiplies_experts
 from fxq.graph.structure.matmuls import as_weight_matmul, weight_matmuls
 from fxq.graph.structure.views import VIEWS, shape_of, strip
+from fxq.pipeline.base import Pass
 from fxq.pipeline.facts import Fact, experts_fused
 
 aten = torch.ops.aten
@@ -56,7 +57,7 @@ RULES = COLUMN + ROW + SORTED + DENSE + UNROLLED + UNROLLED_ROW
 
 
 @dataclass(frozen=True)
-class FuseExperts:
+class FuseExperts(Pass):
     """Make every expert's weight visible as `w[e]` of an `expert_linear(x, w, expert_ids)` with w [E,
     out, in].
 
@@ -66,9 +67,9 @@ class FuseExperts:
     partial: bool = False
 
     name: ClassVar[str] = "fuse-experts"
-    requires: ClassVar[tuple[Fact, ...]] = ()
     ensures: ClassVar[tuple[Fact, ...]] = (experts_fused,)
-    breaks: ClassVar[tuple[Fact, ...]] = ()
+    flags: ClassVar[tuple[str, ...]] = ("partial",)
+    same_function: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by a parameter that is, or was picked from, a stack of matrices."""

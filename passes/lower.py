@@ -20,19 +20,21 @@ from fxq.graph.program import Program
 from fxq.graph.structure.attention import attentions, latent_projection
 from fxq.graph.structure.matmuls import Frontiers, input_quantize, weight_matmuls
 from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
+from fxq.pipeline.base import Pass
 from fxq.pipeline.facts import (
     Fact,
     amaxes_filled,
     amaxes_shared,
     is_weight_quantize,
     tensors_whole,
+    weights_as_stored,
     weights_placed,
     weights_quantized,
 )
 
 
 @dataclass(frozen=True)
-class Lower:
+class Lower(Pass):
     """Emit every quantized linear under its hub name, KV scales, and all other tensors of the source as
     they are.
 
@@ -43,13 +45,15 @@ class Lower:
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[tuple[Fact, ...]] = (
+        weights_as_stored,
         amaxes_shared,
         tensors_whole,
         weights_placed,
         amaxes_filled,
     )
-    ensures: ClassVar[tuple[Fact, ...]] = ()
-    breaks: ClassVar[tuple[Fact, ...]] = ()
+    flags: ClassVar[tuple[str, ...]] = ("format",)
+    same_function: ClassVar[bool] = True  # of the program that it makes, which the writer runs
+    reads_values: ClassVar[bool] = False
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every quantized weight."""

@@ -20,7 +20,7 @@ from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
 from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
 from fxq.numbers.nvfp4 import BLOCK
-from fxq.pipeline.base import check_formats, nothing_matched
+from fxq.pipeline.base import Pass, check_formats, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, holders, is_weight_quantize
 
 EXPERTS = Rule(
@@ -36,7 +36,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 @dataclass(frozen=True)
-class QuantizeExperts:
+class QuantizeExperts(Pass):
     """Quantize every slice of every fused expert weight (2 x experts nodes in a gated layer) and what
     multiplies them.
 
@@ -53,8 +53,8 @@ class QuantizeExperts:
 
     name: ClassVar[str] = "quantize-experts"
     requires: ClassVar[tuple[Fact, ...]] = (experts_fused,)
-    ensures: ClassVar[tuple[Fact, ...]] = ()
     breaks: ClassVar[tuple[Fact, ...]] = (amaxes_shared, amaxes_filled)
+    flags: ClassVar[tuple[str, ...]] = ("partial",)
 
     def __post_init__(self) -> None:
         check_formats(self, self.weights, self.inputs)

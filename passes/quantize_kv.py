@@ -15,12 +15,12 @@ from fxq.graph.structure.attention import Attention, attentions, latent_projecti
 from fxq.graph.structure.matmuls import Frontiers
 from fxq.graph.structure.views import VIEWS, strip
 from fxq.numbers.nvfp4 import E4M3_MAX
-from fxq.pipeline.base import nothing_matched
+from fxq.pipeline.base import Pass, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled
 
 
 @dataclass(frozen=True)
-class QuantizeKv:
+class QuantizeKv(Pass):
     """FP8 keys and values, one scale each an attention.
 
     format: that of the cache.
@@ -34,8 +34,6 @@ class QuantizeKv:
     required: bool = True
 
     name: ClassVar[str] = "quantize-kv"
-    requires: ClassVar[tuple[Fact, ...]] = ()
-    ensures: ClassVar[tuple[Fact, ...]] = ()
     breaks: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:

@@ -3,7 +3,7 @@ the output head nor what engines absorb."""
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
@@ -20,14 +20,14 @@ from fxq.graph.structure.groups import head, routers
 from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
 from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
 from fxq.numbers.nvfp4 import BLOCK
-from fxq.pipeline.base import check_formats, nothing_matched
+from fxq.pipeline.base import Pass, check_formats, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, weights_quantized
 
 LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w", rank=2)))
 
 
 @dataclass(frozen=True)
-class QuantizeLinears:
+class QuantizeLinears(Pass):
     """Quantize the weight of every linear, and what it multiplies.
 
     Several such passes make a mixture, each taking what earlier ones left.
@@ -49,12 +49,16 @@ class QuantizeLinears:
     partial: bool = False
 
     name: ClassVar[str] = "quantize-linears"
-    requires: ClassVar[tuple[Fact, ...]] = ()
     ensures: ClassVar[tuple[Fact, ...]] = (groups_whole,)
     breaks: ClassVar[tuple[Fact, ...]] = (amaxes_shared, amaxes_filled)
+    flags: ClassVar[tuple[str, ...]] = ("partial",)
 
     def __post_init__(self) -> None:
         check_formats(self, self.weights, self.inputs)
+
+    @classmethod
+    def bystander(cls) -> "QuantizeLinears":
+        return cls(only=())
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by a 2-D parameter; those left alone miss with the structural reason or the glob."""
@@ -70,7 +74,7 @@ class QuantizeLinears:
                 continue
             result = LINEAR.match(matmul.node)
             if isinstance(result, Miss):
-                yield result
+                yield replace(result, decided=True)
                 continue
             module = _module(matmul.parameter)
             reason = None
@@ -90,9 +94,11 @@ class QuantizeLinears:
                 reason = "no linear module's: NVFP4 has names for `<module>.weight` alone"
             elif (left := program.left.get(str(matmul.parameter.target))) is not None:
                 reason = left
+            elif not self.only:
+                reason = "no pass of the spec quantizes linears"
             elif not self._wanted(module):
                 reason = f"not selected by only={list(self.only)}, skip={list(self.skip)}"
-            yield result if reason is None else Miss(LINEAR.name, matmul.node, reason, depth=2)
+            yield result if reason is None else Miss(LINEAR.name, matmul.node, reason, depth=2, decided=True)
 
     def run(self, program: Program) -> int:
         self._check_globs(program)

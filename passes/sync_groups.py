@@ -12,6 +12,7 @@ from fxq.graph import dialect, edit
 from fxq.graph.arguments import joined, node_at, nodes_at
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
+from fxq.pipeline.base import Pass
 from fxq.pipeline.facts import (
     Fact,
     amaxes_shared,
@@ -24,14 +25,12 @@ from fxq.pipeline.facts import (
 
 
 @dataclass(frozen=True)
-class SyncGroups:
+class SyncGroups(Pass):
     """Join the amaxes of siblings (q/k/v, gate/up, MLA's q_a/kv_a, ...) and of what the checkpoint holds in
     one tensor (all experts of a fused weight) *before* any block scale is chosen."""
 
     name: ClassVar[str] = "sync-groups"
-    requires: ClassVar[tuple[Fact, ...]] = ()
     ensures: ClassVar[tuple[Fact, ...]] = (amaxes_shared, tensors_whole, weights_placed)
-    breaks: ClassVar[tuple[Fact, ...]] = ()
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every quantized weight: with the value or the tensor it shares, or alone."""

@@ -355,8 +355,8 @@ def _dump(arguments: argparse.Namespace) -> int:
     from fxq.compile import open_model
     from fxq.graph.text import dump, format_node
     from fxq.passes import PASSES
-    from fxq.pipeline import run as pipeline
     from fxq.pipeline import spec
+    from fxq.pipeline.run import run_passes
     from fxq.view import folded as view
     from fxq.view import page as viewer
 
@@ -386,7 +386,7 @@ def _dump(arguments: argparse.Namespace) -> int:
     keep("trace", program)
     if last != "trace":
         steps = passes[: stages.index(last)]
-        pipeline.run(steps, program, after=lambda step, program, count: keep(step.name, program))
+        run_passes(steps, program, after=lambda step, program, count: keep(step.name, program))
     graph = program.graph
     if arguments.explain is not None:
         step = next((p for p in passes if p.name == arguments.explain), None) or PASSES[arguments.explain]()

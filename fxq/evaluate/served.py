@@ -19,12 +19,15 @@ from fxq.graph.structure.matmuls import Frontiers, WeightMatmul, weight_matmuls
 from fxq.graph.structure.views import VIEWS, strip
 from fxq.graph.text import format_target
 from fxq.numbers import fp8, nvfp4
-from fxq.passes.fuse_experts import FuseExperts
-from fxq.passes.quantize_kv import QuantizeKv
-from fxq.pipeline import run as pipeline
+from fxq.passes import PASSES
+from fxq.pipeline.run import run_passes
+from fxq.pipeline.spec import parse
 from fxq.sources import Directory
 from fxq.sources.fp8_blocks import Activations, InputScale
 
+# The passes that make the graph of a checkpoint from that of its model.
+_EXPERTS = parse("passes: [{fuse-experts: {partial: true}}]", PASSES, "served")
+_CACHES = parse("passes: [{quantize-kv: {required: false}}]", PASSES, "served")
 _TAKE_INPUTS = (torch.ops.aten.linear.default, dialect.EXPERT_LINEAR)
 # What turns an amax into the scale that a checkpoint holds, and its divisor.
 _SCALES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
@@ -40,14 +43,14 @@ def served(model: Model) -> Program:
     Notes say what is simulated otherwise than the checkpoint's tensors say.
     """
     program, source = model.program, model.source
-    pipeline.run((FuseExperts(partial=True),), program)
+    run_passes(_EXPERTS.passes, program)
     if isinstance(source, Directory) and source.activations is not None:
         program.notes += source.activations.notes
         _quantize_inputs(program, source, source.activations)
         edit.tidy(program.graph)
         if source.activations.fp8_cache:
             notes = list(program.notes)
-            pipeline.run((QuantizeKv(required=False),), program)
+            run_passes(_CACHES.passes, program)
             program.notes = notes  # what the pass says of calibration is no news here
             _fill_caches(program, source, source.activations)
     return program

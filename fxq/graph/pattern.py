@@ -29,12 +29,16 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """Why nothing fired at `node`. `depth` counts how many parts of the pattern matched before the reason."""
+    """Why nothing fired at `node`. `depth` counts how many parts of the pattern matched before the reason.
+
+    decided: whether this is what the pass is there to take, so that its reason is why the weight stays.
+    """
 
     rule: str
     node: Node
     reason: str
     depth: int = 0
+    decided: bool = False
 
     def __str__(self) -> str:
         return f"%{self.node.name}: {self.rule}: {self.reason}"

@@ -15,6 +15,18 @@ Accepts = Callable[[int, int], str | None]
 _GRAPH, _CALIBRATED = Kept[Graph](), Kept[Graph | None](None)
 
 
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """A miss as the pipeline keeps it: of which pass, at which node, and if that multiplies by a weight, by
+    which parameter; `reason` and `decided` are the miss's own."""
+
+    step: str
+    node: str
+    parameter: str | None
+    reason: str
+    decided: bool
+
+
 @dataclass
 class Program:
     """A graph under compilation.
@@ -28,6 +40,8 @@ class Program:
     left: weights that a pass was asked for and could not quantize, and was allowed to leave -> why.
     calibrated: the graph that was lowered, which simulates the deployed model; None until then.
     format: what the lowered program is written as.
+    misses: where passes did not fire, in the order in which they looked.
+    made: node -> the pass that made it, but for passes that say that the function stays the same.
     """
 
     graph: Kept[Graph] = _GRAPH
@@ -41,6 +55,12 @@ class Program:
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    misses: list[Missed] = field(default_factory=list)
+    made: dict[str, str] = field(default_factory=dict)
+
+    def why_left(self) -> dict[str, str]:
+        """Parameter -> why the passes that could have quantized it did not; the last to look has its say."""
+        return {m.parameter: m.reason for m in self.misses if m.decided and m.parameter is not None}
 
     def is_later(self, name: str) -> bool:
         """Whether the amax of that name is its own weight's, and found when that is read to be packed."""

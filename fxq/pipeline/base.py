@@ -1,9 +1,10 @@
 """What a pass is, and what it runs with."""
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class Session:
     batches: int64 [B, S] each, every row a whole sample (no padding); None when only the graph is wanted.
     progress: `with progress(label, total) as step` shows a bar that `step()` advances. found: calibration
     pass -> what it found (`Program.found`); one that is there already is not run again. writes: whether the
-    program is written at once, and no pass looks at amaxes before: one that nothing but its own weight needs
-    is then left until that is read to be packed.
+    program is written at once. values_are_read: whether a pass after the present one looks at amaxes. If it
+    is written and none looks, an amax that only its own weight needs is found when that is read to be packed.
     """
 
     source: WeightSource
@@ -40,35 +41,82 @@ class Session:
     progress: Progress = field(default_factory=lambda: no_progress)
     found: MutableMapping[str, Any] = field(default_factory=dict)
     writes: bool = False
+    values_are_read: bool = True
 
 
-@runtime_checkable
-class Pass(Protocol):
-    """One step over a graph: a frozen dataclass whose fields, each with a default, are its YAML options."""
+class Pass:
+    """One step over a graph: a frozen dataclass whose fields, each with a default, are its options in a spec.
+
+    A pass that only rewrites gives `name`, `sites` and `rewrite`; one that needs to see all sites at once
+    gives `run` instead of `rewrite`. What else a pass is, it declares:
+
+    requires, ensures, breaks: facts that hold before it, that it makes true, and that it may make false.
+    flags: options that the command line sets in every pass that has them (`--allow-partial` is `partial`).
+    same_function: whether the aten calls that it makes compute what those did that they replace. Without it
+    only views and operators of the dialect may be made: a checkpoint has no place for any other.
+    only_values: whether it decides numbers alone, so that names, shapes and formats of the output are the
+    same without it. reads_values: whether it, or what it makes of the graph, looks at calibrated amaxes.
+    """
 
     name: ClassVar[str]
-    requires: ClassVar[tuple[Fact, ...]]
-    ensures: ClassVar[tuple[Fact, ...]]
-    breaks: ClassVar[tuple[Fact, ...]]
+    requires: ClassVar[tuple[Fact, ...]] = ()
+    ensures: ClassVar[tuple[Fact, ...]] = ()
+    breaks: ClassVar[tuple[Fact, ...]] = ()
+    flags: ClassVar[tuple[str, ...]] = ()
+    same_function: ClassVar[bool] = False
+    only_values: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Iterable[Match | Miss]:
         """Every place the pass looks at: where it fires, and where it does not and why."""
-        ...
+        return ()
+
+    def rewrite(self, site: Match) -> None:
+        """Rewrite one place; all sites were found before the first is rewritten."""
+        raise NotImplementedError(f"{self.name}: a pass has `rewrite`, or a `run` of its own")
 
     def run(self, program: Program) -> int:
         """Rewrite the graph; returns how many rewrites were made."""
-        ...
+        matches = [site for site in self.sites(program) if isinstance(site, Match)]
+        for site in matches:
+            self.rewrite(site)
+        return len(matches)
+
+    @classmethod
+    def bystander(cls) -> "Pass | None":
+        """For a spec without this pass: one that takes nothing, whose misses say why weights stay as they
+        are; None if it has nothing to say."""
+        return None
 
 
-@runtime_checkable
-class CalibrationPass(Pass, Protocol):
-    """A pass that fills values by interpreting the graph; without a session it leaves the graph as it is."""
+class CalibrationPass(Pass):
+    """A pass that fills values by interpreting the graph; without a session it leaves the graph as it is.
 
-    needs_data: ClassVar[bool]
+    needs_data: whether it cannot run without calibration batches.
+    """
+
+    needs_data: ClassVar[bool] = True
+    only_values: ClassVar[bool] = True
+
+    def run(self, program: Program) -> int:
+        return 0
 
     def calibrate(self, program: Program, session: Session) -> int:
         """Fill `program.values`; returns how many were filled."""
-        ...
+        raise NotImplementedError(f"{self.name}: a calibration pass has `calibrate`")
+
+
+def bystanders(passes: Iterable[Pass], table: Mapping[str, type[Pass]]) -> list[Pass]:
+    """Of the passes in the table that a spec does not use, those that can say why weights stay."""
+    used = {type(step) for step in passes}
+    found = (cls.bystander() for cls in table.values() if cls not in used)
+    return [step for step in found if step is not None]
+
+
+def with_flags(step: Pass, flags: Mapping[str, object]) -> Pass:
+    """The pass with those of the command line's options that it declares."""
+    own = {name: value for name, value in flags.items() if name in step.flags}
+    return cast(Pass, dataclasses.replace(cast(Any, step), **own))
 
 
 def check_formats(step: Pass, weights: str, inputs: str) -> None:

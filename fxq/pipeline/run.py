@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from fxq.errors import SpecError, VerifyError
 from fxq.graph.edit import tidy
-from fxq.graph.program import Program
+from fxq.graph.pattern import Miss
+from fxq.graph.program import Missed, Program
+from fxq.graph.structure.matmuls import as_weight_matmul
 from fxq.graph.verify import verify
 from fxq.pipeline.base import CalibrationPass, Pass, Session
-from fxq.pipeline.facts import Fact, amaxes_filled
+from fxq.pipeline.facts import Fact, amaxes_filled, weights_as_stored
 
 
 def check_order(passes: Sequence[Pass], places: Sequence[str]) -> None:
@@ -16,7 +18,7 @@ def check_order(passes: Sequence[Pass], places: Sequence[str]) -> None:
 
     places: where each pass stands, for the message.
     """
-    held: set[Fact] = set()
+    held: set[Fact] = {weights_as_stored}  # of every traced graph
     for number, (place, step) in enumerate(zip(places, passes, strict=True), 1):
         for fact in step.requires:
             if fact not in held:
@@ -35,28 +37,50 @@ def needs_data(passes: Sequence[Pass]) -> str | None:
     return next((p.name for p in passes if isinstance(p, CalibrationPass) and p.needs_data), None)
 
 
-def run(
+def run_passes(
     passes: Sequence[Pass],
     program: Program,
     session: Session | None = None,
     *,
+    beside: Sequence[Pass] = (),
     after: Callable[[Pass, Program, int], None] = lambda step, program, count: None,
 ) -> Program:
-    """Run each pass, tidy and verify the graph, and hold the pass to what it ensures; `after` sees every
-    stage."""
+    """Run each pass, tidy and verify the graph, and hold the pass to what it ensures.
+
+    beside: passes that only look at the graph, before the first runs. after: sees every stage, with the
+    number of rewrites.
+    """
     checked = verify(program.graph)
+    for step in beside:
+        look(step, program)
     for number, step in enumerate(passes, 1):
+        look(step, program)
+        known = {node.name for node in program.graph.nodes}
         _hold(step.requires, step, program, "requires", session)
         if isinstance(step, CalibrationPass):
+            if session is not None:
+                session.values_are_read = any(later.reads_values for later in passes[number:])
             count = _calibrate(step, f"{number} {step.name}", program, session)
         else:
             count = step.run(program)
         tidy(program.graph)
         checked = verify(program.graph, checked)
+        if not step.same_function:
+            made = (node.name for node in program.graph.nodes if node.name not in known)
+            program.made.update(dict.fromkeys(made, step.name))
         if session is not None or not isinstance(step, CalibrationPass):
             _hold(step.ensures, step, program, "ensures", session)
         after(step, program, count)
     return program
+
+
+def look(step: Pass, program: Program) -> None:
+    """Keep where a pass does not fire, and why, in `program.misses`."""
+    for site in step.sites(program):
+        if isinstance(site, Miss):
+            matmul = as_weight_matmul(site.node)
+            parameter = str(matmul.parameter.target) if matmul is not None else None
+            program.misses.append(Missed(step.name, site.node.name, parameter, site.reason, site.decided))
 
 
 def _calibrate(step: CalibrationPass, place: str, program: Program, session: Session | None) -> int:

@@ -9,53 +9,14 @@ from torch.fx import Graph, Node
 from fxq.checkpoint.plan import Plan
 from fxq.graph import dialect
 from fxq.graph.arguments import node_at
-from fxq.graph.pattern import Miss
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import as_weight_matmul
 from fxq.graph.structure.views import PICKS, VIEWS, shape_of
 from fxq.graph.text import format_target
-from fxq.passes import PASSES
-from fxq.pipeline.base import Pass
 from fxq.report.summary import fold
 
 _ATEN = torch.ops.aten
-_LINEARS = "quantize-linears"
-_UNASKED = "no pass of the spec quantizes linears"
-
-
-class Reasons:
-    """Why quantize-linears leaves linears, asked when its turn comes: `look` follows the pipeline.
-
-    of: parameter -> reason.
-    """
-
-    def __init__(self, passes: Sequence[Pass], program: Program) -> None:
-        self.of: dict[str, str] = {}
-        self._coming = list(passes)
-        if all(step.name != _LINEARS for step in passes):
-            self.of = _misses(PASSES[_LINEARS](only=()), program)  # type: ignore[call-arg]
-        self._look(program)
-
-    def look(self, done: Pass, program: Program, count: int) -> None:
-        """What `fxq.pipeline.run` calls after each pass."""
-        self._look(program)
-
-    def _look(self, program: Program) -> None:
-        step = self._coming.pop(0) if self._coming else None
-        if step is not None and step.name == _LINEARS:
-            self.of.update(_misses(step, program))
-
-
-def _misses(step: Pass, program: Program) -> dict[str, str]:
-    """Parameter -> why quantize-linears leaves it."""
-    found: dict[str, str] = {}
-    for site in step.sites(program):
-        matmul = as_weight_matmul(site.node)
-        if isinstance(site, Miss) and matmul is not None:
-            unasked = site.reason.startswith("not selected by only=[],")
-            found[str(matmul.parameter.target)] = _UNASKED if unasked else site.reason
-    return found
 
 
 def _stores(lowered: Graph) -> Iterator[tuple[str, int, Node]]:
@@ -91,8 +52,9 @@ def _label(group: Sequence[tuple[str, int]]) -> str:
     return f"{label} (all {experts} experts)" if experts > 1 else label
 
 
-def excluded(program: Program, planned: Plan, misses: Mapping[str, str]) -> list[tuple[str, int, str]]:
-    """What stays as it is, folded, matrices before vectors."""
+def excluded(program: Program, planned: Plan) -> list[tuple[str, int, str]]:
+    """(names, how many, why) of what stays as it is, alike names folded, matrices before vectors."""
+    misses = program.why_left()
     owners: dict[str, list[str]] = {}
     for name, stored in program.hub.stored.items():
         for key in (key for keys in stored.keys for key in keys):

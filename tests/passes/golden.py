@@ -35,7 +35,7 @@ from fxq.graph.program import Program
 from fxq.graph.text import dump, parse, parse_type
 from fxq.passes import PASSES
 from fxq.pipeline.base import Pass, Session
-from fxq.pipeline.run import run
+from fxq.pipeline.run import run_passes
 
 FOLDER = Path(__file__).parent
 KEYS = {"pass", "options", "rewrites", "hub", "values", "weights", "inputs", "batches"}
@@ -158,7 +158,9 @@ def all_cases() -> list[Case]:
 def apply(case: Case, program: Program) -> tuple[str, int]:
     """Run the pass as the pipeline does; the dump with calibrated values, and the number of rewrites."""
     counts: list[int] = []
-    run([case.step()], program, case.session(program), after=lambda step, stage, count: counts.append(count))
+    run_passes(
+        [case.step()], program, case.session(program), after=lambda step, stage, count: counts.append(count)
+    )
     return dump(program.graph, {name: float(v) for name, v in program.values.items()}), counts[0]
 
 

@@ -15,7 +15,7 @@ from fxq.graph.text import dump, parse
 from fxq.graph.verify import verify
 from fxq.passes import PASSES
 from fxq.passes.quantize_linears import QuantizeLinears
-from fxq.pipeline.run import run
+from fxq.pipeline.run import run_passes
 from tests.passes.golden import Case, Evaluate, all_cases, apply, error_class
 
 CASES = all_cases()
@@ -86,7 +86,7 @@ def test_a_lowered_program_cannot_be_lowered_again() -> None:
     program = case.program()
     apply(case, program)
     with pytest.raises(VerifyError, match="no weight is quantized"):
-        run([case.step()], program)
+        run_passes([case.step()], program)
 
 
 @by_id(MODELS)
@@ -190,7 +190,7 @@ return [%two]
 def compiled(text: str, *names: str) -> Program:
     """The program after passes with their default options."""
     program = Program(parse(text))
-    run([PASSES[name]() for name in names], program)
+    run_passes([PASSES[name]() for name in names], program)
     return program
 
 
@@ -210,7 +210,7 @@ def test_a_weight_used_by_two_layers_is_stored_once(text: str, quantize: str) ->
     ]
     assert len(weights) == len(set(weights))
     if quantize == "quantize-linears":
-        run([PASSES["lower"]()], program)
+        run_passes([PASSES["lower"]()], program)
         names = [node.args[0] for node in calls(program, "fxq.store_linear")]
         assert len(names) == len(set(names))
 
@@ -247,7 +247,7 @@ def test_linears_quantized_by_two_entries_of_a_spec_join_one_group() -> None:
     )
     program = Program(parse(text.replace("return [%logits]", "return [%logits, %act]")))
     first, second = QuantizeLinears(only=("other",)), QuantizeLinears(only=("shared_block.*",))
-    run([first, second, PASSES["sync-groups"]()], program)
+    run_passes([first, second, PASSES["sync-groups"]()], program)
     quantizes = calls(program, "fxq.quantize")
     for scale in ("max", "dynamic"):
         assert len({node.args[1] for node in quantizes if node.kwargs["scale"] == scale}) == 1

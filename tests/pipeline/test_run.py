@@ -1,6 +1,6 @@
 """Passes run in an order that their facts allow, and are held to what they promise."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from fxq.errors import SpecError, VerifyError
 from fxq.graph import edit
 from fxq.graph.hub import Hub, Part, Stored
-from fxq.graph.pattern import Match, Miss
+from fxq.graph.pattern import Bind, Call, Match, Miss, Rule
 from fxq.graph.program import Program
 from fxq.graph.text import dump, parse
 from fxq.graph.verify import verify
 from fxq.passes import PASSES
-from fxq.pipeline.base import CalibrationPass, Pass, Session
+from fxq.pipeline.base import CalibrationPass, Pass, Session, bystanders
 from fxq.pipeline.facts import Fact
-from fxq.pipeline.run import check_order, needs_data, run
+from fxq.pipeline.run import check_order, needs_data, run_passes
 from fxq.pipeline.spec import load, shipped
 from tests.passes.golden import Tensors
 
@@ -73,7 +73,7 @@ def doubled(program: Program) -> str | None:
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Pass):
     """A pass with facts of its own; `does` is what it does to the graph."""
 
     name: ClassVar[str] = "step"
@@ -81,9 +81,6 @@ class Step:
     ensures: tuple[Fact, ...] = ()  # type: ignore[misc]
     breaks: tuple[Fact, ...] = ()  # type: ignore[misc]
     does: str = "nothing"
-
-    def sites(self, program: Program) -> Iterable[Match | Miss]:
-        return ()
 
     def run(self, program: Program) -> int:
         x = next(iter(program.graph.nodes))
@@ -95,7 +92,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Calibration(Step):
+class Calibration(Step, CalibrationPass):
     """A calibration pass that fills one value."""
 
     name: ClassVar[str] = "calibration"
@@ -111,7 +108,7 @@ def small() -> Program:
 
 
 def steps(*found: Step) -> list[Pass]:
-    return list(found)  # type: ignore[arg-type]
+    return list(found)
 
 
 def test_order_is_right_when_a_pass_before_ensures_what_is_required() -> None:
@@ -145,33 +142,33 @@ def test_a_pass_may_ensure_again_what_it_breaks() -> None:
 
 def test_a_pass_that_does_not_do_what_it_ensures_is_an_error() -> None:
     with pytest.raises(VerifyError, match="step ensures doubled: no node is called twice"):
-        run(steps(Step(ensures=(doubled,))), small())
-    run(steps(Step(ensures=(doubled,), does="double")), small())
+        run_passes(steps(Step(ensures=(doubled,))), small())
+    run_passes(steps(Step(ensures=(doubled,), does="double")), small())
 
 
 def test_a_pass_whose_graph_lacks_what_it_requires_is_an_error_before_it_runs() -> None:
     program = small()
     before = dump(program.graph)
     with pytest.raises(VerifyError, match="step requires fails: it does not"):
-        run(steps(Step(requires=(fails,), does="double")), program)
+        run_passes(steps(Step(requires=(fails,), does="double")), program)
     assert dump(program.graph) == before
 
 
 def test_a_pass_that_leaves_a_broken_graph_is_an_error() -> None:
     with pytest.raises(VerifyError, match="%y: expected type"):
-        run(steps(Step(does="break")), small())
+        run_passes(steps(Step(does="break")), small())
 
 
 def test_a_broken_graph_never_reaches_a_pass() -> None:
     program = small()
     next(iter(program.graph.nodes)).meta["val"] = torch.empty(5, device="meta")
     with pytest.raises(VerifyError, match="%y: expected type"):
-        run(steps(Step(requires=(fails,))), program)
+        run_passes(steps(Step(requires=(fails,))), program)
 
 
 def test_every_stage_is_seen_tidy_and_with_its_count() -> None:
     seen: list[tuple[str, int, str]] = []
-    run(
+    run_passes(
         steps(Step(does="double"), Step()),
         small(),
         after=lambda step, program, count: seen.append((step.name, count, dump(program.graph))),
@@ -182,10 +179,10 @@ def test_every_stage_is_seen_tidy_and_with_its_count() -> None:
 
 def test_a_calibration_pass_runs_only_with_a_session_and_is_only_then_held_to_its_word() -> None:
     program = small()
-    run(steps(Calibration(ensures=(fails,))), program)
+    run_passes(steps(Calibration(ensures=(fails,))), program)
     assert program.values == {}
     with pytest.raises(VerifyError, match="calibration ensures fails"):
-        run(steps(Calibration(ensures=(fails,))), program, Session(Tensors({})))
+        run_passes(steps(Calibration(ensures=(fails,))), program, Session(Tensors({})))
     assert float(program.values["a"]) == 2.0
 
 
@@ -206,6 +203,79 @@ def test_every_pass_keeps_the_protocol(name: str) -> None:
         step.name = "other"  # type: ignore[misc]
 
 
+RELU = Rule("relu", Call(torch.ops.aten.relu.default, Bind("x", rank=1)))
+
+
+@dataclass(frozen=True)
+class Rectify(Pass):
+    """What is rectified once is rectified twice: a pass that only rewrites."""
+
+    name: ClassVar[str] = "rectify"
+
+    def sites(self, program: Program) -> Iterator[Match | Miss]:
+        return (RELU.match(node) for node in program.graph.nodes if node.op == "call_function")
+
+    def rewrite(self, site: Match) -> None:
+        again = edit.call(site.node.graph, f"{site.node.name}_again", torch.ops.aten.relu.default, site.node)
+        edit.replace(site.node, again)
+
+
+def test_a_pass_that_only_rewrites_gives_sites_and_rewrite() -> None:
+    program, counts = small(), list[int]()
+    run_passes([Rectify()], program, after=lambda step, stage, count: counts.append(count))
+    assert counts == [1]
+    assert "%y_again : f32[4] = aten.relu(%y)" in dump(program.graph)
+
+
+def test_the_misses_of_every_pass_are_kept_with_their_reasons() -> None:
+    program = Program(parse(MODEL), HUB)
+    run_passes([Rectify(), *load("nvfp4_default-fp8_cast_kv", PASSES).passes], program)
+    reasons = {(miss.step, miss.node): miss.reason for miss in program.misses}
+    assert reasons["rectify", "act"].startswith("`x`: expected 1 dimensions")
+    assert reasons["quantize-linears", "r"] == "a router: %which chooses by its result"
+    assert {step for step, _ in reasons} >= {"rectify", "quantize-linears", "quantize-experts", "sync-groups"}
+    assert program.why_left()["layers.0.mlp.gate.weight"] == "a router: %which chooses by its result"
+
+
+def test_a_pass_that_the_spec_lacks_says_why_weights_stay() -> None:
+    program = Program(parse(MODEL), HUB)
+    passes = load("nvfp4_experts_only-fp8_cast_kv", PASSES).passes
+    run_passes(passes, program, beside=bystanders(passes, PASSES))
+    why = program.why_left()
+    assert why["layers.0.self_attn.q_proj.weight"] == "no pass of the spec quantizes linears"
+    assert why["layers.0.mlp.gate.weight"] == "a router: %which chooses by its result"
+
+
+@dataclass(frozen=True)
+class Scale(Pass):
+    """Halve what a relu gives, or a weight: a call that no checkpoint can hold."""
+
+    weight: bool = False
+
+    name: ClassVar[str] = "scale"
+
+    def run(self, program: Program) -> int:
+        name = "q" if self.weight else "act"
+        node = next(node for node in program.graph.nodes if node.name == name)
+        edit.replace(node, edit.call(program.graph, f"{name}_half", torch.ops.aten.mul.Tensor, node, 0.5))
+        return 1
+
+
+@dataclass(frozen=True)
+class SameScale(Scale):
+    """The same, by a pass that says that the function stays what it is."""
+
+    same_function: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize(("step", "node"), [(Scale(weight=True), "q_half"), (Scale(), "act_half")])
+def test_lower_refuses_what_a_pass_computes_and_no_checkpoint_holds(step: Pass, node: str) -> None:
+    passes = load("nvfp4_weight_only", PASSES).passes
+    with pytest.raises(VerifyError, match=rf"lower requires .*%{node} \(aten.mul.Tensor\), made by scale"):
+        run_passes([step, *passes], Program(parse(MODEL), HUB))
+    run_passes([SameScale(), *passes], Program(parse(MODEL), HUB))
+
+
 @pytest.fixture(params=list(shipped()))
 def spec(request: pytest.FixtureRequest) -> Iterator[str]:
     return request.param
@@ -213,7 +283,7 @@ def spec(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def test_every_shipped_spec_runs_over_a_small_graph_without_weights(spec: str) -> None:
     program = Program(parse(MODEL), HUB)
-    run(load(spec, PASSES).passes, program)
+    run_passes(load(spec, PASSES).passes, program)
     verify(program.graph)
     text = dump(program.graph)
     assert dump(parse(text)) == text
@@ -249,7 +319,7 @@ def test_every_shipped_spec_fills_every_amax(spec: str) -> None:
     weights = {str(n.target): n.meta["val"] for n in program.graph.nodes if n.op == "get_attr"}
     held: dict[str, Tensor] = {name: torch.ones(val.shape, dtype=val.dtype) for name, val in weights.items()}
     passes = load(spec, PASSES).passes
-    run(passes, program, Session(Tensors(held), batches=[torch.tensor([[0, 1, 2, 3]])]))
+    run_passes(passes, program, Session(Tensors(held), batches=[torch.tensor([[0, 1, 2, 3]])]))
     wanted = {str(node.args[0]) for node in program.graph.nodes if str(node.target).startswith("fxq.value")}
     assert wanted <= set(program.values)
     assert all(float(value) > 0 and torch.isfinite(value) for value in program.values.values())

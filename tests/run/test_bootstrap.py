@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +14,9 @@ import torch
 
 import fxq
 from fxq.checkpoint.shards import Shards
-from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
 from fxq.passes import PASSES
+from fxq.pipeline.base import Pass
 from fxq.pipeline.facts import Fact, amaxes_filled
 from fxq.pipeline.spec import load
 from fxq.run.bootstrap import is_own
@@ -87,16 +86,11 @@ def test_a_dead_expert_s_amax_can_wait_and_perplexity_does_not_miss_it(zoo: Zoo,
 
 
 @dataclass(frozen=True)
-class Halve:
+class Halve(Pass):
     """Clip every weight at half of its amax."""
 
     name: ClassVar[str] = "halve"
     requires: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
-    ensures: ClassVar[tuple[Fact, ...]] = ()
-    breaks: ClassVar[tuple[Fact, ...]] = ()
-
-    def sites(self, program: Program) -> Iterator[Match | Miss]:
-        return iter(())
 
     def run(self, program: Program) -> int:
         for value in program.values.values():

@@ -30,7 +30,7 @@ from fxq.graph.structure.matmuls import weight_matmuls
 from fxq.graph.structure.views import VIEWS, strip
 from fxq.graph.verify import verify
 from fxq.passes.fuse_experts import FuseExperts
-from fxq.pipeline import run as pipeline
+from fxq.pipeline.run import run_passes
 from fxq.run.streaming import Streaming
 from fxq.sources import Directory
 from fxq.trace.export import EXAMPLE_BATCH, EXAMPLE_LENGTH, trace
@@ -88,7 +88,7 @@ def test_the_graph_computes_the_model_s_logits_bit_for_bit(family: str, zoo: Zoo
 def test_fused_experts_compute_the_same_but_for_rounding(family: str, zoo: Zoo, opened: Opened) -> None:
     model = opened(family)
     program = dataclasses.replace(model.program, graph=copy.deepcopy(model.program.graph))
-    pipeline.run((FuseExperts(),), program)
+    run_passes((FuseExperts(),), program)
     fused = [node for node in program.graph.nodes if node.target is dialect.EXPERT_LINEAR]
     assert len(fused) == 2 * MOE_LAYERS[family]
     wanted = _eager(load(zoo(family), experts_implementation="batched_mm"))
@@ -344,7 +344,7 @@ def test_parameters_that_from_pretrained_keeps_in_float32_are_traced_in_it(tmp_p
 @pytest.mark.slow
 def test_a_loop_over_chosen_experts_reads_each_of_them(tmp_path: Path) -> None:
     model = open_model(saved("dbrx", tmp_path / "model"))
-    pipeline.run((FuseExperts(),), model.program)
+    run_passes((FuseExperts(),), model.program)
     read: dict[str, set[int]] = {}
     for matmul in weight_matmuls(model.program.graph):
         w = strip(matmul.w, VIEWS)
