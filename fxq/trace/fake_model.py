@@ -1,5 +1,7 @@
-"""Fake models: a Hugging Face model's own class on fake tensors, from a directory's config or a live model; no
-weight is read, and the user's model is never patched or run."""
+"""Fake models: a Hugging Face model's own class on fake tensors, from a directory's config or a live model.
+
+No weight is read, and the user's model is never patched or run.
+"""
 
 import contextlib
 import copy
@@ -132,7 +134,7 @@ def _class_named_by(config: PreTrainedConfig) -> Any:
 
 
 def fake_model_of_live(model: PreTrainedModel) -> FakeModel:
-    """A live model's fake: its own class, a copy of its config; non-persistent buffers are the
+    """A live model on fake CPU tensors: its own class, a copy of its config; non-persistent buffers are the
     model's own values."""
     fake = _fake_model(
         model.config,

@@ -15,7 +15,7 @@ A trace of 48 layers takes a seventh of the time that way. What it costs is priv
 | name | what for | freed when torch.export |
 |---|---|---|
 | `FakeTensor`, `TorchDispatchMode`, `pytree` | see every operator of a layer | makes them public |
-| `func._schema`, `SymInt.node.expr`, `untyped_storage()._cdata` | tell operators, sizes, memory apart | does |
+| `func._schema`, `SymInt.node.expr`, `untyped_storage()._cdata` | tell these apart | makes them public |
 | `_pop_mode_temporarily`, `_len_torch_function_stack`, `_disable_current_modes` | leave a trace | can pause |
 | `ignore_fresh_unbacked_symbols` | sizes that only a rehearsal met are none of the trace's | can pause |
 | `_orig_module_call`, `_orig_module_getattr` | no module stack for what is not traced | can pause |
