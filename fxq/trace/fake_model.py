@@ -70,11 +70,28 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The directory's tokenizer; SourceError when there is none that transformers can load."""
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
-            raise SourceError(
-                f"{directory}: no tokenizer for text ({first_line(error)}); give lines of input_ids instead"
-            ) from error
+            raise _no_tokenizer(directory, first_line(error)) from error
+        if _is_empty(tokenizer):
+            reason = f"{type(tokenizer).__name__} found no vocabulary there"
+            raise _no_tokenizer(directory, reason)
+    return tokenizer
+
+
+def _no_tokenizer(directory: Path, reason: str) -> SourceError:
+    return SourceError(
+        f"{directory}: there is no tokenizer to encode text with; give lines of input_ids instead ({reason})"
+    )
+
+
+def _is_empty(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows its special tokens alone: without files, transformers makes such a one for
+    Qwen, Gemma, GPT-2 and others, and all text is empty to it, or unknown."""
+    try:
+        return not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    except (AttributeError, NotImplementedError):  # a tokenizer of another kind
+        return False
 
 
 def fake_model_of_config(
