@@ -35,9 +35,9 @@ from transformers import LlamaConfig
 import fxq.audit, fxq.checkpoint, fxq.compiler, fxq.passes
 from fxq.numbers import nvfp4
 from fxq.trace.export import trace
-from fxq.trace.fake_model import twin_of_config
+from fxq.trace.fake_model import fake_model_of_config
 size = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, vocab_size=64, num_hidden_layers=1)
-trace(twin_of_config(LlamaConfig(**size), torch.bfloat16))
+trace(fake_model_of_config(LlamaConfig(**size), torch.bfloat16))
 nvfp4.quantize_measured(torch.ones(1, 16, 64, dtype=torch.bfloat16), torch.ones(1), "mse")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

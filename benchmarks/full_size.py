@@ -28,7 +28,7 @@ from fxq.pipeline.run import run_passes
 from fxq.pipeline.spec import load
 from fxq.sources.conversion import hub_of, own_names, revert
 from fxq.trace.export import trace
-from fxq.trace.fake_model import twin_of_config
+from fxq.trace.fake_model import fake_model_of_config
 
 
 def _qwen3(layers: int | None) -> PreTrainedConfig:
@@ -80,13 +80,13 @@ MODELS: dict[str, Callable[[int | None], PreTrainedConfig]] = {
 def measure(name: str, layers: int | None, spec: str, table: Table) -> None:
     config = MODELS[name](layers)
     start = time.perf_counter()
-    twin = twin_of_config(config, torch.bfloat16)
-    program = trace(twin)
+    fake = fake_model_of_config(config, torch.bfloat16)
+    program = trace(fake)
     traced = time.perf_counter()
-    state = {n: t.to("meta") for n, t in twin.model.state_dict().items()}
-    held = revert(twin.model, {n: state[n] for n in own_names(twin.model)})
+    state = {n: t.to("meta") for n, t in fake.model.state_dict().items()}
+    held = revert(fake.model, {n: state[n] for n in own_names(fake.model)})
     infos = {key: TensorInfo(tuple(t.shape), t.dtype) for key, t in held.items()}
-    program.hub = hub_of(twin.model, infos, name)
+    program.hub = hub_of(fake.model, infos, name)
     named = time.perf_counter()
     experts = nodes = 0
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from fxq.sources.conversion import own_names, revert
-from fxq.trace.fake_model import twin_of_config
+from fxq.trace.fake_model import fake_model_of_config
 
 SHARD_BYTES = 1 << 30
 _POOL = 1 << 24
@@ -29,12 +29,12 @@ _POOL = 1 << 24
 def write(directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Write the checkpoint; returns its size in bytes."""
     directory.mkdir(parents=True)
-    twin = twin_of_config(config, dtype)
-    config.architectures = [type(twin.model).__name__]
+    fake = fake_model_of_config(config, dtype)
+    config.architectures = [type(fake.model).__name__]
     config.dtype = dtype
     config.save_pretrained(directory)
-    state = {name: tensor.to("meta") for name, tensor in twin.model.state_dict().items()}
-    held = revert(twin.model, {name: state[name] for name in own_names(twin.model)})
+    state = {name: tensor.to("meta") for name, tensor in fake.model.state_dict().items()}
+    held = revert(fake.model, {name: state[name] for name in own_names(fake.model)})
     shards = list(_shards(held))
     places: dict[str, str] = {}
     draw = _Draw(dtype)

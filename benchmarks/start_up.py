@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fxq.sources.conversion import own_names, revert
-from fxq.trace.fake_model import twin_of_config
+from fxq.trace.fake_model import fake_model_of_config
 
 SPECS = ("nvfp4_experts_only_mse-fp8_cast_kv", "nvfp4_weight_only_mse")
 SAMPLES, LENGTH = 8, 512
@@ -44,12 +44,12 @@ raise SystemExit(fxq.cli.main(command))
 def write_sparse(name: str, directory: Path) -> int:
     """A model directory of the published shapes, with calibration lines; the bytes its weights would take."""
     config = MODELS[name](None)
-    twin = twin_of_config(config, torch.bfloat16)
-    config.architectures, config.dtype = [type(twin.model).__name__], torch.bfloat16
+    fake = fake_model_of_config(config, torch.bfloat16)
+    config.architectures, config.dtype = [type(fake.model).__name__], torch.bfloat16
     config.save_pretrained(directory)
-    state = {n: t.to("meta") for n, t in twin.model.state_dict().items()}
+    state = {n: t.to("meta") for n, t in fake.model.state_dict().items()}
     header, end = {}, 0
-    for key, tensor in revert(twin.model, {n: state[n] for n in own_names(twin.model)}).items():
+    for key, tensor in revert(fake.model, {n: state[n] for n in own_names(fake.model)}).items():
         dtype = {torch.bfloat16: "BF16", torch.float32: "F32"}[tensor.dtype]
         header[key] = {
             "dtype": dtype,

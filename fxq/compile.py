@@ -45,7 +45,10 @@ from fxq.sources import samples as calibration
 from fxq.sources.fp8_blocks import without_encoding
 from fxq.sources.live import called_otherwise
 from fxq.trace.export import trace
-from fxq.trace.fake_model import Twin, load_config, load_tokenizer, twin_of_config, twin_of_model
+from fxq.trace.fake_model import FakeModel as Twin
+from fxq.trace.fake_model import fake_model_of_config as twin_of_config
+from fxq.trace.fake_model import fake_model_of_live as twin_of_model
+from fxq.trace.fake_model import load_config, load_tokenizer
 
 Run = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """What fxq raises: one type a layer, each message saying what was expected, what was found, where, and
 the choices."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class FxqError(Exception):
@@ -40,3 +40,8 @@ class CheckpointError(FxqError):
 def choices(names: Iterable[object]) -> str:
     """A sorted, comma-separated list for error messages."""
     return ", ".join(sorted(str(name) for name in names)) or "none"
+
+
+def and_more(names: Collection[object]) -> str:
+    """The first of some names, and how many there are besides: "a and 2 more"."""
+    return f"{next(iter(names))}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"

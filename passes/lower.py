@@ -4,13 +4,13 @@ A weight is stored as the hub holds it: alone (`store_linear`), or as rows of a 
 (`store_rows`): all experts of a layer, or several linears.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch.fx import Graph, Node
 
-from fxq.errors import VerifyError
+from fxq.errors import VerifyError, and_more
 from fxq.graph import dialect, edit
 from fxq.graph.arguments import node_at, nodes_at
 from fxq.graph.hub import Stored, TensorInfo
@@ -249,20 +249,16 @@ class _Emitter:
         """What engines do with forms that are not one linear a tensor, once a model."""
         if fused := [key for key, experts in self.experts.items() if experts > 1]:
             yield (
-                f"{fused[0]}{_others(fused)}: this family's checkpoints hold all experts of a layer in one "
+                f"{and_more(fused)}: this family's checkpoints hold all experts of a layer in one "
                 "tensor, and so does this one; vLLM 0.32 fails on NVFP4 weights in that form, and no engine "
                 "is known to load them"
             )
         if self.turned:
             yield (
-                f"{next(iter(self.turned))}{_others(self.turned)}: this family's checkpoints hold it as "
+                f"{and_more(self.turned)}: this family's checkpoints hold it as "
                 "[in, out]; NVFP4 is defined for [out, in], which is written, so an engine that transposes "
                 "such weights on load cannot read it"
             )
-
-
-def _others(keys: Collection[str]) -> str:
-    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
 
 
 def _below_input_quantize(x: Node) -> Node:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from fxq import gc_paused as collector
 from fxq.errors import CheckpointError, FxqError, SpecError, choices
-from fxq.sources.prefetch import read_ahead
+from fxq.sources.prefetch import prefetch as read_ahead
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxq.compile import Model
-from fxq.errors import SourceError
+from fxq.errors import SourceError, and_more
 from fxq.graph import dialect, edit
 from fxq.graph.arguments import int_at, node_at
 from fxq.graph.hub import Hub
@@ -78,14 +78,13 @@ def _quantize_inputs(program: Program, source: Directory, activations: Activatio
         edit.replace(matmul.x, quantized[known], [matmul.node])
     if differing:
         program.notes.append(
-            f"{differing[0]}{_others(differing)}: its input scale differs from its fellows'; engines, and "
+            f"{and_more(differing)}: its input scale differs from its fellows'; engines, and "
             "this simulation, take the largest"
         )
     extra = set(program.hub.extra)
     if unseen := [key for key in left if key not in extra]:
         program.notes.append(
-            f"{unseen[0]}{_others(unseen)}: the graph shows no matmul by it; its input is simulated "
-            "unquantized"
+            f"{and_more(unseen)}: the graph shows no matmul by it; its input is simulated unquantized"
         )
 
 
@@ -159,9 +158,7 @@ def _fill_caches(program: Program, source: Directory, activations: Activations) 
             if hole.target is dialect.AMAX:
                 program.values[hole.name] = _amax(torch.tensor(value), "fp8")
     if bare and scaled:
-        program.notes.append(
-            f"{bare[0]}{_others(bare)}: no KV scale, although others have one; engines take 1.0"
-        )
+        program.notes.append(f"{and_more(bare)}: no KV scale, although others have one; engines take 1.0")
 
 
 def _cache_scales(keys: Iterable[str], module: str) -> dict[str, str]:
@@ -169,7 +166,3 @@ def _cache_scales(keys: Iterable[str], module: str) -> dict[str, str]:
     within = (key for key in keys if key.startswith(f"{module}."))
     near = [key for key in within if key.removeprefix(f"{module}.").count(".") <= 1]
     return {key.rpartition(".")[2][0]: key for key in near}
-
-
-def _others(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if names[1:] else ""

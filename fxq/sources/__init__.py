@@ -1,4 +1,10 @@
-"""Where weights come from: a directory of safetensors, or a live model."""
+"""Sources: where weights come from, and the text that a model is calibrated on.
+
+directory: a model's directory, by way of its files (files, safetensors_file), decoded where they are
+quantized (fp8_blocks, nvfp4_checkpoint). live: a model in memory, by way of its parameters (parameters).
+conversion: how the tensors of a checkpoint make up parameters, for both. prefetch: files read ahead.
+fingerprint: what tells two runs apart. samples: calibration text as token ids.
+"""
 
 from fxq.sources.directory import Directory
 from fxq.sources.live import Live

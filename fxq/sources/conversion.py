@@ -1,5 +1,4 @@
-"""How the tensors of a checkpoint make up a model's parameters: transformers' conversions, read as rows of
-tensors.
+"""Conversion of a checkpoint's tensors to a model's parameters: transformers' own, read as rows of tensors.
 
 Every operation that stacks, joins, splits, deinterleaves or transposes is followed symbolically, so that one
 expert can be read and written alone. Whatever else a conversion does runs as it is, on whole tensors.
@@ -29,7 +28,7 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fxq.errors import SourceError
+from fxq.errors import SourceError, and_more
 from fxq.graph.hub import Hub, Part, Stored, TensorInfo, row_axis
 
 Infos = Mapping[str, TensorInfo]
@@ -53,10 +52,7 @@ def hub_of(model: PreTrainedModel, infos: Infos, where: str) -> Hub:
         name for name in own if name not in stored and aliases.get(name, name) == name and name not in tied
     ]
     if missing:
-        raise SourceError(
-            f"{where}: no tensor for {missing[0]}"
-            + (f" and {len(missing) - 1} more parameters" if missing[1:] else "")
-        )
+        raise SourceError(f"{where}: no tensor for {and_more(missing)}")
     unnamed = [alias for alias in aliases if alias not in stored and aliases[alias] in stored]
     stored |= {alias: stored[aliases[alias]] for alias in unnamed}
     modules = sorted(
@@ -153,7 +149,7 @@ def _converted(
     try:
         made = _follow(name, converter, sources, model, infos, own)
     except _NotRows:
-        return _opaque(name, converter, sources, model, infos, own)
+        return _on_whole_tensors(name, converter, sources, model, infos, own)
     stored = {}
     for target, rows in zip(_full_names(name, converter), made, strict=True):
         if target in own:
@@ -250,7 +246,7 @@ def _stack(experts: Sequence[_Rows]) -> _Rows:
     first = experts[0]
     for key, expert in zip(keys, experts, strict=True):
         if expert.shape != first.shape:
-            raise SourceError(f"{key}: shape {list(expert.shape)} differs from its fellow experts'")
+            raise SourceError(f"{key}: shape {list(expert.shape)} differs from its siblings'")
     return _Rows((Part(keys, first.parts[0].rows),), (len(experts), *first.shape), stacked=True)
 
 
@@ -374,7 +370,7 @@ def _run(
     return {target: t[0] if isinstance(t, list) else t for target, t in made.items()}
 
 
-def _opaque(
+def _on_whole_tensors(
     name: str, converter: WeightConverter, sources: Sources, model: PreTrainedModel, infos: Infos, own: Infos
 ) -> dict[str, Stored]:
     made = _run(name, converter, sources, model, lambda key: _meta(infos[key]))

@@ -1,4 +1,4 @@
-"""A Hugging Face directory of safetensors, read lazily: the bytes of a tensor, of some of its rows or of one
+"""Model directory of safetensors, read lazily: the bytes of a tensor, of some of its rows or of one
 of its experts, and no more.
 
 Parameters are rows of the hub's tensors (`fxq.sources.conversion`), so that one expert is read alone.
@@ -18,9 +18,9 @@ from fxq.graph.hub import Hub, Stored, TensorInfo, row_axis
 from fxq.numbers import nvfp4
 from fxq.sources.conversion import hub_of, kept_turned
 from fxq.sources.files import INDEX, allow_files, check_depth, check_links, read_config, shards
-from fxq.sources.fp8_blocks import ELEMENTS_AT_ONCE, Packed, Scaled, decode, encoding_of
-from fxq.sources.nvfp4_checkpoint import quantized_encoding
-from fxq.sources.safetensors_file import Shard
+from fxq.sources.fp8_blocks import ELEMENTS_AT_ONCE, Fp8Weight, Nvfp4Weight, decode_blocks, fp8_encoding
+from fxq.sources.nvfp4_checkpoint import nvfp4_encoding
+from fxq.sources.safetensors_file import SafetensorsFile
 
 
 class Directory:
@@ -28,32 +28,33 @@ class Directory:
 
     config: its config.json. infos: every tensor as it decodes, in natural order of names; the scales of
     quantized ones are not among them. activations: what an NVFP4 checkpoint's inputs and cache are quantized
-    with. quantized: whether such a checkpoint may be read, decoded, instead of being refused.
+    with. quantized: whether such a checkpoint may be read, decoded, instead of being refused. follow_links:
+    whether files may be links out of the directory. SourceError says what is wrong with a file of it.
     """
 
     concurrent = True
 
-    def __init__(self, path: Path, *, quantized: bool = False) -> None:
-        check_links(path)
+    def __init__(self, path: Path, *, quantized: bool = False, follow_links: bool = False) -> None:
+        check_links(path, follow=follow_links)
         self.path, self.config = path, read_config(path)
         names, listed = shards(path)
         allow_files(len(names))
-        self._shards = _by_tensor(path, [Shard(path / name) for name in names], listed)
-        check_depth(path, self.config, len(self._shards))
-        raw = {key: self._shards[key].entries[key].info for key in sorted(self._shards, key=dot_natural_key)}
-        encoding = quantized_encoding(self.config, raw, path) if quantized else None
-        encoding = encoding or encoding_of(self.config, raw, path)
-        self.infos, self._scaled, self._packed = dict(encoding.infos), encoding.scaled, encoding.packed
+        self._files = _by_tensor(path, [SafetensorsFile(path / name) for name in names], listed)
+        check_depth(path, self.config, len(self._files))
+        raw = {key: self._files[key].entries[key].info for key in sorted(self._files, key=dot_natural_key)}
+        encoding = nvfp4_encoding(self.config, raw, path) if quantized else None
+        encoding = encoding or fp8_encoding(self.config, raw, path)
+        self.infos, self._fp8, self._nvfp4 = dict(encoding.infos), encoding.fp8, encoding.nvfp4
         self.activations = encoding.activations
         self._turned: set[str] = set()
         self.hub = Hub(tensors=self.infos)
         self._own: dict[str, TensorInfo] = {}
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Learn where each parameter of `model` (its twin; no values needed) lies; SourceError if one is
-        missing."""
+        """Learn where each parameter of `model` lies (on fake tensors or others: no values are needed);
+        SourceError if one is missing."""
         if self.activations is not None:
-            self._turn(kept_turned(model, [*self._packed, *self._scaled]))
+            self._turn(kept_turned(model, [*self._nvfp4, *self._fp8]))
         self.hub = hub_of(model, self.infos, str(self.path))
         self._own = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
 
@@ -66,9 +67,9 @@ class Directory:
 
     def read_stored(self, key: str) -> Tensor:
         """A tensor as the file holds it, scales included."""
-        info = self._shards[key].entries[key].info
+        info = self._files[key].entries[key].info
         out = torch.empty(info.shape, dtype=info.dtype)
-        self._shards[key].read(key, out)
+        self._files[key].read(key, out)
         return out
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
@@ -119,7 +120,7 @@ class Directory:
         lead = shape[: row_axis(shape)] if expert is None else shape[1:-2]
         first = 0 if expert is None else expert * math.prod(lead)
         matrices = range(first, first + math.prod(lead))
-        encoded = key in self._scaled or key in self._packed
+        encoded = key in self._fp8 or key in self._nvfp4
         plain = not encoded and out.dtype == self.infos[key].dtype
         if plain and rows.step == 1 and out.is_contiguous():
             self._raw(key, matrices, rows, shape, out)
@@ -138,60 +139,62 @@ class Directory:
     def _decoded(self, key: str, shape: tuple[int, ...], matrices: range, rows: range) -> Tensor:
         """`_span` of a tensor whose decoded shape in the file is `shape`."""
         dtype = self.infos[key].dtype
-        if (packed := self._packed.get(key)) is not None:
+        if (weight := self._nvfp4.get(key)) is not None:
             out = torch.empty(len(matrices), len(rows), shape[-1], dtype=dtype)
             for matrix, piece in zip(matrices, out, strict=True):
-                self._unpack(packed, shape, matrix, rows, piece)
+                self._unpack(weight, shape, matrix, rows, piece)
             return out
         width = shape[row_axis(shape) + 1 :]
-        raw = torch.empty(len(matrices), len(rows), *width, dtype=self._shards[key].entries[key].info.dtype)
+        raw = torch.empty(len(matrices), len(rows), *width, dtype=self._files[key].entries[key].info.dtype)
         self._raw(key, matrices, rows, shape, raw)
-        scaled = self._scaled.get(key)
+        scaled = self._fp8.get(key)
         if scaled is None:
             return raw
         scales = self._scales(key, scaled, shape, matrices, rows)
         out = torch.empty(raw.shape, dtype=dtype)
         for number in range(len(matrices)):
-            decode(raw[number], scales[number], scaled.block, rows.start, out[number])
+            decode_blocks(raw[number], scales[number], scaled.block, rows.start, out[number])
         return out
 
-    def _unpack(self, packed: Packed, shape: tuple[int, ...], matrix: int, rows: range, out: Tensor) -> None:
+    def _unpack(
+        self, weight: Nvfp4Weight, shape: tuple[int, ...], matrix: int, rows: range, out: Tensor
+    ) -> None:
         """Some rows of one NVFP4 matrix into `out` [rows, K], a part at a time."""
-        scale_2 = self.read_stored(packed.scale_2).flatten()
+        scale_2 = self.read_stored(weight.scale_2).flatten()
         scale_2 = scale_2[matrix] if len(scale_2) > 1 else scale_2[0]
-        scale_2 = scale_2.reciprocal() if packed.is_divisor else scale_2
-        if packed.along_rows:  # blocks reach over rows
-            codes, scale = (self._whole(key, shape, matrix).mT for key in (packed.weight, packed.scale))
-            out.copy_(_dequantized(packed, codes, scale, scale_2).mT[rows.start : rows.stop])
+        scale_2 = scale_2.reciprocal() if weight.is_divisor else scale_2
+        if weight.along_rows:  # blocks reach over rows
+            codes, scale = (self._whole(key, shape, matrix).mT for key in (weight.weight, weight.scale))
+            out.copy_(_dequantized(weight, codes, scale, scale_2).mT[rows.start : rows.stop])
             return
         most = max(1, ELEMENTS_AT_ONCE // max(shape[-1], 1))
         for start in range(0, len(rows), most):
             part = rows[start : start + most]
-            codes = self._columns(packed.weight, shape[-1] // 2, shape, matrix, part)
-            scale = self._columns(packed.scale, shape[-1] // nvfp4.BLOCK, shape, matrix, part)
-            out[start : start + most] = _dequantized(packed, codes, scale, scale_2)
+            codes = self._columns(weight.weight, shape[-1] // 2, shape, matrix, part)
+            scale = self._columns(weight.scale, shape[-1] // nvfp4.BLOCK, shape, matrix, part)
+            out[start : start + most] = _dequantized(weight, codes, scale, scale_2)
 
     def _columns(self, key: str, width: int, shape: tuple[int, ...], matrix: int, rows: range) -> Tensor:
         """Rows of one matrix of codes or block scales [..., N, width]."""
-        out = torch.empty(1, len(rows), width, dtype=self._shards[key].entries[key].info.dtype)
+        out = torch.empty(1, len(rows), width, dtype=self._files[key].entries[key].info.dtype)
         self._raw(key, range(matrix, matrix + 1), rows, (*shape[:-1], width), out)
         return out[0]
 
     def _whole(self, key: str, shape: tuple[int, ...], matrix: int) -> Tensor:
         """One whole matrix of codes or block scales [..., height, K], of fewer rows than it decodes to."""
-        height, width = self._shards[key].entries[key].info.shape[-2:]
+        height, width = self._files[key].entries[key].info.shape[-2:]
         return self._columns(key, width, (*shape[:-2], height, width), matrix, range(height))
 
     def _scales(
-        self, key: str, scaled: Scaled, shape: tuple[int, ...], matrices: range, rows: range
+        self, key: str, scaled: Fp8Weight, shape: tuple[int, ...], matrices: range, rows: range
     ) -> Tensor:
         """float32 scales of the blocks that hold these rows, as [matrices, block rows, block columns]."""
         if scaled.shared:
-            one = Scaled(scaled.key, scaled.block)
+            one = Fp8Weight(scaled.key, scaled.block)
             return self._scales(key, one, shape[-2:], range(1), rows).expand(len(matrices), -1, -1)
         grid = scaled.grid(shape)
         blocks = range(rows.start // scaled.block[0], -(-rows.stop // scaled.block[0]))
-        dtype = self._shards[scaled.key].entries[scaled.key].info.dtype
+        dtype = self._files[scaled.key].entries[scaled.key].info.dtype
         scales = torch.empty(len(matrices), len(blocks), grid[-1], dtype=dtype)
         self._raw(scaled.key, matrices, blocks, grid, scales)
         scales = scales.to(torch.float32)
@@ -207,34 +210,36 @@ class Directory:
         tall = shape[axis] if shape else 1
         size = math.prod(shape[axis + 1 :]) * out.dtype.itemsize
         if len(rows) == tall:
-            self._shards[key].read(key, out, matrices.start * tall * size)
+            self._files[key].read(key, out, matrices.start * tall * size)
             return
         for matrix, block in zip(matrices, out.view(len(matrices), len(rows), -1), strict=True):
-            self._shards[key].read(key, block, (matrix * tall + rows.start) * size)
+            self._files[key].read(key, block, (matrix * tall + rows.start) * size)
 
 
-def _dequantized(packed: Packed, codes: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
+def _dequantized(weight: Nvfp4Weight, codes: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     """float32 [rows, K]; SourceError if a scale is no number."""
     values = nvfp4.dequantize(nvfp4.Packed(codes.contiguous(), scale.contiguous(), scale_2))
     if not bool(torch.isfinite(values).all()):
-        raise SourceError(f"{packed.weight}: {packed.scale} or {packed.scale_2} holds NaN or Inf")
+        raise SourceError(f"{weight.weight}: {weight.scale} or {weight.scale_2} holds NaN or Inf")
     return values
 
 
-def _by_tensor(path: Path, opened: Sequence[Shard], listed: Mapping[str, str] | None) -> dict[str, Shard]:
+def _by_tensor(
+    path: Path, opened: Sequence[SafetensorsFile], listed: Mapping[str, str] | None
+) -> dict[str, SafetensorsFile]:
     """Tensor -> its file; SourceError where the files and the index, or two files, contradict each other."""
-    found: dict[str, Shard] = {}
-    for shard in opened:
-        for key in shard.entries:
+    found: dict[str, SafetensorsFile] = {}
+    for file in opened:
+        for key in file.entries:
             if key in found:
-                raise SourceError(f"{path}: {key} is in both {found[key].path.name} and {shard.path.name}")
-            found[key] = shard
+                raise SourceError(f"{path}: {key} is in both {found[key].path.name} and {file.path.name}")
+            found[key] = file
     if listed is None:
         return found
     for key, name in listed.items():
         if key not in found or found[key].path.name != name:
             raise SourceError(f"{path / name}: {INDEX} puts {key} there, but there it is not")
-    for key, shard in found.items():
+    for key, file in found.items():
         if key not in listed:
-            raise SourceError(f"{shard.path}: holds {key}, which {INDEX} does not list")
+            raise SourceError(f"{file.path}: holds {key}, which {INDEX} does not list")
     return found

@@ -1,4 +1,4 @@
-"""Which files of a model directory are read: none that an index or a link places outside it."""
+"""Files of a model directory, and which of them are read: none that an index or a link places outside it."""
 
 import json
 import re
@@ -34,12 +34,12 @@ def allow_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
-def check_links(directory: Path) -> None:
+def check_links(directory: Path, *, follow: bool = False) -> None:
     """SourceError if anything in the directory is a link that leads out of it, or nowhere, or is no file.
 
     What lies there is read, or copied into the output, so a link must not lend it another file. The Hugging
     Face cache is the exception: there snapshots/<revision>/* are links into blobs/ of the same repository.
-    Names that begin with a dot are neither read nor copied.
+    Names that begin with a dot are neither read nor copied. follow: links to files elsewhere are allowed.
     """
     homes = [directory.resolve()]
     if homes[0].parent.name == "snapshots" and homes[0].parent.parent.name.startswith("models--"):
@@ -53,9 +53,13 @@ def check_links(directory: Path) -> None:
             target = path.resolve(strict=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before Python 3.13
             raise SourceError(f"{path}: a link that leads nowhere: {path.readlink()}") from error
-        if target in homes or not any(home in target.parents for home in homes):
+        inside = target not in homes and any(home in target.parents for home in homes)
+        if not inside and not target.is_file():
+            raise SourceError(f"{path}: a link out of the model directory, to {target}, which is no file")
+        if not inside and not follow:
             raise SourceError(
-                f"{path}: a link out of the model directory, to {target}; put the file itself there"
+                f"{path}: a link out of the model directory, to {target}; put the file itself there, or "
+                "allow such links with --follow-links (follow_links=True in python)"
             )
 
 

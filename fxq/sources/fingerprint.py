@@ -1,4 +1,4 @@
-"""What tells two runs apart: a few words about each thing that decides what a run writes."""
+"""Fingerprints of what decides the bytes of a run: a few words about each, which tell two runs apart."""
 
 import hashlib
 import os
@@ -11,8 +11,7 @@ import torch
 
 from fxq.errors import SourceError
 from fxq.graph.hub import WeightSource
-
-_LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+from fxq.sources.safetensors_file import LARGEST_HEADER
 
 
 def of_directory(path: Path) -> dict[str, str]:
@@ -35,7 +34,7 @@ def of_directory(path: Path) -> dict[str, str]:
 def _header(file: Path) -> bytes:
     with file.open("rb") as opened:
         length = opened.read(8)
-        return opened.read(min(int.from_bytes(length, "little"), _LARGEST_HEADER))
+        return opened.read(min(int.from_bytes(length, "little"), LARGEST_HEADER))
 
 
 def of_config(config: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
-"""How a checkpoint stores its numbers: as they are, or in FP8 with a scale a block, decoded as they are read.
+"""FP8 checkpoints as sources: weights in e4m3 with a scale a block, decoded as they are read.
 
-FP8 as DeepSeek-V3 introduced it: value = e4m3 * scale of its block. Every other way is refused by name.
+As DeepSeek-V3 introduced it: value = e4m3 * scale of its block. Every other way of storing numbers is refused
+by name. Here are also the words in which any quantized checkpoint is described (`Encoding`).
 """
 
 import math
@@ -25,7 +26,7 @@ ELEMENTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Fp8Weight:
     """An e4m3 tensor [..., N, K] and where its scales lie.
 
     key: the tensor of scales, [..., ceil(N / block[0]), ceil(K / block[1])]; a block as large as the matrix
@@ -43,7 +44,7 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Nvfp4Weight:
     """The tensors of an NVFP4 weight: `weight` uint8 [..., N, K / 2], `scale` e4m3 [..., N, K / 16] and
     `scale_2`, one float32 for all or one a matrix; `is_divisor` if it is 1 / weight_scale_2.
 
@@ -84,16 +85,17 @@ class Activations:
 class Encoding:
     """The tensors of a checkpoint as they decode: `infos` is what the rest of fxq sees, without scales.
 
-    scaled, packed: those in FP8 and NVFP4. activations: None if the checkpoint says nothing of them.
+    fp8, nvfp4: the weights stored so, by their names in `infos`. activations: None if the
+    checkpoint says nothing of them.
     """
 
     infos: Mapping[str, TensorInfo]
-    scaled: Mapping[str, Scaled]
-    packed: Mapping[str, Packed] = field(default_factory=dict)
+    fp8: Mapping[str, Fp8Weight]
+    nvfp4: Mapping[str, Nvfp4Weight] = field(default_factory=dict)
     activations: Activations | None = None
 
 
-def encoding_of(config: Mapping[str, Any], raw: Mapping[str, TensorInfo], where: Path) -> Encoding:
+def fp8_encoding(config: Mapping[str, Any], raw: Mapping[str, TensorInfo], where: Path) -> Encoding:
     """How the tensors `raw` of a directory are stored, by its config.json; SourceError if fxq cannot read
     them."""
     found = stated_in(config)
@@ -127,7 +129,9 @@ def without_encoding(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def decode(values: Tensor, scales: Tensor, block: tuple[int, int], first_row: int, out: Tensor) -> None:
+def decode_blocks(
+    values: Tensor, scales: Tensor, block: tuple[int, int], first_row: int, out: Tensor
+) -> None:
     """Fill `out` [n, K] with the numbers that rows [first_row, first_row + n) of an e4m3 matrix stand for.
 
     values: e4m3 [n, K]. scales: float32 [blocks of these rows, ceil(K / block[1])]. Products are taken in
@@ -189,7 +193,7 @@ def _block(stated: Mapping[str, Any], where: Path) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def _pairs(raw: Mapping[str, TensorInfo], block: tuple[int, int] | None, where: Path) -> dict[str, Scaled]:
+def _pairs(raw: Mapping[str, TensorInfo], block: tuple[int, int] | None, where: Path) -> dict[str, Fp8Weight]:
     """Every e4m3 tensor of two dimensions or more with its scales."""
     pairs, owners = {}, dict[str, str]()
     for key, info in raw.items():
@@ -208,7 +212,7 @@ def _pairs(raw: Mapping[str, TensorInfo], block: tuple[int, int] | None, where: 
 
 def _pair(
     key: str, info: TensorInfo, raw: Mapping[str, TensorInfo], block: tuple[int, int] | None, where: Path
-) -> Scaled:
+) -> Fp8Weight:
     names = [f"{key}_scale_inv", f"{key}_scale"]
     if key.endswith(".weight"):
         names.append(f"{key.removesuffix('.weight')}.scale")
@@ -216,7 +220,7 @@ def _pair(
     if name is None:
         raise SourceError(f"{where}: {key} is {said(info)}, but there is no {names[0]} to decode it with")
     scale, matrix = raw[name], info.shape[-2:]
-    scaled = Scaled(name, block or (max(matrix[0], 1), max(matrix[1], 1)))
+    scaled = Fp8Weight(name, block or (max(matrix[0], 1), max(matrix[1], 1)))
     grid = scaled.grid(info.shape)
     single = block is None and math.prod(scale.shape) == math.prod(grid)
     if scale.dtype not in _SCALES or (scale.shape != grid and not single):

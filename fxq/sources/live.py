@@ -1,4 +1,4 @@
-"""A model in memory, seen under the hub's names."""
+"""Live model as a source: its parameters in memory, seen under the hub's names."""
 
 import dataclasses
 from collections import defaultdict
@@ -23,7 +23,7 @@ class Live:
 
     origin: the directory that it came from, which supplies the hub's names and what the model ignores; not if
     the model has other shapes by now (embeddings were resized, say), which makes it one of its own.
-    twin: the same class and config on fake tensors, whose names and ties count where wrapping the model
+    fake: the same class and config on fake tensors, whose names and ties count where wrapping the model
     (FSDP, offloading) hid them; the model itself by default. Raises SourceError with its name for a
     parameter that cannot be read.
     """
@@ -31,20 +31,20 @@ class Live:
     concurrent = False  # the ranks of a sharded model must gather its parameters in one order
 
     def __init__(
-        self, model: PreTrainedModel, origin: Directory | None = None, twin: PreTrainedModel | None = None
+        self, model: PreTrainedModel, origin: Directory | None = None, fake: PreTrainedModel | None = None
     ) -> None:
         _check_not_quantized(model)
-        self.parameters, self._twin = Parameters(model), twin or model
-        if twin is not None:
-            _name_alike(twin, model)
-            _check_shapes(self.parameters, twin)
-        meta = {name: _meta(self.parameters[name]) for name in own_names(self._twin)}
-        infos = {key: TensorInfo.of(tuple(t.shape), t.dtype) for key, t in revert(self._twin, meta).items()}
+        self.parameters, self._fake = Parameters(model), fake or model
+        if fake is not None:
+            _name_alike(fake, model)
+            _check_shapes(self.parameters, fake)
+        meta = {name: _meta(self.parameters[name]) for name in own_names(self._fake)}
+        infos = {key: TensorInfo.of(tuple(t.shape), t.dtype) for key, t in revert(self._fake, meta).items()}
         self.origin = None if origin is None or _reshaped(infos, origin) else origin
         if self.origin is None:
-            self.hub = hub_of(self._twin, infos, type(self._twin).__name__)
+            self.hub = hub_of(self._fake, infos, type(self._fake).__name__)
         else:
-            self.origin.attach(self._twin)
+            self.origin.attach(self._fake)
             self.hub = self._in_own_dtypes(self.origin.hub)
         self._where = _places(self.hub)
 
@@ -77,7 +77,7 @@ class Live:
             raise SourceError(f"{key}: no parameter of the model makes this tensor")
         if any(self.hub.stored[name].convert is not None for name, _, _ in places):
             names = dict.fromkeys(name for name, _, _ in places)
-            return revert(self._twin, {name: self.parameters.read(name) for name in names})[key].cpu()
+            return revert(self._fake, {name: self.parameters.read(name) for name in names})[key].cpu()
         info = self.hub.tensors[key]
         axis = row_axis(info.shape)
         out = torch.empty(info.shape, dtype=info.dtype)
@@ -131,17 +131,17 @@ def _check_not_quantized(model: PreTrainedModel) -> None:
         )
 
 
-def _name_alike(twin: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Let the twin be saved under the names that the model was loaded from; those of a decoded FP8
+def _name_alike(fake: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Let the fake be saved under the names that the model was loaded from; those of a decoded FP8
     checkpoint would have it encoded again."""
     used = getattr(model, "_weight_conversions", None)
     operations = [op for c in used or () for op in getattr(c, "operations", ())]
     if used is not None and not any(type(op).__module__.endswith("finegrained_fp8") for op in operations):
-        twin._weight_conversions = used
+        fake._weight_conversions = used
 
 
-def _check_shapes(parameters: Parameters, twin: PreTrainedModel) -> None:
-    for name, tensor in twin.state_dict().items():
+def _check_shapes(parameters: Parameters, fake: PreTrainedModel) -> None:
+    for name, tensor in fake.state_dict().items():
         found = parameters[name].shape if name in parameters else None
         if found != tuple(tensor.shape):
             raise SourceError(

@@ -1,4 +1,4 @@
-"""NVFP4 checkpoints as they decode, whoever wrote them: ModelOpt's and compressed-tensors', mixed with FP8.
+"""NVFP4 checkpoints as sources, whoever wrote them: ModelOpt's and compressed-tensors', mixed with FP8.
 
 Which tensors are quantized, and how, is read from the tensors; the configs say whether inputs are, and what
 the cache is. What cannot be decoded, or would run otherwise than fxq simulates, is refused by name.
@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from fxq.errors import SourceError
+from fxq.errors import SourceError, and_more
 from fxq.graph.hub import TensorInfo
 from fxq.numbers.nvfp4 import BLOCK
 from fxq.sources.files import json_object
 from fxq.sources.fp8_blocks import (
     Activations,
     Encoding,
+    Fp8Weight,
     InputScale,
-    Packed,
-    Scaled,
+    Nvfp4Weight,
     decoded_dtype,
     not_read,
     said,
@@ -36,7 +36,7 @@ _LEFT_OUT = (*_CACHE_SCALES, "q_scale", "prob_scale")
 Infos = Mapping[str, TensorInfo]
 
 
-def quantized_encoding(config: Mapping[str, Any], raw: Infos, where: Path) -> Encoding | None:
+def nvfp4_encoding(config: Mapping[str, Any], raw: Infos, where: Path) -> Encoding | None:
     """How the tensors `raw` of an NVFP4 (or per-tensor FP8) checkpoint decode, and what its activations are
     quantized with; None if it is none. SourceError if it declares, or holds, what cannot be followed."""
     key, stated = stated_in(config) or ("", None)
@@ -131,7 +131,7 @@ def _fp8_cache(key: str, stated: Mapping[str, Any], where: Path) -> bool:
     return True
 
 
-def _packed(raw: Infos, where: Path) -> Iterator[tuple[str, Packed]]:
+def _packed(raw: Infos, where: Path) -> Iterator[tuple[str, Nvfp4Weight]]:
     """Every weight of uint8 codes under the hub's name; SourceError where its scales are missing or do not
     fit."""
     for name, info in raw.items():
@@ -147,7 +147,7 @@ def _packed(raw: Infos, where: Path) -> Iterator[tuple[str, Packed]]:
             yield name, _checked(name, f"{name}_", "weight_scale_2", raw, where)
 
 
-def _checked(name: str, module: str, scale_2: str, raw: Infos, where: Path) -> Packed:
+def _checked(name: str, module: str, scale_2: str, raw: Infos, where: Path) -> Nvfp4Weight:
     codes, names = raw[name], (f"{module}weight_scale", f"{module}{scale_2}")
     for needed in names:
         if needed not in raw:
@@ -164,10 +164,10 @@ def _checked(name: str, module: str, scale_2: str, raw: Infos, where: Path) -> P
         )
     if scalar.dtype != torch.float32 or math.prod(scalar.shape) not in (1, math.prod(lead)):
         raise SourceError(f"{where}: {names[1]} is {said(scalar)}; expected one float32 of {name}")
-    return Packed(name, *names, scale_2 == "weight_global_scale", along_rows)
+    return Nvfp4Weight(name, *names, scale_2 == "weight_global_scale", along_rows)
 
 
-def _shape(packed: Packed, raw: Infos) -> tuple[int, ...]:
+def _shape(packed: Nvfp4Weight, raw: Infos) -> tuple[int, ...]:
     shape = list(raw[packed.weight].shape)
     shape[-2 if packed.along_rows else -1] *= 2
     return tuple(shape)
@@ -177,7 +177,7 @@ def _is_fp8(info: TensorInfo) -> bool:
     return info.dtype == _E4M3 and len(info.shape) > 1
 
 
-def _scaled(name: str, info: TensorInfo, raw: Infos, where: Path) -> Scaled:
+def _scaled(name: str, info: TensorInfo, raw: Infos, where: Path) -> Fp8Weight:
     """An FP8 weight with one scale, one a matrix, or one a row."""
     module = _module(name)
     key = next((k for k in (f"{module}weight_scale", f"{name}_scale") if k in raw), None)
@@ -188,11 +188,11 @@ def _scaled(name: str, info: TensorInfo, raw: Infos, where: Path) -> Scaled:
     scale, (*lead, rows, width) = raw[key], info.shape
     if scale.dtype.is_floating_point and scale.dtype.itemsize > 1:
         if math.prod(scale.shape) == 1:
-            return Scaled(key, (rows, width), shared=math.prod(lead) > 1)
+            return Fp8Weight(key, (rows, width), shared=math.prod(lead) > 1)
         if scale.shape in ((*lead,), (*lead, 1, 1)):
-            return Scaled(key, (rows, width))
+            return Fp8Weight(key, (rows, width))
         if scale.shape in ((*lead, rows), (*lead, rows, 1)):
-            return Scaled(key, (1, width))
+            return Fp8Weight(key, (1, width))
     raise SourceError(f"{where}: {key} is {said(scale)}; {name} {list(info.shape)} needs one, or one a row")
 
 
@@ -202,7 +202,7 @@ def _module(weight: str) -> str:
 
 
 def _inputs(
-    packed: Mapping[str, Packed], scaled: Iterable[str], raw: Infos
+    packed: Mapping[str, Nvfp4Weight], scaled: Iterable[str], raw: Infos
 ) -> Iterator[tuple[str, InputScale]]:
     """Weight -> the scale of its input, of those that have one."""
     for name, codes in packed.items():
@@ -228,16 +228,12 @@ def _notes(
     bare = [name for name in packed if name not in inputs and not weight_only(name) and not compressed]
     if bare:
         yield (
-            f"{bare[0]}{_others(bare)}: no input scale, although 4-bit inputs are declared; simulated "
+            f"{and_more(bare)}: no input scale, although 4-bit inputs are declared; simulated "
             "without, but engines take whatever memory holds (fxq verify)"
         )
     free = [name for name in scaled if name not in inputs]
     if free:
         yield (
-            f"{free[0]}{_others(free)}: FP8 without an input scale; engines quantize its input token by "
+            f"{and_more(free)}: FP8 without an input scale; engines quantize its input token by "
             "token, which is not simulated"
         )
-
-
-def _others(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if names[1:] else ""

@@ -1,4 +1,4 @@
-"""The tensors of a live model one at a time, wherever they lie: on the CPU, on a GPU, offloaded by accelerate
+"""Parameters of a live model, one at a time, wherever they lie: on the CPU, on a GPU, offloaded by accelerate
 to memory or disk, or sharded over ranks as DTensors (FSDP2)."""
 
 import threading

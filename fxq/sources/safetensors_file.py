@@ -1,4 +1,4 @@
-"""One safetensors file: its header, believed only after every check, and plain reads of its bytes.
+"""Safetensors file: its header, believed only after every check, and plain reads of its bytes.
 
 The format: 8 bytes little-endian length n, n bytes of JSON, then the tensors end to end
 (https://github.com/huggingface/safetensors#format). Bytes are read with `preadv` into fresh memory: nothing
@@ -49,7 +49,7 @@ class Entry:
     offset: int
 
 
-class Shard:
+class SafetensorsFile:
     """An open safetensors file; SourceError if its header says anything that cannot be."""
 
     def __init__(self, path: Path) -> None:
@@ -63,8 +63,8 @@ class Shard:
             raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
         try:
             self.entries = _entries(text, size)
-        except _Lie as lie:
-            raise SourceError(f"{path}: not a safetensors file that can be trusted: {lie}") from None
+        except _Malformed as error:
+            raise SourceError(f"{path}: not a safetensors file that can be trusted: {error}") from None
 
     def _header(self, size: int) -> bytes:
         length = int.from_bytes(os.pread(self._file, 8, 0), "little")
@@ -91,27 +91,29 @@ class Shard:
             left, offset = left[count:], offset + count
 
 
-class _Lie(Exception):
+class _Malformed(Exception):
     """What is wrong with a header."""
 
 
+# safetensors' own check (safe_open) cannot stand in for these: it gives no offsets, takes a name twice, names
+# with control characters and sizes such as [0, 2**62], and does not name the tensor whose size is wrong.
 def _entries(text: bytes, size: int) -> dict[str, Entry]:
     header = _json(text)
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise _Lie("its __metadata__ is no mapping from text to text")
+        raise _Malformed("its __metadata__ is no mapping from text to text")
     data = 8 + len(text)
     entries = {key: _entry(key, value, data) for key, value in header.items()}
     end, before = data, "the header"
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].offset, _nbytes(item[1].info))):
         if entry.offset != end:
             how = "overlaps" if entry.offset < end else "leaves a hole behind"
-            raise _Lie(
+            raise _Malformed(
                 f"{key} begins at byte {entry.offset} of the file, which {how} {before}, ending at {end}"
             )
         end, before = entry.offset + _nbytes(entry.info), key
     if end != size:
-        raise _Lie(f"its tensors end at byte {end}, the file has {size}")
+        raise _Malformed(f"its tensors end at byte {end}, the file has {size}")
     return entries
 
 
@@ -119,9 +121,9 @@ def _json(text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise _Lie(f"its header is no JSON: {type(error).__name__} {str(error)[:100]}") from None
+        raise _Malformed(f"its header is no JSON: {type(error).__name__} {str(error)[:100]}") from None
     if not isinstance(header, dict):
-        raise _Lie("its header is no JSON object")
+        raise _Malformed("its header is no JSON object")
     return header
 
 
@@ -129,30 +131,32 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise _Lie(f"its header has {key[:200]!r} twice")
+            raise _Malformed(f"its header has {key[:200]!r} twice")
         found[key] = value
     return found
 
 
 def _entry(key: str, value: Any, data: int) -> Entry:
     if not key.isprintable() or len(key) > _LONGEST_NAME:
-        raise _Lie(f"{key[:60]!r} is no name of a tensor")
+        raise _Malformed(f"{key[:60]!r} is no name of a tensor")
     if not isinstance(value, dict) or value.keys() != _ENTRY:
-        raise _Lie(f"{key} is not described by {', '.join(sorted(_ENTRY))}")
+        raise _Malformed(f"{key} is not described by {', '.join(sorted(_ENTRY))}")
     name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(name, str) or name not in DTYPES:
-        raise _Lie(f"{key} has dtype {str(name)[:40]}; fxq reads {', '.join(DTYPES)}")
+        raise _Malformed(f"{key} has dtype {str(name)[:40]}; fxq reads {', '.join(DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise _Lie(
+        raise _Malformed(
             f"{key} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}; expected lists "
             "of natural numbers"
         )
     info = TensorInfo.of(tuple(shape), DTYPES[name])
     if math.prod(max(n, 1) for n in shape) * info.dtype.itemsize >= 2**63:  # zero rows of 2**62 columns
-        raise _Lie(f"{key} has shape {str(shape)[:60]}, larger than any memory")
+        raise _Malformed(f"{key} has shape {str(shape)[:60]}, larger than any memory")
     begin, end = offsets
     if end - begin != _nbytes(info):
-        raise _Lie(f"{key} is {name} {shape}, {_nbytes(info)} bytes, but its data_offsets span {end - begin}")
+        raise _Malformed(
+            f"{key} is {name} {shape}, {_nbytes(info)} bytes, but its data_offsets span {end - begin}"
+        )
     return Entry(info, data + begin)
 
 

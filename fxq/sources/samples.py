@@ -1,5 +1,5 @@
-"""Calibration samples: JSON lines or python values become batches of token ids, checked before anything
-is traced."""
+"""Samples of calibration text: JSON lines or python values become batches of token ids, checked before
+anything is traced."""
 
 import json
 import reprlib
@@ -29,7 +29,9 @@ def load_samples(
     there are none.
     """
     found: list[list[int]] = []
+    count = 0
     for where, item in _items(calib):
+        count += 1
         for ids in _rows(item, _named(encode, where), where):
             for token in ids[:length]:
                 if not 0 <= token < vocabulary:
@@ -41,7 +43,8 @@ def load_samples(
         if len(found) == samples:
             break
     if not found:
-        raise SourceError(f"{_name(calib)}: expected samples of text, found none")
+        expected = f"token ids, found none in {count} samples" if count else "samples of text, found none"
+        raise SourceError(f"{_name(calib)}: expected {expected}")
     return found
 
 

@@ -1,7 +1,7 @@
-"""One form for what can be written in many: a matmul by a matrix of weights is `aten.linear(x, w [out, in])`.
+"""Canonical form of a traced graph: a matmul by a matrix of weights is `aten.linear(x, w [out, in])`.
 
-Passes then know one operator. `F.linear` runs the same kernels on the same strides, so results keep their
-bits.
+It can be written in many ways; passes then know one operator. `F.linear` runs the same kernels on the same
+strides, so results keep their bits.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""From a model's twin to a functional graph with names and shapes.
+"""Export of a fake model to a functional graph with names and shapes.
 
-The twin is exported with symbolic batch and sequence sizes. Experts are traced as `index > bmm`, the form in
-which a token's expert is visible; fuse-experts turns it into something that can be executed at scale.
+Batch and sequence sizes are symbolic. Experts are traced as `index > bmm`, the form in which a token's expert
+is visible; fuse-experts turns it into something that can be executed at scale.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
-from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -26,13 +25,12 @@ from fxq.errors import TraceError
 from fxq.graph import dialect
 from fxq.graph.program import Program
 from fxq.graph.structure.views import root, shape_of
-from fxq.trace import symbols as sizes
 from fxq.trace.canonical import linears
-from fxq.trace.fake_model import Twin, first_line, quiet
-from fxq.trace.module_tables import put_back
+from fxq.trace.fake_model import FakeModel, first_line, quiet
 from fxq.trace.opaque_calls import is_module, opaque
 from fxq.trace.read_export import read
-from fxq.trace.repeated_layers import Call, Repeats
+from fxq.trace.repeated_layers import Call, RepeatedLayers
+from fxq.trace.symbols import data_symbols
 
 # Unlikely sizes, so that a dimension in a dump tells where it comes from.
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 3, 17
@@ -78,12 +76,12 @@ class _EveryItem(TorchFunctionMode):
             self.hits[id(result)] = (result, args[0].shape[0])
         if func in (Tensor.nonzero, torch.nonzero, torch.where):
             for found in result if isinstance(result, (tuple, list)) else [result]:
-                if sizes.data_symbols(found.shape[0]):
+                if data_symbols(found.shape[0]):
                     torch._check(found.shape[0] > 1)
         return result
 
 
-def trace(twin: Twin, *, padded: bool = False, repeats: bool = True) -> Program:
+def trace(fake: FakeModel, *, padded: bool = False, repeats: bool = True) -> Program:
     """Export `input_ids [B, S] -> logits [B, S, vocab]` as a functional aten graph whose parameters are
     `@fqn` nodes and whose matmuls by a matrix of weights are all `aten.linear`.
 
@@ -94,14 +92,14 @@ def trace(twin: Twin, *, padded: bool = False, repeats: bool = True) -> Program:
     opaque_classes: set[type] = set()
     while True:
         try:
-            program = _traced(twin, padded, transparent, opaque_classes, repeats)
+            program = _traced(fake, padded, transparent, opaque_classes, repeats)
         except TraceError:
             raise
         except Exception as error:
-            culprit = _asks_for_data(error, twin.model)
+            culprit = _asks_for_data(error, fake.model)
             if culprit is None or type(culprit) in opaque_classes:
                 raise TraceError(
-                    f"{twin.config.model_type}: {_where(error, twin.model)}torch.export cannot follow it: "
+                    f"{fake.config.model_type}: {_where(error, fake.model)}torch.export cannot follow it: "
                     f"{first_line(error)}"
                 ) from error
             opaque_classes.add(type(culprit))
@@ -117,61 +115,50 @@ def trace(twin: Twin, *, padded: bool = False, repeats: bool = True) -> Program:
             break
         transparent |= hiding
     linears(program.graph)
-    _check_buffers(program, twin)
+    _check_buffers(program, fake)
     return program
 
 
 def _traced(
-    twin: Twin, padded: bool, transparent: Container[str], opaque_classes: Container[type], repeats: bool
+    fake: FakeModel, padded: bool, transparent: Container[str], opaque_classes: Container[type], repeats: bool
 ) -> Program:
-    """The graph as exported; in full if modules cannot be told apart."""
-    unlike: set[str] = set()
-    while repeats:
-        known, stand_ins = len(unlike), Repeats(twin.model, _EveryItem, unlike)
+    """The graph as exported."""
+    if repeats:
+        repeated = RepeatedLayers(fake.model, _EveryItem)
         with contextlib.suppress(Exception):  # what is wrong with a model, a full trace says
-            with put_back(twin.model), stand_ins.installed():
-                exported, guards = _export(twin, padded, transparent, opaque_classes)
-            return _program(exported, guards, twin, padded, stand_ins.calls)
-        repeats = len(unlike) > known
-    exported, guards = _export(twin, padded, transparent, opaque_classes)
-    return _program(exported, guards, twin, padded, ())
+            with repeated.installed():
+                exported, guards = _export(fake, padded, transparent, opaque_classes)
+            return _program(exported, guards, fake, padded, repeated.calls)
+    exported, guards = _export(fake, padded, transparent, opaque_classes)
+    return _program(exported, guards, fake, padded, ())
 
 
 def _program(
-    exported: ExportedProgram, guards: Any, twin: Twin, padded: bool, calls: Sequence[Call]
+    exported: ExportedProgram, guards: Any, fake: FakeModel, padded: bool, calls: Sequence[Call]
 ) -> Program:
-    graph, constants = read(exported, twin.model, calls)
-    refusal = functools.partial(_refusal, twin, guards, padded)
+    graph, constants = read(exported, fake.model, calls)
+    refusal = functools.partial(_refusal, fake, guards, padded)
     return Program(graph, constants=constants, accepts=refusal)
 
 
 def _export(
-    twin: Twin, padded: bool, transparent: Container[str], opaque_classes: Container[type]
+    fake: FakeModel, padded: bool, transparent: Container[str], opaque_classes: Container[type]
 ) -> tuple[ExportedProgram, Any]:
     """The functional graph and the guards it came with; `transparent` names scans to look into."""
     size: Any = Dim.AUTO
-    leaves = opaque(twin.model, but=transparent, classes=opaque_classes)
-    with quiet(), torch.no_grad(), twin.mode, leaves, _EveryItem():
+    calls = opaque(fake.model, but=transparent, classes=opaque_classes)
+    with quiet(), torch.no_grad(), fake.mode, calls, _EveryItem():
         shape = EXAMPLE_BATCH, EXAMPLE_LENGTH
         inputs = tuple(torch.ones(shape, dtype=torch.long) for _ in range(2 if padded else 1))
         exported = torch.export.export(
-            _Logits(twin.model),
+            _Logits(fake.model),
             inputs,
             dynamic_shapes=tuple({0: size, 1: size} for _ in inputs),
             strict=False,
         )
         guards = getattr(exported.module(), "_guards_fn", None)
         decomposed = exported.run_decompositions({})
-    _forget_proxies()
     return decomposed, guards
-
-
-def _forget_proxies() -> None:
-    """Let go of the graph that torch.export made first: torch keeps a way from its values to its nodes until
-    the next export."""
-    kept = getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", None)
-    if isinstance(kept, dict):
-        kept.clear()
 
 
 def _asks_for_data(error: BaseException, model: nn.Module) -> nn.Module | None:
@@ -208,10 +195,10 @@ def _is_matrix(node: Node) -> bool:
     return parameter is not None and len(shape_of(parameter)) > 1
 
 
-def _refusal(twin: Twin, guards: Any, padded: bool, batch: int, length: int) -> str | None:
+def _refusal(fake: FakeModel, guards: Any, padded: bool, batch: int, length: int) -> str | None:
     """Why the trace does not hold for [batch, length]: export notes what it assumed about the sizes."""
-    if twin.longest is not None and length > twin.longest:
-        return f"rotary embeddings change beyond {twin.longest} tokens"
+    if fake.longest is not None and length > fake.longest:
+        return f"rotary embeddings change beyond {fake.longest} tokens"
     if guards is None:
         return None
     try:
@@ -221,10 +208,10 @@ def _refusal(twin: Twin, guards: Any, padded: bool, batch: int, length: int) -> 
     return None
 
 
-def _check_buffers(program: Program, twin: Twin) -> None:
+def _check_buffers(program: Program, fake: FakeModel) -> None:
     for node in program.graph.nodes:
-        if node.op == "get_attr" and node.target in twin.buffers:
-            value = twin.buffers[str(node.target)]
+        if node.op == "get_attr" and node.target in fake.buffers:
+            value = fake.buffers[str(node.target)]
             if value.is_floating_point() and bool(value.isnan().any()):
                 raise TraceError(
                     f"{node.target}: a buffer that no checkpoint holds, and transformers does not say "

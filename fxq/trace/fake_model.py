@@ -1,5 +1,7 @@
-"""The twin of a Hugging Face model: its own class on fake tensors, from a directory's config or a live model;
-no weight is read, and the user's model is never patched or run."""
+"""Fake models: a Hugging Face model's own class on fake tensors, from a directory's config or a live model.
+
+No weight is read, and the user's model is never patched or run.
+"""
 
 import contextlib
 import copy
@@ -38,7 +40,7 @@ _LARGEST_BUFFERS = 1 << 31  # bytes of non-persistent buffers
 
 
 @dataclass(frozen=True)
-class Twin:
+class FakeModel:
     """A model of the user's class and config on fake tensors: structure, names and types without weights.
 
     buffers: the values of the non-persistent buffers (rotary frequencies and the like), which no checkpoint
@@ -68,15 +70,34 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The directory's tokenizer; SourceError when there is none that transformers can load."""
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
-            raise SourceError(
-                f"{directory}: no tokenizer for text ({first_line(error)}); give lines of input_ids instead"
-            ) from error
+            raise _no_tokenizer(directory, first_line(error)) from error
+        if _is_empty(tokenizer):
+            reason = f"{type(tokenizer).__name__} found no vocabulary there"
+            raise _no_tokenizer(directory, reason)
+    return tokenizer
 
 
-def twin_of_config(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Twin:
-    """The twin of a checkpoint on fake CPU tensors: of the class that its config names if that makes text (a
+def _no_tokenizer(directory: Path, reason: str) -> SourceError:
+    return SourceError(
+        f"{directory}: there is no tokenizer to encode text with; give lines of input_ids instead ({reason})"
+    )
+
+
+def _is_empty(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows its special tokens alone: without files, transformers makes such a one for
+    Qwen, Gemma, GPT-2 and others, and all text is empty to it, or unknown."""
+    try:
+        return not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    except (AttributeError, NotImplementedError):  # a tokenizer of another kind
+        return False
+
+
+def fake_model_of_config(
+    config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> FakeModel:
+    """A checkpoint's model on fake CPU tensors: of the class that its config names if that makes text (a
     multimodal model is kept whole), else of `AutoModelForCausalLM`."""
     options: dict[str, Any] = {"dtype": dtype, "experts_implementation": "batched_mm"}
     named = _class_named_by(config)
@@ -89,7 +110,7 @@ def twin_of_config(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote
         _keep_in_float32(model, dtype)
         return model
 
-    return _twin(config, build)
+    return _fake_model(config, build)
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -129,22 +150,22 @@ def _class_named_by(config: PreTrainedConfig) -> Any:
     return None
 
 
-def twin_of_model(model: PreTrainedModel) -> Twin:
-    """The twin of a live model: its own class, a copy of its config; non-persistent buffers are the
+def fake_model_of_live(model: PreTrainedModel) -> FakeModel:
+    """A live model on fake CPU tensors: its own class, a copy of its config; non-persistent buffers are the
     model's own values."""
-    twin = _twin(
+    fake = _fake_model(
         model.config,
         lambda c: type(model)._from_config(c, dtype=model.dtype, experts_implementation="batched_mm"),
     )
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with twin.mode:
-        for name, tensor in [*twin.model.named_parameters(), *twin.model.named_buffers()]:
+    with fake.mode:
+        for name, tensor in [*fake.model.named_parameters(), *fake.model.named_buffers()]:
             if name in held and held[name].dtype != tensor.dtype:  # as a cast of the whole model leaves them
                 tensor.data = tensor.data.to(held[name].dtype)
-    return dataclasses.replace(twin, buffers={name: model.get_buffer(name).detach() for name in twin.buffers})
+    return dataclasses.replace(fake, buffers={name: model.get_buffer(name).detach() for name in fake.buffers})
 
 
-def _twin(config: PreTrainedConfig, build: Any) -> Twin:
+def _fake_model(config: PreTrainedConfig, build: Any) -> FakeModel:
     config = copy.deepcopy(config)
     config._attn_implementation = (
         None  # the one transformers prefers for this class, not what a user once set
@@ -162,7 +183,7 @@ def _twin(config: PreTrainedConfig, build: Any) -> Twin:
         to_fake(model, mode)
         with mode:
             model.tie_weights()
-        return Twin(model, config, mode, buffers, _freeze_rotary_updates(model))
+        return FakeModel(model, config, mode, buffers, _freeze_rotary_updates(model))
 
 
 def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -175,12 +196,12 @@ def _buffer_values(model: PreTrainedModel) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     around: set[str] = set()
     for name, buffer in model.named_non_persistent_buffers():
-        owner, _, leaf = name.rpartition(".")
+        owner, _, last = name.rpartition(".")
         value = buffer
         if buffer.device.type == "meta":
             unknown = torch.nan if buffer.is_floating_point() else 0
             value = torch.full(buffer.shape, unknown, dtype=buffer.dtype, device="cpu")
-        values[name] = model.get_submodule(owner)._buffers[leaf] = value
+        values[name] = model.get_submodule(owner)._buffers[last] = value
         around.update(owner[:end] for end in range(len(owner) + 1) if owner[end : end + 1] in ("", "."))
     for name in sorted(around | {""}, key=len, reverse=True) if values else ():
         with contextlib.suppress(Exception):  # whatever an initializer raises for weights that are on meta
@@ -221,7 +242,7 @@ def _freeze_rotary_updates(model: PreTrainedModel) -> int | None:
     """Keep rotary embeddings that change with the length (longrope, dynamic) as they are for short inputs.
 
     The switch depends on data, which cannot be traced. Returns the length up to which nothing switches; None
-    if no module of this twin does.
+    if no module of this model does.
     """
     limits: list[int] = []
     for module in cast(Iterator[Any], model.modules()):

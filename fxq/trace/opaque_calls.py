@@ -1,9 +1,10 @@
-"""Functions that are traced as one opaque call: scans over the sequence, whose loops a trace would freeze.
+"""Opaque calls: functions that are traced as one node, because a trace would freeze their loops over the
+sequence.
 
 A modelling file keeps such scans (gated delta rule, selective scan, chunked SSD, ...) in functions of the
-module, outside any class. Which of them become leaves is decided by what they look like: they loop, or take a
-`chunk_size`, and no matrix of weights is handed to them, so that quantization loses nothing by not looking
-inside. Run, a leaf is the very function the model calls.
+module, outside any class. Which of them become opaque calls is decided by what they look like: they loop, or
+take a `chunk_size`, and no matrix of weights is handed to them, so that quantization loses nothing by not
+looking inside. Run, an opaque call is the very function that the model calls.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxq.trace import symbols as symbolic
+from fxq.trace.symbols import examples, size_at
 
 Function = Callable[..., Any]
 
@@ -35,18 +36,18 @@ _MODULE = "module:"
 
 
 def function(name: str) -> Function:
-    """The function behind a leaf's name; KeyError unless a trace in this process met it."""
+    """The function behind an opaque call's name; KeyError unless a trace in this process met it."""
     return _FUNCTIONS[name]
 
 
 def run(name: str, tensors: Sequence[Tensor], sizes: Sequence[int], arguments: str) -> list[Tensor]:
-    """Call a leaf; its tensor results in order."""
+    """Make an opaque call; its tensor results in order."""
     if name not in _FUNCTIONS:
         raise RuntimeError(f"fxq.leaf({name!r}): no model traced in this process has that function")
     plan = json.loads(arguments)
     args, kwargs = _filled(plan["call"], tensors, sizes)
-    leaves = pytree.tree_leaves(_FUNCTIONS[name](*args, **kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    values = pytree.tree_leaves(_FUNCTIONS[name](*args, **kwargs))
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def shapes(name: str, tensors: Sequence[Tensor], sizes: Sequence[int], arguments: str) -> list[Tensor]:
@@ -67,13 +68,13 @@ def shapes(name: str, tensors: Sequence[Tensor], sizes: Sequence[int], arguments
 
 @contextlib.contextmanager
 def opaque(model: nn.Module, *, but: Container[str] = (), classes: Container[type] = ()) -> Iterator[None]:
-    """Within, on this thread, the scans of the files that define `model`'s modules are called as leaves,
-    except those named in `but`; so are whole modules of the given classes."""
+    """Within, on this thread, the scans of the files that define `model`'s modules become opaque
+    calls, except those named in `but`; so are whole modules of the given classes."""
     patched: list[tuple[Any, str, Function]] = []
     whole = [(name, module) for name, module in model.named_modules() if type(module) in classes]
     try:
         for name, module in whole:
-            module.forward = _module_leaf(f"{_MODULE}{name}", module)
+            module.forward = _opaque_module(f"{_MODULE}{name}", module)
         for module in _files(model):
             for name, value in list(vars(module).items()):
                 if inspect.isroutine(value) and _is_scan(value, module.__name__):
@@ -82,7 +83,7 @@ def opaque(model: nn.Module, *, but: Container[str] = (), classes: Container[typ
                         continue
                     _FUNCTIONS[key] = value
                     patched.append((module, name, value))
-                    setattr(module, name, _leaf(key, value))
+                    setattr(module, name, _opaque_function(key, value))
         _tracing.model, _tracing.plans = model, {}
         yield
     finally:
@@ -108,7 +109,7 @@ def _is_scan(value: Function, file: str) -> bool:
     return any(instruction.opname == "FOR_ITER" for instruction in dis.get_instructions(body))
 
 
-def _leaf(key: str, original: Function) -> Function:
+def _opaque_function(key: str, original: Function) -> Function:
     @functools.wraps(original)
     def called(*args: Any, **kwargs: Any) -> Any:
         model = getattr(_tracing, "model", None)
@@ -116,15 +117,15 @@ def _leaf(key: str, original: Function) -> Function:
             return original(*args, **kwargs)
         matrices = {id(p) for p in model.parameters() if p.dim() > 1}
         try:
-            return _call_leaf(key, original, args, kwargs, matrices)
+            return _opaque_call(key, original, args, kwargs, matrices)
         except _Unplanned:
             return original(*args, **kwargs)
 
     return called
 
 
-def _module_leaf(key: str, module: nn.Module) -> Function:
-    """A module's forward as a leaf whose first argument is the list of its parameters and buffers."""
+def _opaque_module(key: str, module: nn.Module) -> Function:
+    """A module's forward as an opaque call whose first argument is the list of its parameters and buffers."""
     names = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
     forward, apart = module.forward, copy.deepcopy(module)
 
@@ -136,7 +137,7 @@ def _module_leaf(key: str, module: nn.Module) -> Function:
             return forward(*args, **kwargs)
         state = [*module.parameters(), *module.buffers()]
         try:
-            return _call_leaf(key, functional, (state, *args), kwargs, frozenset())
+            return _opaque_call(key, functional, (state, *args), kwargs, frozenset())
         except _Unplanned:
             return forward(*args, **kwargs)
 
@@ -145,11 +146,11 @@ def _module_leaf(key: str, module: nn.Module) -> Function:
 
 
 def is_module(name: str) -> bool:
-    """Whether a leaf is a whole module, whose parameters it is given."""
+    """Whether an opaque call is a whole module, whose parameters it is given."""
     return name.startswith(_MODULE)
 
 
-def _call_leaf(
+def _opaque_call(
     key: str, original: Function, args: tuple[Any, ...], kwargs: dict[str, Any], matrices: Container[int]
 ) -> Any:
     """`original(*args, **kwargs)` as one operator; _Unplanned if that cannot be said."""
@@ -163,7 +164,7 @@ def _call_leaf(
         raise _Unplanned
     results = iter(torch.ops.fxq.leaf(key, tensors, sizes, arguments=plan.arguments))
     return pytree.tree_unflatten(
-        [next(results) if isinstance(x, Tensor) else x for x in plan.leaves], plan.spec
+        [next(results) if isinstance(x, Tensor) else x for x in plan.values], plan.spec
     )
 
 
@@ -173,11 +174,11 @@ class _Unplanned(Exception):
 
 @dataclass(frozen=True)
 class _Plan:
-    """How to call a leaf: the operator's JSON, and the structure and example values of its result."""
+    """How to make an opaque call: the operator's JSON, and the structure and example values of its result."""
 
     arguments: str
     spec: Any
-    leaves: list[Any]
+    values: list[Any]
 
 
 def _taken_apart(
@@ -218,15 +219,15 @@ def _plan(
 ) -> _Plan | None:
     """Learn the result's shapes by calling `original` on two sets of sizes; None if they do not follow the
     inputs'."""
-    first = symbolic.symbols([d for t in tensors for d in t.shape] + list(sizes))
+    first = examples([d for t in tensors for d in t.shape] + list(sizes))
     second = {s: example + _SHIFT + 2 * i for i, (s, example) in enumerate(first.items())}
     try:
-        spec, leaves = _probe(original, call, tensors, sizes, first)
+        spec, values = _probe(original, call, tensors, sizes, first)
         _, others = _probe(original, call, tensors, sizes, second)
     except Exception:  # whatever a function of the modelling file raises for sizes it was not made for
         return None
     results = []
-    for a, b in zip(leaves, others, strict=True):
+    for a, b in zip(values, others, strict=True):
         if isinstance(a, Tensor):
             shape = [_source(m, n, tensors, first, second) for m, n in zip(a.shape, b.shape, strict=True)]
             if None in shape:
@@ -234,7 +235,7 @@ def _plan(
             results.append({"shape": shape, "dtype": str(a.dtype).removeprefix("torch.")})
         elif a is not None:
             return None
-    return _Plan(json.dumps({"call": call, "results": results}), spec, leaves)
+    return _Plan(json.dumps({"call": call, "results": results}), spec, values)
 
 
 def _filled(call: Any, tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
@@ -262,13 +263,12 @@ def _probe(
     values."""
 
     def run_on(device: str) -> tuple[Any, list[Any]]:
-        examples = [
-            torch.ones([symbolic.value(d, at) for d in t.shape], dtype=t.dtype, device=device)
-            for t in tensors
+        inputs = [
+            torch.ones([size_at(d, at) for d in t.shape], dtype=t.dtype, device=device) for t in tensors
         ]
-        args, kwargs = _filled(call, examples, [symbolic.value(s, at) for s in sizes])
-        leaves, spec = pytree.tree_flatten(original(*args, **kwargs))
-        return spec, leaves
+        args, kwargs = _filled(call, inputs, [size_at(s, at) for s in sizes])
+        values, spec = pytree.tree_flatten(original(*args, **kwargs))
+        return spec, values
 
     with _disable_current_modes():
         try:
@@ -285,6 +285,6 @@ def _source(
         return int(a)
     for t, tensor in enumerate(tensors):
         for d, dim in enumerate(tensor.shape):
-            if symbolic.value(dim, first) == a and symbolic.value(dim, second) == b:
+            if size_at(dim, first) == a and size_at(dim, second) == b:
                 return f"{t}.{d}"
     return None

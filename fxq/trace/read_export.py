@@ -1,5 +1,5 @@
-"""An exported program as a graph of fxq: parameters under one name each, types at the example sizes, and a
-copy of the first of a kind in place of each call that stands for a repeated module."""
+"""Reader of exported programs, which makes them graphs of fxq: parameters under one name each, types at the
+example sizes, and a copy of the first of a kind in place of each call that stands for a repeated layer."""
 
 import operator
 import re
@@ -18,9 +18,8 @@ from torch.fx.node import map_arg
 from fxq.errors import TraceError
 from fxq.graph.arguments import int_at, node_at, nodes_at
 from fxq.graph.edit import parameter, tidy
-from fxq.trace import symbols as sizes
-from fxq.trace.module_tables import named_weights
-from fxq.trace.repeated_layers import REGION, Call
+from fxq.trace.repeated_layers import REGION, Call, named_tensors
+from fxq.trace.symbols import data_symbols, examples, size_at
 
 EXAMPLE_UNKNOWN = 5
 _ASSERTIONS = frozenset(
@@ -112,7 +111,7 @@ class _Reader:
             )
         elif node.target is REGION:
             scope.made[node] = self._region(node, scope)
-        elif _leaves_region(node):
+        elif _is_result_of_region(node):
             scope.made[node] = scope.find(node_at(node, 0))[int_at(node, 1)]
         elif (same := _no_op(node)) is not None:
             scope.made[node] = self._find(same, scope)
@@ -174,7 +173,7 @@ class _Reader:
     def _renamed(self, first: str, other: str) -> dict[str, str]:
         """The weights of one module -> those of another of its kind."""
         renamed: dict[str, str] = {}
-        for name, _ in named_weights(self.model.get_submodule(first)):
+        for name, _ in named_tensors(self.model.get_submodule(first)):
             renamed.setdefault(self.first_names[f"{first}.{name}"], self.first_names[f"{other}.{name}"])
         return renamed
 
@@ -207,10 +206,10 @@ def _stretches(graph: Graph, calls: Sequence[Call]) -> dict[int, _Stretch]:
 def _is_size(node: Node) -> bool:
     """Whether a node is a number that follows from the inputs' sizes: one for all who ask."""
     val = node.meta.get("val")
-    return isinstance(val, torch.SymInt) and not sizes.data_symbols(val)
+    return isinstance(val, torch.SymInt) and not data_symbols(val)
 
 
-def _leaves_region(node: Node) -> bool:
+def _is_result_of_region(node: Node) -> bool:
     source = node.args[0] if node.args else None
     return node.target is operator.getitem and isinstance(source, Node) and source.target is REGION
 
@@ -232,8 +231,8 @@ class _Examples:
                 )
 
     def _share_out(self, whole: int, parts: list[Any]) -> None:
-        free = [s for part in parts for s in sizes.data_symbols(part) if s not in self.unknown]
-        rest = whole - sum(self.unknown.get(s, 0) for part in parts for s in sizes.data_symbols(part))
+        free = [s for part in parts for s in data_symbols(part) if s not in self.unknown]
+        rest = whole - sum(self.unknown.get(s, 0) for part in parts for s in data_symbols(part))
         for i, symbol in enumerate(free):
             self.unknown[symbol] = rest // len(free) + (i < rest % len(free))
 
@@ -244,9 +243,9 @@ class _Examples:
                     return torch.empty([self.of(s, node) for s in val.shape], dtype=val.dtype, device="meta")
                 case list() | tuple():
                     return type(val)(self.of(v, node) for v in val)
-                case torch.SymInt() if unknown := sizes.data_symbols(val):
-                    examples = {s: self.unknown.setdefault(s, EXAMPLE_UNKNOWN) for s in unknown}
-                    return sizes.value(val, {**sizes.symbols([val]), **examples})
+                case torch.SymInt() if unknown := data_symbols(val):
+                    at = {s: self.unknown.setdefault(s, EXAMPLE_UNKNOWN) for s in unknown}
+                    return size_at(val, {**examples([val]), **at})
                 case torch.SymInt() | torch.SymFloat() | torch.SymBool():
                     return val.node.hint
         except (TypeError, AttributeError, ValueError) as error:
@@ -280,4 +279,4 @@ def _no_op(node: Node) -> Node | None:
 def _first_names(model: nn.Module) -> dict[str, str]:
     """Every name of a tied parameter or buffer -> its first name: one tensor, one name."""
     first: dict[int, str] = {}
-    return {name: first.setdefault(id(tensor), name) for name, tensor in named_weights(model)}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named_tensors(model)}

@@ -21,7 +21,7 @@ from fxq.graph.hub import TensorInfo
 from fxq.graph.program import Program
 from fxq.graph.text import parse
 from fxq.graph.verify import verify
-from fxq.sources.safetensors_file import Shard
+from fxq.sources.safetensors_file import SafetensorsFile
 from tests import oracle, reader, tiny
 from tests.families import Zoo, load, samples, zoo
 
@@ -167,14 +167,14 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Fail:
 
     def arm(count: int, error: BaseException) -> None:
         reads = iter(range(1, 1_000_000))
-        plain = Shard.read
+        plain = SafetensorsFile.read
 
-        def read(self: Shard, key: str, out: Tensor, start: int = 0) -> None:
+        def read(self: SafetensorsFile, key: str, out: Tensor, start: int = 0) -> None:
             if next(reads) == count:
                 raise error
             plain(self, key, out, start)
 
-        monkeypatch.setattr(Shard, "read", read)
+        monkeypatch.setattr(SafetensorsFile, "read", read)
 
     return arm
 

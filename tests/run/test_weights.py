@@ -20,7 +20,7 @@ from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, W
 import fxq
 from fxq.graph.hub import Part
 from fxq.sources import Directory, Live
-from fxq.sources.safetensors_file import Shard
+from fxq.sources.safetensors_file import SafetensorsFile
 from tests import reader, tiny
 from tests.families import (
     EXPERTS,
@@ -199,13 +199,13 @@ Reads = list[tuple[str, int]]
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """(tensor, bytes) of every read from a file, as they happen."""
     seen: Reads = []
-    plain = Shard.read
+    plain = SafetensorsFile.read
 
-    def read(self: Shard, key: str, out: Tensor, start: int = 0) -> None:
+    def read(self: SafetensorsFile, key: str, out: Tensor, start: int = 0) -> None:
         seen.append((key, out.nbytes))
         plain(self, key, out, start)
 
-    monkeypatch.setattr(Shard, "read", read)
+    monkeypatch.setattr(SafetensorsFile, "read", read)
     return seen
 
 

@@ -19,7 +19,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 import fxq
 from fxq.sources import Directory
 from fxq.sources.fp8_blocks import without_encoding
-from fxq.sources.safetensors_file import Shard
+from fxq.sources.safetensors_file import SafetensorsFile
 from tests import reader
 from tests.families import EXPERTS, Zoo, add_tensors, drop_tensors, load, zoo
 
@@ -145,8 +145,8 @@ def test_an_expert_is_decoded_from_its_own_bytes(
     directory = Directory(convert("qwen3_moe"))
     directory.attach(load(zoo("qwen3_moe")))
     seen = []
-    plain = Shard.read
-    monkeypatch.setattr(Shard, "read", lambda *a: (seen.append(a[1]), plain(*a))[1])  # type: ignore[func-returns-value]
+    plain = SafetensorsFile.read
+    monkeypatch.setattr(SafetensorsFile, "read", lambda *a: (seen.append(a[1]), plain(*a))[1])  # type: ignore[func-returns-value]
     directory.read_expert("model.layers.1.mlp.experts.down_proj", 3)
     key = "model.layers.1.mlp.experts.3.down_proj.weight"
     assert seen == [key, f"{key}_scale_inv"]

@@ -22,8 +22,8 @@ from fxq.errors import SourceError
 from fxq.passes import PASSES
 from fxq.pipeline import spec
 from fxq.sources.files import INDEX, check_depth, read_config, shards
-from fxq.sources.fp8_blocks import encoding_of
-from fxq.sources.safetensors_file import DTYPES, Shard
+from fxq.sources.fp8_blocks import fp8_encoding
+from fxq.sources.safetensors_file import DTYPES, SafetensorsFile
 from fxq.sources.samples import load_samples
 from tests.families import VOCABULARY, Zoo, zoo
 
@@ -119,15 +119,15 @@ def _check_message(error: fxq.FxqError, where: str) -> None:
 def _read_or_refuse(file: Path) -> None:
     """An accepted file is one that safetensors accepts, and is read like it."""
     try:
-        shard = Shard(file)
+        opened = SafetensorsFile(file)
     except fxq.SourceError as error:
         _check_message(error, str(file))
         return
     with safe_open(file, framework="pt") as theirs:
-        assert set(shard.entries) == set(theirs.keys())
-        for key, entry in shard.entries.items():
+        assert set(opened.entries) == set(theirs.keys())
+        for key, entry in opened.entries.items():
             out = torch.empty(entry.info.shape, dtype=entry.info.dtype)
-            shard.read(key, out)
+            opened.read(key, out)
             wanted = theirs.get_tensor(key)
             assert (wanted.shape, wanted.dtype) == (out.shape, out.dtype)
             assert torch.equal(out.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
@@ -187,7 +187,7 @@ def test_stored_formats_are_understood_or_refused(
         for key, shape, dtype in zip(keys, shapes, dtypes, strict=True)
     }
     try:
-        encoding = encoding_of({"quantization_config": quantization}, raw, tmp_path)
+        encoding = fp8_encoding({"quantization_config": quantization}, raw, tmp_path)
     except fxq.SourceError as error:
         _check_message(error, str(tmp_path))
         return

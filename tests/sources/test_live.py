@@ -235,10 +235,10 @@ def test_a_gathering_that_fails_is_named(world: None, zoo: Zoo, monkeypatch: pyt
 
 
 def test_a_part_of_a_parameter_is_not_taken_for_all_of_it(zoo: Zoo) -> None:
-    model, twin = load(zoo("llama")), load(zoo("llama"))
+    model, other = load(zoo("llama")), load(zoo("llama"))
     model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 64).bfloat16())
     with pytest.raises(fxq.SourceError, match=r"layers\.1\.mlp\.up_proj\.weight.*\[96, 64\].*\[48, 64\]"):
-        Live(model, None, twin)
+        Live(model, None, other)
 
 
 def test_a_quantized_live_model_is_refused_by_method(zoo: Zoo) -> None:

@@ -1,4 +1,4 @@
-"""Reading a model's files at launch: how much is read, and that nothing is ever raised."""
+"""Reading a model's files ahead: how much is read, when it ends, and that nothing is ever raised."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fxq.sources import prefetch as readahead
+from fxq.sources.prefetch import THREAD, free_memory, prefetch
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sendfile"), reason="no sendfile here")
 
 
 def _wait() -> None:
     for thread in threading.enumerate():
-        if thread.name == readahead.THREAD:
+        if thread.name == THREAD:
             thread.join(timeout=30)
 
 
@@ -37,8 +37,7 @@ def test_no_more_is_read_than_fits(
         return size
 
     monkeypatch.setattr(os, "sendfile", sendfile)
-    monkeypatch.setattr(readahead, "_free_memory", lambda: free)
-    readahead.read_ahead(tmp_path)
+    prefetch(tmp_path, most=free)
     _wait()
     assert sorted(found, reverse=True) == asked
 
@@ -55,8 +54,7 @@ def test_every_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return min(size, 5)
 
     monkeypatch.setattr(os, "sendfile", sendfile)
-    monkeypatch.setattr(readahead, "_STRETCH", 64)
-    readahead.read_ahead(tmp_path)
+    prefetch(tmp_path, stretch=64)
     _wait()
     assert sorted(found) == sorted((size, byte) for size in sizes.values() for byte in range(size))
 
@@ -68,7 +66,7 @@ def test_what_is_read_lies_in_the_page_cache(tmp_path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        readahead.read_ahead(tmp_path)
+        prefetch(tmp_path)
         _wait()
         try:
             cached = os.preadv(file.fileno(), [bytearray(1 << 20)], 0, os.RWF_NOWAIT)
@@ -78,7 +76,7 @@ def test_what_is_read_lies_in_the_page_cache(tmp_path: Path) -> None:
 
 
 def test_free_memory_is_known() -> None:
-    assert readahead._free_memory() > 0
+    assert free_memory() > 0
 
 
 def test_whatever_is_there_nothing_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +86,26 @@ def test_whatever_is_there_nothing_is_raised(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "b.safetensors").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "c.safetensors")
     for model in (tmp_path, tmp_path / "missing", tmp_path / "c.safetensors"):
-        readahead.read_ahead(model)
+        prefetch(model)
     _wait()
     assert not raised
+
+
+def test_reading_ends_with_what_it_was_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    asked, go_on = threading.Semaphore(0), threading.Event()
+    found: list[int] = []
+
+    def sendfile(out: int, file: int, start: int, size: int) -> int:
+        found.append(start)
+        asked.release()
+        go_on.wait(timeout=30)
+        return size
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    with prefetch(tmp_path, stretch=100):
+        for _ in range(4):
+            asked.acquire(timeout=30)
+    go_on.set()
+    _wait()
+    assert sorted(found) == [0, 100, 200, 300]

@@ -159,3 +159,8 @@ def test_a_mask_of_another_shape_is_refused() -> None:
         _load([{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}])
     with pytest.raises(SourceError, match="attention_mask of ones and zeros"):
         _load([{"input_ids": [1, 2], "attention_mask": ["a", 1]}])
+
+
+def test_samples_without_a_token_are_counted() -> None:
+    with pytest.raises(SourceError, match=r"^calib: expected token ids, found none in 2 samples"):
+        _load(["", {"input_ids": []}])

@@ -282,9 +282,9 @@ def saved(name: str, path: Path) -> Path:
     return path
 
 
-# Which families find what: functions that are leaves, lengths beyond the example, values no checkpoint holds.
+# Which families find what: opaque calls, lengths beyond the example, values no checkpoint holds.
 UNUSUAL = {
-    "qwen3_next": "a gated delta rule as a leaf, at lengths that its chunks do not divide",
+    "qwen3_next": "a gated delta rule as an opaque call, at lengths that its chunks do not divide",
     "falcon_h1": "buffers that only an outer `_init_weights` fills",
     "dbrx": "a loop over the experts that `nonzero` finds",
     "jetmoe": "splits by how many tokens an expert has",

@@ -22,7 +22,7 @@ from fxq.graph import dialect
 from fxq.graph.program import Program
 from fxq.graph.structure.matmuls import weight_matmuls
 from fxq.run.streaming import Streaming
-from fxq.trace import opaque_calls as leaves
+from fxq.trace.opaque_calls import function, is_module, opaque, run
 
 HERE = sys.modules[__name__]
 Calls = list[tuple[int, ...]]
@@ -108,9 +108,9 @@ def current(name: str) -> Callable[..., Any]:
 
 
 def exported(layer: nn.Module, **options: Any) -> ExportedProgram:
-    """The layer traced on [3, 17, 8] with scans as leaves."""
+    """The layer traced on [3, 17, 8] with scans as"""
     shapes = ({0: Dim.AUTO, 1: Dim.AUTO},)
-    with torch.no_grad(), leaves.opaque(layer, **options):
+    with torch.no_grad(), opaque(layer, **options):
         return torch.export.export(layer, (torch.randn(3, 17, 8),), dynamic_shapes=shapes, strict=False)
 
 
@@ -120,7 +120,7 @@ def called(graph: Graph) -> list[str]:
 
 def test_a_scan_is_known_by_its_loop_or_its_chunks_and_never_by_its_name() -> None:
     layer = Layer(lambda self, x: x)
-    with leaves.opaque(layer):
+    with opaque(layer):
         replaced = {name for name, f in ORIGINALS.items() if name != "sum" and current(name) is not f}
         assert replaced == {"running_sum", "by_blocks", "with_weights", "every_other"}
         assert Tensor.sum is ORIGINALS["sum"], "functions of other files are left alone"
@@ -128,14 +128,16 @@ def test_a_scan_is_known_by_its_loop_or_its_chunks_and_never_by_its_name() -> No
 
 
 @pytest.mark.parametrize("size", [(3, 17, 8), (1, 1, 8), (2, 40, 8)])
-def test_a_leaf_has_the_sizes_of_its_inputs_and_runs_the_model_s_own_function(size: tuple[int, ...]) -> None:
+def test_an_opaque_call_has_its_inputs_sizes_and_runs_the_model_s_own_function(
+    size: tuple[int, ...],
+) -> None:
     layer = Layer(
         lambda self, x: torch.cat([running_sum(x)[0] + by_blocks(x), running_sum(x, 1.5)[1][:, None]], 1)
     )
     program = exported(layer)
     names = called(program.graph)
     assert names == [f"{__name__}:{name}" for name in ("running_sum", "by_blocks", "running_sum")]
-    assert leaves.function(names[0]) is ORIGINALS["running_sum"]
+    assert function(names[0]) is ORIGINALS["running_sum"]
     x = torch.randn(size)
     CALLS.clear()
     found = program.module()(x)
@@ -168,7 +170,7 @@ def test_patches_are_undone_after_a_failure() -> None:
     layer = nn.Sequential(asks)
 
     def fail() -> None:
-        with leaves.opaque(layer, classes={Asks}):
+        with opaque(layer, classes={Asks}):
             assert "forward" in vars(asks)
             assert current("running_sum") is not ORIGINALS["running_sum"]
             raise ZeroDivisionError
@@ -179,9 +181,9 @@ def test_patches_are_undone_after_a_failure() -> None:
     assert all(current(name) is f for name, f in ORIGINALS.items() if name != "sum")
 
 
-def test_an_unknown_leaf_is_named() -> None:
+def test_an_unknown_opaque_call_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"fxq\.leaf\('elsewhere:scan'\)"):
-        leaves.run("elsewhere:scan", [], [], "{}")
+        run("elsewhere:scan", [], [], "{}")
 
 
 def test_other_threads_run_the_model_s_own_functions_while_one_traces() -> None:
@@ -273,11 +275,11 @@ def test_a_scan_that_is_given_a_view_of_a_matrix_is_traced_into() -> None:
 def test_a_module_that_asks_for_data_becomes_one_call() -> None:
     program = equal_to_eager(toy(Asks))
     assert called(program.graph) == ["module:inner"]
-    assert leaves.is_module("module:inner")
+    assert is_module("module:inner")
     assert {str(m.parameter.target) for m in weight_matmuls(program.graph)} == {"head.weight"}
 
 
 def test_a_module_that_asks_for_data_is_refused_if_it_holds_a_stack_of_matrices() -> None:
-    with pytest.raises(fxq.TraceError, match=r"inner \(Asks\), test_leaves\.py:\d+: "):
+    with pytest.raises(fxq.TraceError, match=r"inner \(Asks\), test_opaque_calls\.py:\d+: "):
         _ = open_model(toy(lambda: Asks(2))).program
     assert all(current(name) is f for name, f in ORIGINALS.items() if name != "sum")

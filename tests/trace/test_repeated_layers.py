@@ -17,30 +17,27 @@ from transformers import GPT2Config, PreTrainedConfig
 from fxq.graph import text
 from fxq.graph.program import Program
 from fxq.trace import export as tracing
-from fxq.trace.fake_model import Twin, to_fake, twin_of_config
-from fxq.trace.repeated_layers import Repeats
+from fxq.trace.fake_model import FakeModel, fake_model_of_config, to_fake
+from fxq.trace.repeated_layers import RepeatedLayers
 from tests import tiny
 
 WIDTH = 8
 LENGTHS = (1, 2, 9, 17, 19, 20, 21, 29, 30, 31, 64, 200)
 
 
-class Spy(Repeats):
-    """Remembers the last one made, and how many there were."""
+class Spy(RepeatedLayers):
+    """Remembers the last one made."""
 
     last: Spy
-    made = 0
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         Spy.last = self
-        Spy.made += 1
 
 
 @pytest.fixture(autouse=True)
 def spied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "Repeats", Spy)
-    monkeypatch.setattr(Spy, "made", 0)
+    monkeypatch.setattr(tracing, "RepeatedLayers", Spy)
 
 
 def copied() -> list[str]:
@@ -79,13 +76,13 @@ class Layer(nn.Module):
         return x + torch.relu(self.linear(x))
 
 
-def twin_of(toy: nn.Module) -> Twin:
+def fake_of(toy: nn.Module) -> FakeModel:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake(toy, mode)
-    return Twin(toy, SimpleNamespace(model_type="toy"), mode, {})  # type: ignore[arg-type]
+    return FakeModel(toy, SimpleNamespace(model_type="toy"), mode, {})  # type: ignore[arg-type]
 
 
-def same_as_in_full(make: Callable[[], Twin]) -> Program:
+def same_as_in_full(make: Callable[[], FakeModel]) -> Program:
     """The program of a trace that copies, after checking that a full trace gives the same."""
     program, full = tracing.trace(make()), tracing.trace(make(), repeats=False)
     assert _dump(program.graph) == _dump(full.graph)
@@ -103,12 +100,12 @@ def _dump(graph: Graph) -> str:
     return re.sub(r"%\w+", lambda name: numbers.setdefault(name[0], f"%{len(numbers)}"), text.dump(graph))
 
 
-def layers(*options: Any, kind: Any) -> Callable[[], Twin]:
-    return lambda: twin_of(Toy([kind(option) for option in options]))
+def layers(*options: Any, kind: Any) -> Callable[[], FakeModel]:
+    return lambda: fake_of(Toy([kind(option) for option in options]))
 
 
 def test_layers_that_compute_the_same_are_traced_once() -> None:
-    program = same_as_in_full(lambda: twin_of(Toy([Layer() for _ in range(4)])))
+    program = same_as_in_full(lambda: fake_of(Toy([Layer() for _ in range(4)])))
     assert copied() == ["layers.1", "layers.2", "layers.3"]
     weights = [n.target for n in program.graph.nodes if n.op == "get_attr"]
     assert weights == [
@@ -133,36 +130,19 @@ def test_a_constant_tells_layers_apart() -> None:
     assert copied() == ["layers.2", "layers.3"]
 
 
-def test_an_export_is_given_the_weights_of_the_first_of_a_kind_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[set[str]] = []
-    export = torch.export.export
-
-    def exporting(*args: Any, **kwargs: Any) -> Any:
-        exported = export(*args, **kwargs)
-        seen.append({name.removeprefix("model.") for name in exported.graph_signature.parameters})
-        return exported
-
-    monkeypatch.setattr(torch.export, "export", exporting)
-    twin = twin_of(Toy([Layer() for _ in range(4)]))
-    before = dict(twin.model.named_parameters())
-    program = tracing.trace(twin)
-    assert seen == [{"embed.weight", "layers.0.linear.weight", "layers.0.linear.bias"}]
-    after = dict(twin.model.named_parameters())
+def test_a_trace_leaves_the_model_as_it_was() -> None:
+    fake = fake_of(Toy([Layer() for _ in range(4)]))
+    before = dict(fake.model.named_parameters())
+    program = tracing.trace(fake)
+    after = dict(fake.model.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
-    assert not any("weight" in vars(module) for module in twin.model.modules())
+    assert not any("forward" in vars(module) for module in fake.model.modules())
     assert {str(n.target) for n in program.graph.nodes if n.op == "get_attr"} == set(before)
 
 
-def test_an_export_begins_anew_where_a_layer_was_taken_for_another() -> None:
-    tracing.trace(layers(0.5, 0.25, 0.5, 0.25, kind=Scaled)())
-    assert Spy.made == 2
-    assert Spy.last.unlike == {"layers.1"}
-
-
-def test_wrong_guesses_come_to_an_end() -> None:
+def test_layers_that_all_differ_are_traced_in_full() -> None:
     same_as_in_full(layers(*(1 / n for n in range(1, 13)), 0.5, kind=Scaled))
-    assert Spy.made <= 6
     assert copied() == ["layers.12"]
 
 
@@ -172,7 +152,7 @@ def test_weights_that_are_read_past_their_layer_are_found() -> None:
             x = layer(x)
         return x @ toy.layers[2].linear.weight
 
-    program = same_as_in_full(lambda: twin_of(Toy([Layer() for _ in range(4)], run)))
+    program = same_as_in_full(lambda: fake_of(Toy([Layer() for _ in range(4)], run)))
     assert "layers.2.linear.weight" in {n.target for n in program.graph.nodes}
 
 
@@ -242,7 +222,7 @@ class Remembering(Layer):
 
 
 def test_tensors_passed_on_behind_the_arguments_make_a_full_trace() -> None:
-    def make() -> Twin:
+    def make() -> FakeModel:
         memory: dict[str, Tensor] = {}
 
         def run(toy: Toy, x: Tensor) -> Tensor:
@@ -251,7 +231,7 @@ def test_tensors_passed_on_behind_the_arguments_make_a_full_trace() -> None:
                 x = layer(x)
             return x
 
-        return twin_of(Toy([Remembering(memory) for _ in range(4)], run))
+        return fake_of(Toy([Remembering(memory) for _ in range(4)], run))
 
     program = same_as_in_full(make)
     assert sum(n.target is torch.ops.aten.mul.Tensor for n in program.graph.nodes) == 3
@@ -285,7 +265,7 @@ def test_a_module_that_changes_its_input_is_not_copied() -> None:
     def run(toy: Toy, x: Tensor) -> Tensor:
         return toy.layers[1](x) + toy.layers[0](x) + x
 
-    same_as_in_full(lambda: twin_of(Toy([InPlace(), InPlace()], run)))
+    same_as_in_full(lambda: fake_of(Toy([InPlace(), InPlace()], run)))
     assert copied() == []
 
 
@@ -309,7 +289,7 @@ def test_a_module_that_fills_an_argument_is_not_copied() -> None:
             x = layer(x, shared)
         return x
 
-    same_as_in_full(lambda: twin_of(Toy([Filling(), Filling(), Filling()], run)))
+    same_as_in_full(lambda: fake_of(Toy([Filling(), Filling(), Filling()], run)))
     assert copied() == []
 
 
@@ -333,7 +313,7 @@ def _pairs(toy: Toy, x: Tensor) -> Tensor:
 
 
 def test_copies_within_copies() -> None:
-    same_as_in_full(lambda: twin_of(Toy([Two(0.5), Two(0.25), Two(0.5)], _pairs)))
+    same_as_in_full(lambda: fake_of(Toy([Two(0.5), Two(0.25), Two(0.5)], _pairs)))
     assert copied() == ["layers.0.second", "layers.1.first", "layers.1.second", "layers.2"]
 
 
@@ -343,16 +323,16 @@ def test_one_layer_called_again_is_its_own_copy() -> None:
             x = toy.layers[0](x)
         return toy.layers[1](x)
 
-    program = same_as_in_full(lambda: twin_of(Toy([Layer(), Layer()], run)))
+    program = same_as_in_full(lambda: fake_of(Toy([Layer(), Layer()], run)))
     assert copied() == ["layers.0", "layers.0", "layers.1"]
     assert len([n for n in program.graph.nodes if n.op == "get_attr"]) == 1 + 4
 
 
 def test_shared_weights_stay_shared() -> None:
-    def make() -> Twin:
+    def make() -> FakeModel:
         toy = Toy([Layer() for _ in range(4)])
         toy.layers[2].linear.weight = toy.layers[0].linear.weight  # type: ignore[union-attr]
-        return twin_of(toy)
+        return fake_of(toy)
 
     program = same_as_in_full(make)
     assert copied() == ["layers.1", "layers.2", "layers.3"]
@@ -362,7 +342,7 @@ def test_shared_weights_stay_shared() -> None:
 
 
 def test_layers_without_a_repeat_trace_as_ever() -> None:
-    same_as_in_full(lambda: twin_of(Toy([Layer()])))
+    same_as_in_full(lambda: fake_of(Toy([Layer()])))
     assert copied() == []
 
 
@@ -376,8 +356,8 @@ def _gpt2(**options: Any) -> PreTrainedConfig:
 
 @pytest.mark.slow
 def test_layers_scaled_by_their_number_are_told_apart() -> None:
-    def make(**options: Any) -> Callable[[], Twin]:
-        return lambda: twin_of_config(_gpt2(**options), torch.bfloat16)
+    def make(**options: Any) -> Callable[[], FakeModel]:
+        return lambda: fake_model_of_config(_gpt2(**options), torch.bfloat16)
 
     same_as_in_full(make())
     assert copied() == ["transformer.h.1", "transformer.h.2"]
@@ -420,5 +400,5 @@ def test_copies_equal_the_full_trace(name: str) -> None:
     family = _family(name)
     config = tiny.tiny_config(family, repeat=2)
     config.architectures = [family.architecture]
-    same_as_in_full(lambda: twin_of_config(config, torch.bfloat16))
+    same_as_in_full(lambda: fake_model_of_config(config, torch.bfloat16))
     assert copied() or name in NOTHING_COPIED

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from fxq.trace import symbols as sizes
+from fxq.trace.symbols import backed, data_symbols, examples, size_at
 
 
 class Both(nn.Module):
@@ -31,18 +31,18 @@ def found() -> tuple[Any, Any, Any, Any]:
 
 def test_sizes_of_inputs_are_known_by_example(found: tuple[Any, Any, Any, Any]) -> None:
     given, made, data, plain = found
-    (symbol,) = sizes.symbols([given])
-    assert sizes.symbols([made, data, plain]) == {symbol: 17}
-    assert sizes.known(given)[symbol] == 17
+    (symbol,) = examples([given])
+    assert examples([made, data, plain]) == {symbol: 17}
+    assert backed(given)[symbol] == 17
 
 
 def test_a_size_is_worked_out_at_other_values(found: tuple[Any, Any, Any, Any]) -> None:
     given, made, _, plain = found
-    (symbol,) = sizes.symbols([given])
-    assert [sizes.value(size, {symbol: 4}) for size in (given, made, plain, 3)] == [4, 9, 5, 3]
-    assert sizes.value(made, sizes.symbols([made])) == 35
+    (symbol,) = examples([given])
+    assert [size_at(size, {symbol: 4}) for size in (given, made, plain, 3)] == [4, 9, 5, 3]
+    assert size_at(made, examples([made])) == 35
 
 
 def test_only_sizes_that_data_decides_are_of_data(found: tuple[Any, Any, Any, Any]) -> None:
     given, made, data, plain = found
-    assert [len(sizes.data_symbols(size)) for size in (given, made, data, plain, 7)] == [0, 0, 1, 0, 0]
+    assert [len(data_symbols(size)) for size in (given, made, data, plain, 7)] == [0, 0, 1, 0, 0]
