@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,49 +102,6 @@ def print_summary(report: "Report") -> None:
     from fxq.cli import tables
 
     console = tables.console()
-    console.print(tables.facts(summary(report), title=f"fxq compiled with {report.spec}"))
+    console.print(tables.facts(report.rows(), title=report.title))
     for warning in report.warnings:
         console.print(tables.labelled("warning", warning, "yellow"))
-
-
-def summary(report: "Report") -> Iterator[tuple[str, str]]:
-    """The rows of the summary: what was quantized and shared, what it cost, how long it took."""
-    yield (
-        "quantize nodes",
-        f"{report.quantize_nodes}: {report.expert_nodes} expert weights, {report.linear_nodes} "
-        f"linear weights, {report.input_nodes} inputs, {report.kv_nodes} keys and values",
-    )
-    if report.experts:
-        yield "experts", f"{report.experts}, {report.dead_experts} of them reached by no token"
-    yield "bootstrapped", f"{report.bootstrapped} amaxes that data did not reach, filled from the weights"
-    yield "groups", f"{report.groups} of linears that share their scales"
-    yield "calibration", f"{report.calibration_tokens} tokens" if report.calibration_tokens else "none needed"
-    yield (
-        "tensors",
-        f"{report.tensors_quantized} quantized, {report.tensors_excluded} left as they are and listed "
-        "as such",
-    )
-    yield "bits per weight", _number(report.bits_per_weight, ".3f")
-    yield (
-        "weight SQNR",
-        f"{_number(report.sqnr_db, '.2f', ' dB')} (worst {_number(report.worst_sqnr_db, '.2f', ' dB')}, "
-        f"{report.worst_tensor})",
-    )
-    if report.perplexity_before is not None and report.perplexity_after is not None:
-        yield (
-            "perplexity",
-            f"{report.perplexity_before:.3f} before, {report.perplexity_after:.3f} after (weights, "
-            "inputs and KV as served)",
-        )
-    if report.source_bytes and report.output_bytes:
-        yield "size", f"{report.source_bytes / 1e6:.1f} MB before, {report.output_bytes / 1e6:.1f} MB after"
-    yield "time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
-    memory = _number((report.peak_host_bytes or 0) / 2**30, ".2f", " GiB host")
-    if report.peak_device_bytes is not None:
-        memory += f", {report.peak_device_bytes / 2**30:.2f} GiB GPU"
-    yield "peak memory", memory
-    yield "output", str(report.out)
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else format(value, form) + unit
