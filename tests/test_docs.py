@@ -32,7 +32,7 @@ LOOSELY = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 def test_every_command_parses(page: Path) -> None:
     for arguments in commands(page):
         try:
-            cli._parser().parse_args(arguments)
+            cli.parser().parse_args(arguments)
         except SystemExit as error:
             pytest.fail(f"{page.name}: fxq {' '.join(arguments)}: exit status {error.code}")
 

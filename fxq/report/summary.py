@@ -67,6 +67,54 @@ class Report:
         """All fields, JSON-ready."""
         return asdict(self)
 
+    @property
+    def title(self) -> str:
+        """What this is a summary of."""
+        return f"fxq compiled with {self.spec}"
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """The summary as labels and values: what was quantized and shared, what it cost, how long it took."""
+        yield (
+            "quantize nodes",
+            f"{self.quantize_nodes}: {self.expert_nodes} expert weights, {self.linear_nodes} "
+            f"linear weights, {self.input_nodes} inputs, {self.kv_nodes} keys and values",
+        )
+        if self.experts:
+            yield "experts", f"{self.experts}, {self.dead_experts} of them reached by no token"
+        yield "bootstrapped", f"{self.bootstrapped} amaxes that data did not reach, filled from the weights"
+        yield "groups", f"{self.groups} of linears that share their scales"
+        yield "calibration", f"{self.calibration_tokens} tokens" if self.calibration_tokens else "none needed"
+        if self.tensors_quantized is not None:
+            left = f"{self.tensors_excluded} left as they are and listed as such"
+            yield "tensors", f"{self.tensors_quantized} quantized, {left}"
+        if self.bits_per_weight is not None:
+            yield "bits per weight", f"{self.bits_per_weight:.3f}"
+        if self.sqnr_db is not None:
+            worst = ""
+            if self.worst_sqnr_db is not None:
+                worst = f" (worst {self.worst_sqnr_db:.2f} dB, {self.worst_tensor})"
+            yield "weight SQNR", f"{self.sqnr_db:.2f} dB{worst}"
+        if self.perplexity_before is not None and self.perplexity_after is not None:
+            yield (
+                "perplexity",
+                f"{self.perplexity_before:.3f} before, {self.perplexity_after:.3f} after (weights, "
+                "inputs and KV as served)",
+            )
+        if self.source_bytes and self.output_bytes:
+            yield "size", f"{self.source_bytes / 1e6:.1f} MB before, {self.output_bytes / 1e6:.1f} MB after"
+        yield "time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        memory = f"{(self.peak_host_bytes or 0) / 2**30:.2f} GiB host"
+        if self.peak_device_bytes is not None:
+            memory += f", {self.peak_device_bytes / 2**30:.2f} GiB GPU"
+        yield "peak memory", memory
+        if self.out is not None:
+            yield "output", self.out
+
+    def __str__(self) -> str:
+        """The summary as plain text, with the warnings."""
+        rows = [f"{label:<16} {value}" for label, value in self.rows()]
+        return "\n".join([self.title, *rows, *(f"warning: {warning}" for warning in self.warnings)])
+
     def count(self, graph: Graph, program: Program) -> None:
         """Fill in what the calibrated graph and its values say."""
         for node in graph.nodes:

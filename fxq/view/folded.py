@@ -1,18 +1,13 @@
-"""A graph for people: folded text that fits a screen, the reasons of a pass, a difference between stages,
-dot and json."""
+"""Folded text of a graph that fits a screen: a line a landmark, repeated experts and layers once."""
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
-import networkx
 import torch
 from torch.fx import Graph, Node
 
-from fxq.errors import SpecError
 from fxq.graph import dialect
 from fxq.graph.arguments import nodes_at
 from fxq.graph.structure.matmuls import MATMULS
@@ -44,7 +39,7 @@ def fold(graph: Graph) -> str:
     """One line a landmark (matmul, attention, choice, dialect node), what leads to it written into it;
     repeats folded.
 
-    For reading only: `fxq.text.dump` prints what can be parsed back.
+    For reading only: `fxq.graph.text.dump` prints what can be parsed back.
     """
     return "\n".join(_render(folded(list(_lines(graph))), "")) + "\n"
 
@@ -188,100 +183,3 @@ def _render(items: Iterable[Fold | str], indent: str) -> Iterable[str]:
             yield f"{indent}{item.count} x {{"
             yield from (f"{indent}  {line}" for line in lines)
             yield f"{indent}}}"
-
-
-def select(graph: Graph, *, only: str | None = None, cone: str | None = None) -> list[Node]:
-    """Nodes whose name, operator or parameter fits the glob `only`, and that lie upstream of or at the
-    node `cone`."""
-    nodes = list(graph.nodes)
-    if cone is not None:
-        name = cone.removeprefix("%")
-        if name not in {n.name for n in nodes}:
-            close = difflib.get_close_matches(name, [n.name for n in nodes], 4, 0.3)
-            raise SpecError(
-                f"--cone: no node is called {name!r}; the nearest are {', '.join(close) or 'none'}"
-            )
-        network = as_network(graph)
-        kept = {name, *networkx.ancestors(network, name)}
-        nodes = [n for n in nodes if n.name in kept]
-    if only is not None:
-        nodes = [
-            n for n in nodes if any(fnmatchcase(text, only) for text in (n.name, _operator(n), str(n.target)))
-        ]
-    return nodes
-
-
-def _operator(node: Node) -> str:
-    return format_target(node.target) if node.op == "call_function" else node.op
-
-
-def as_network(graph: Graph, nodes: Iterable[Node] | None = None) -> Any:
-    """The graph for networkx: nodes by name with op, target and type; an edge from each input to its
-    reader."""
-    kept = list(graph.nodes if nodes is None else nodes)
-    names = {n.name for n in kept}
-    network: Any = networkx.DiGraph()
-    for node in kept:
-        target = node.target if node.op == "get_attr" else _operator(node)
-        network.add_node(node.name, op=node.op, target=str(target), type=format_type(node.meta.get("val")))
-    for node in kept:
-        network.add_edges_from(
-            (source.name, node.name) for source in node.all_input_nodes if source.name in names
-        )
-    return network
-
-
-def as_json(graph: Graph, nodes: Iterable[Node] | None = None) -> dict[str, Any]:
-    """networkx node-link data."""
-    return networkx.node_link_data(as_network(graph, nodes), edges="edges")
-
-
-def as_dot(graph: Graph, nodes: Iterable[Node] | None = None) -> str:
-    """Graphviz source: boxes labelled with name, operator and type."""
-    network = as_network(graph, nodes)
-    lines = ["digraph fxq {", '  node [shape=box, fontname="monospace", fontsize=9];']
-    for name, data in network.nodes(data=True):
-        label = "\\n".join(_escape(text) for text in (f"%{name}", data["target"], data["type"]))
-        lines.append(f'  "{name}" [label="{label}"];')
-    lines += [f'  "{source}" -> "{target}";' for source, target in network.edges]
-    return "\n".join([*lines, "}"]) + "\n"
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
-
-
-def difference(before: str, after: str, first: str, second: str) -> str:
-    """A unified diff of two dumps or folded views; empty if they are the same."""
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), first, second, lineterm="", n=1)
-    return "".join(line + "\n" for line in lines)
-
-
-def explain(sites: Iterable[Any]) -> str:
-    """What a pass looked at, with alike reasons counted: where it fires, and where not and why."""
-    from fxq.graph.pattern import Match
-
-    groups: dict[tuple[bool, str], list[str]] = {}
-    for site in sites:
-        fired = isinstance(site, Match)
-        text = f"{site.rule}" if fired else f"{site.rule}: {site.reason}"
-        key = (fired, _NUMBER.sub("#", _NODE.sub("%", text)))
-        groups.setdefault(key, []).append(_site(site) if fired else f"{_site(site)}: {site.reason}")
-    lines = []
-    for (fired, _), members in sorted(groups.items(), key=lambda g: (not g[0][0], g[0][1])):
-        mark = "fires" if fired else "misses"
-        lines.append(f"{mark:7}{len(members):6} x  {members[0]}")
-    return (
-        "\n".join(lines) + "\n"
-        if lines
-        else "no candidate: nothing in this graph is of the kind the pass looks at\n"
-    )
-
-
-def _site(site: Any) -> str:
-    from fxq.graph.structure.matmuls import as_weight_matmul
-    from fxq.graph.structure.views import root
-
-    matmul = as_weight_matmul(site.node)
-    parameter = matmul.parameter if matmul is not None else root(site.node)
-    return f"%{site.node.name}" + (f" (@{parameter.target})" if parameter is not None else "")

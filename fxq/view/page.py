@@ -17,7 +17,8 @@ from torch.fx import Graph
 
 from fxq.graph.text import format_node
 from fxq.report.pages import page
-from fxq.view.folded import Fold, folded, select
+from fxq.view.folded import Fold, folded
+from fxq.view.select import select
 
 _NUMBER = re.compile(r"\d+")
 _NODE = re.compile(r"%\w+")
@@ -28,7 +29,7 @@ _LIST = re.compile(r"%(?:, %)+")
 @dataclass
 class Viewer:
     """Stages of one program, added as the pipeline reaches them; `only` and `cone` narrow each as
-    `fxq.view.select` does, a stage without the cone's node to nothing."""
+    `fxq.view.select.select` does, a stage without the cone's node to nothing."""
 
     only: str | None = None
     cone: str | None = None

@@ -9,6 +9,7 @@ from typing import Any
 import networkx
 import pytest
 
+import fxq
 from fxq.cli.main import main
 from fxq.graph.text import dump, parse
 from tests import reader
@@ -197,3 +198,10 @@ def test_a_failed_compile_says_one_line_and_leaves_nothing(
     assert "--calib" in captured.err
     assert "Traceback" not in captured.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_prints_the_summary(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled = fxq.compile(model, "nvfp4_weight_only", out=tmp_path / "out")
+    lines = str(compiled.report).splitlines()
+    assert lines[0] == "fxq compiled with nvfp4_weight_only"
+    assert f"output           {tmp_path / 'out'}" in lines

@@ -1,0 +1,30 @@
+"""Arguments that several commands share."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+
+def add_model(parser: ArgumentParser, about: str = "Hugging Face directory with safetensors") -> None:
+    """The model that a command reads."""
+    parser.add_argument("model", metavar="MODEL", type=Path, help=about)
+
+
+def add_trust(parser: ArgumentParser) -> None:
+    """What a model directory may do beyond being read."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow the model directory's own python code to run"
+    )
+
+
+def add_partial(parser: ArgumentParser) -> None:
+    """Whether a spec may be carried out in part."""
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="leave what cannot be quantized as it is, with a warning, instead of failing",
+    )
+
+
+def add_json(parser: ArgumentParser, about: str = "print it as JSON") -> None:
+    """Output for programs."""
+    parser.add_argument("--json", action="store_true", help=about)

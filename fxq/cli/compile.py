@@ -1,0 +1,107 @@
+"""`fxq compile`: a checkpoint from a model and a spec, and the summary that is printed."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fxq.cli import arguments as shared
+from fxq.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from fxq.report.summary import Report
+
+ABOUT = "Turn a model directory into an NVFP4 checkpoint."
+EXAMPLES = """examples:
+  fxq compile ./model --spec nvfp4_experts_only_mse-fp8_cast_kv --calib text.jsonl --out ./model-nvfp4
+  fxq compile ./model --spec nvfp4_weight_only_mse --out ./model-w4a16          (needs no data)
+  fxq compile ./model --spec my.yaml --calib text.jsonl --samples 64 --seq-len 1024 --device cuda --out ./out
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add = parser.add_argument
+    shared.add_model(parser)
+    add("--spec", required=True, metavar="NAME|FILE", help="a shipped spec (see `fxq specs`) or a YAML file")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        type=Path,
+        help="new or empty directory; appears whole or not at all",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with what an interrupted run left beside DIR: finished work is checked, not redone",
+    )
+    add("--calib", metavar="FILE", type=Path, help='JSON lines of {"text": ...} or {"input_ids": [...]}')
+    add("--samples", type=int, default=128, metavar="N", help="calibration lines to use (default 128)")
+    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
+    add("--device", default="cpu", metavar="cpu|cuda", help="where calibration and packing run (default cpu)")
+    add(
+        "--format",
+        metavar="FORMAT",
+        help="checkpoint format, instead of the spec's: modelopt, compressed-tensors",
+    )
+    add("--eval", metavar="FILE", type=Path, help="also measure perplexity before and after on this text")
+    shared.add_partial(parser)
+    shared.add_json(parser, "print the summary as JSON")
+    shared.add_trust(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compile and print the summary; returns the exit status."""
+    from fxq.passes import PASSES
+    from fxq.pipeline import spec
+
+    chosen = spec.load(arguments.spec, PASSES)  # its mistakes come before a file of the model is read
+    from fxq.sources.prefetch import read_ahead
+
+    read_ahead(arguments.model)
+    from fxq.cli import tables
+    from fxq.compile import compile
+
+    compiled = compile(
+        arguments.model,
+        chosen,
+        calib=arguments.calib,
+        out=arguments.out,
+        resume=arguments.resume,
+        evaluate=arguments.eval,
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        device=arguments.device,
+        format=arguments.format,
+        allow_partial=arguments.allow_partial,
+        trust_remote_code=arguments.trust_remote_code,
+        progress=tables.progress,
+    )
+    try:
+        if arguments.json:
+            print(json.dumps(compiled.report.as_dict(), indent=2))
+        else:
+            print_summary(compiled.report)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is still in the buffer must not fail again, and decide the status, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise CheckpointError(
+            f"{arguments.out} is complete, but its summary cannot be printed: {error.strerror}"
+        ) from error
+    return 0
+
+
+def print_summary(report: "Report") -> None:
+    """A table of the report's figures, then its warnings."""
+    from fxq.cli import tables
+
+    console = tables.console()
+    console.print(tables.facts(report.rows(), title=report.title))
+    for warning in report.warnings:
+        console.print(tables.labelled("warning", warning, "yellow"))
