@@ -9,7 +9,7 @@ from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
 from fxq.pipeline.base import Session
 from fxq.pipeline.facts import Fact
-from fxq.run.streaming import Max
+from fxq.run.statistics import Max
 
 
 @dataclass(frozen=True)

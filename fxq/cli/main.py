@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxq import gc_paused as collector
 from fxq.errors import CheckpointError, FxqError, SpecError, choices
+from fxq.gc_paused import gc_paused
 from fxq.sources.prefetch import read_ahead
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.debug:
         return int(arguments.run(arguments))
     try:
-        with _terminable(), collector.off():
+        with _terminable(), gc_paused():
             return int(arguments.run(arguments))
     except FxqError as error:
         print("\n".join([f"fxq: {error}", *_notes(error)]), file=sys.stderr)
@@ -352,8 +352,8 @@ def _summary(report: "Report") -> Iterator[tuple[str, str]]:
 
 
 def _dump(arguments: argparse.Namespace) -> int:
-    from fxq.compile import open_model
     from fxq.graph.text import dump, format_node
+    from fxq.model import open_model
     from fxq.passes import PASSES
     from fxq.pipeline import run as pipeline
     from fxq.pipeline import spec
@@ -526,7 +526,8 @@ def _preview(arguments: argparse.Namespace) -> int:
     names = [arguments.name] if arguments.name is not None else list(spec.shipped())
     specs = [spec.load(name, PASSES) for name in names]  # their mistakes come before anything is traced
     from fxq import preview
-    from fxq.compile import open_model, with_options
+    from fxq.compile import with_options
+    from fxq.model import open_model
 
     specs = [with_options(chosen, None, arguments.allow_partial) for chosen in specs]
     model = open_model(arguments.model, trust_remote_code=arguments.trust_remote_code)

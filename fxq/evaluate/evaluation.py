@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fxq.compile import Model, device_of, open_model, predicted_batches, samples_of
 from fxq.errors import SourceError, SpecError
 from fxq.evaluate.served import served
 from fxq.graph.program import Program
+from fxq.model import Model, device_of, open_model, samples_of
 from fxq.pipeline.base import Progress, no_progress
 from fxq.run import likelihood
-from fxq.run.streaming import Simulate
+from fxq.run.batches import predicted_batches
+from fxq.run.simulate import Simulate
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 

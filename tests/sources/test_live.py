@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fxq
 from fxq.checkpoint import writer as checkpoint
-from fxq.compile import open_model
+from fxq.model import open_model
 from fxq.sources import Directory, Live
 from fxq.sources.parameters import Parameters
 from tests.families import EXPERTS, Zoo, load, zoo

@@ -23,12 +23,12 @@ from transformers import (
 )
 
 import fxq
-from fxq.compile import Model, open_model
 from fxq.graph import dialect, text
 from fxq.graph.arguments import int_at
 from fxq.graph.structure.matmuls import weight_matmuls
 from fxq.graph.structure.views import VIEWS, strip
 from fxq.graph.verify import verify
+from fxq.model import Model, open_model
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.pipeline import run as pipeline
 from fxq.run.streaming import Streaming
