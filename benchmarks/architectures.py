@@ -43,12 +43,11 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import fxq.compiler
-
-from fxq.compile import Model, open_model
+import fxq.model
 from fxq.errors import FxqError
 from fxq.graph import dialect
 from fxq.graph.program import Program
+from fxq.model import Model, open_model
 from fxq.run.streaming import Streaming
 from tests import reader, tiny
 
@@ -224,7 +223,7 @@ def examine(family: tiny.Family, row: Row, work: Path, begin: Callable[[str], No
         else:
             row.findings.append(f"interpretation differs from eager by {row.max_diff:.3g}")
     # Every compilation would trace the same graph again, which takes most of its time.
-    setattr(fxq.compiler, "trace", lambda twin: _copy(opened.program))  # noqa: B010
+    setattr(fxq.model, "trace", lambda twin: _copy(opened.program))  # noqa: B010
     calib = tiny.text_ids(*CALIBRATION, seed=1).tolist()
     specs = [DEFAULT, EXPERTS_ONLY] if weights else [DEFAULT]
     refusals: list[FxqError] = []

@@ -32,7 +32,7 @@ _IMPORTS = """
 import resource
 import torch
 from transformers import LlamaConfig
-import fxq.audit, fxq.checkpoint, fxq.compiler, fxq.passes
+import fxq.audit, fxq.checkpoint.writer, fxq.compile, fxq.passes
 from fxq.numbers import nvfp4
 from fxq.trace.export import trace
 from fxq.trace.fake_model import fake_model_of_config

@@ -1,15 +1,15 @@
-"""Python's search for unreachable cycles, which growing graphs set off again and again, each time over all of
-them: with it, tracing and passes take twice as long.
+"""Garbage collection paused: while graphs grow, Python searches them for unreachable cycles again and again,
+each time over all of them; with that, tracing and passes take twice as long.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def off() -> Iterator[None]:
-    """Within the block no search runs; what is to go at once may not be part of a cycle there."""
+def gc_paused() -> Iterator[None]:
+    """Within the block no search runs: what is part of a cycle there stays until after it."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -17,25 +17,3 @@ def off() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
-
-
-@contextmanager
-def sweeping() -> Iterator[Callable[[], object]]:
-    """`off`; what it yields searches among what was made in the block: nothing older is looked at until an
-    outermost block ends."""
-    outermost = gc.get_freeze_count() == 0
-    gc.freeze()
-    try:
-        with off():
-            yield gc.collect
-    finally:
-        if outermost:
-            gc.unfreeze()
-
-
-@contextmanager
-def swept() -> Iterator[None]:
-    """`sweeping`, once, at the end of the block."""
-    with sweeping() as sweep:
-        yield
-        sweep()

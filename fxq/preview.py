@@ -14,10 +14,10 @@ from torch.fx import Graph
 from fxq.checkpoint.plan import plan
 from fxq.checkpoint.shards import nbytes
 from fxq.checkpoint.writer import FORMATS
-from fxq.compile import Model
 from fxq.errors import FxqError
 from fxq.graph import dialect
 from fxq.graph.program import Program
+from fxq.model import Model
 from fxq.passes import PASSES
 from fxq.pipeline.base import Pass, bystanders
 from fxq.pipeline.run import needs_data, run_passes

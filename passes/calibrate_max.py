@@ -8,7 +8,7 @@ from fxq.graph import dialect
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
 from fxq.pipeline.base import CalibrationPass, Session
-from fxq.run.streaming import Max
+from fxq.run.statistics import Max
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import pytest
 from transformers import Qwen3MoeConfig
 
 import fxq
-from fxq.compile import Model, open_model, with_options
+from fxq.compile import with_options
 from fxq.errors import SpecError, VerifyError
 from fxq.graph.program import Program
 from fxq.graph.text import parse
+from fxq.model import Model, open_model
 from fxq.passes import PASSES
 from fxq.pipeline import spec
 from fxq.preview import Preview, preview, previews

@@ -1,4 +1,4 @@
-"""Output files: safetensors shards with headers before their data, written at any place in any order."""
+"""Shards: safetensors files with headers before their data, written at any place in any order."""
 
 import ctypes
 import errno
@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import zlib
-from array import array
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +48,14 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: the number of its shard, and its first byte there."""
+
+    shard: int
+    start: int
+
+
+@dataclass(frozen=True)
 class Block:
     """Values, and the bytes of a tensor that they are to fill."""
 
@@ -72,10 +78,8 @@ class Shards:
             f"model-{i + 1:05d}-of-{total:05d}.safetensors" if total > 1 else "model.safetensors"
             for i in range(total)
         ]
-        # Of each tensor, at its number: its shard, its first byte there, and the bytes that are yet to come.
-        self._keys = sorted(infos)
-        self._shard, self._start = array("i", [0]) * len(infos), array("q", [0]) * len(infos)
-        self._left = array("q", (nbytes(infos[key]) for key in self._keys))
+        self._places: dict[str, _Place] = {}
+        self._left = {key: nbytes(info) for key, info in infos.items()}  # bytes that are yet to come
         self._headers = [self._layout(index, keys) for index, keys in enumerate(groups)]
         sizes = [sum(nbytes(infos[key]) for key in keys) for keys in groups]
         self.sizes = [len(header) + size for header, size in zip(self._headers, sizes, strict=True)]
@@ -88,6 +92,7 @@ class Shards:
     def _layout(self, index: int, keys: list[str]) -> bytes:
         """The header of one shard; it begins with its length."""
         header = bytearray(b'{"__metadata__":{"format":"pt"}')
+        starts: dict[str, int] = {}
         offset = 0
         # Wide types first, so that every tensor is aligned.
         for key in sorted(keys, key=lambda k: (-self.infos[k].dtype.itemsize, k)):
@@ -98,12 +103,11 @@ class Shards:
                 "data_offsets": (offset, offset + size),
             }
             header += f",{json.dumps(key)}:{json.dumps(entry, separators=(',', ':'))}".encode()
-            self._shard[self._number(key)], self._start[self._number(key)] = index, offset
+            starts[key] = offset
             offset += size
         header += b"}"
         header += b" " * (-len(header) % 8)
-        for key in keys:
-            self._start[self._number(key)] += 8 + len(header)
+        self._places |= {key: _Place(index, 8 + len(header) + start) for key, start in starts.items()}
         return len(header).to_bytes(8, "little") + header
 
     def open(self) -> None:
@@ -123,7 +127,7 @@ class Shards:
             raise CheckpointError(f"{key}: expected {info} once, found {tuple(tensor.shape)} {tensor.dtype}")
         return self._block(Span(key, 0, tensor.nbytes), tensor)
 
-    def piece(self, key: str, first: int, tensor: Tensor) -> Block:
+    def part(self, key: str, first: int, tensor: Tensor) -> Block:
         """What a tensor has along its first dimension from `first` on."""
         info = self.infos[key]
         if tensor.dtype != info.dtype or tensor.shape[1:] != info.shape[1:]:
@@ -153,18 +157,13 @@ class Shards:
 
     def claim(self, span: Span) -> None:
         """Count these bytes as given."""
-        number = self._number(span.key)
-        if span.size * span.runs > self._left[number]:
+        if span.size * span.runs > self._left[span.key]:
             raise CheckpointError(f"{span.key}: written more than once")
-        self._left[number] -= span.size * span.runs
+        self._left[span.key] -= span.size * span.runs
 
     def left(self, key: str) -> int:
         """The bytes of a tensor that are not given yet."""
-        return self._left[self._number(key)]
-
-    def _number(self, key: str) -> int:
-        """The place of a tensor among all names in order: a search takes no memory."""
-        return bisect_left(self._keys, key)
+        return self._left[key]
 
     def write(self, block: Block, crc: int = 0) -> int:
         """Write a block; returns the CRC-32 of its bytes after those that `crc` is of."""
@@ -185,8 +184,8 @@ class Shards:
         return crc
 
     def _at(self, span: Span) -> tuple[int, int]:
-        number = self._number(span.key)
-        return self.files[self._shard[number]], self._start[number] + span.start
+        place = self._places[span.key]
+        return self.files[place.shard], place.start + span.start
 
     def finish(self) -> None:
         """Bring all to the disk and write the index; CheckpointError if bytes of a tensor are missing."""
@@ -196,7 +195,7 @@ class Shards:
             )
         self.flush()
         if len(self.names) > 1:
-            weight_map = {key: self.names[shard] for key, shard in zip(self._keys, self._shard, strict=True)}
+            weight_map = {key: self.names[self._places[key].shard] for key in sorted(self.infos)}
             total = sum(nbytes(info) for info in self.infos.values())
             write_json(
                 self.directory / f"{INDEX}{PART}",
@@ -254,7 +253,7 @@ def nbytes(info: TensorInfo) -> int:
     return torch.Size(info.shape).numel() * info.dtype.itemsize
 
 
-def pieces(info: TensorInfo, most: int) -> Iterator[range | None]:
+def parts(info: TensorInfo, most: int) -> Iterator[range | None]:
     """A tensor's first dimension in consecutive parts of about `most` bytes each; None for all of it."""
     if not info.shape or nbytes(info) <= most:
         yield None

@@ -186,6 +186,16 @@ def check_empty(out: Path) -> None:
         )
 
 
+def check_output(out: Path, model: Path | None) -> None:
+    """CheckpointError if `out` holds something already, can be no directory, or lies inside the model's."""
+    if "\0" in str(out):
+        raise CheckpointError(f"{str(out)!r}: a path cannot hold a NUL character")
+    with writing(out):
+        check_empty(out)
+    if model is not None and model.resolve() in (out.resolve(), *out.resolve().parents):
+        raise CheckpointError(f"{out}: lies inside the model's directory {model}, which fxq does not touch")
+
+
 def sync_tree(directory: Path) -> None:
     """Every file and directory below, and itself, to the disk."""
     for folder, _, files in os.walk(directory, topdown=False):

@@ -5,52 +5,48 @@ Sizes are known before any weight is read, so headers are written first and ever
 place: memory is the batch of slices that is computed and, packed, the one before it; not one shard.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq import gc_paused as collector
-from fxq import heap
-from fxq.checkpoint.background import Piece, WriteBehind
+from fxq.checkpoint.background import BackgroundWriter, Piece
 from fxq.checkpoint.formats import compressed_tensors, modelopt
 from fxq.checkpoint.plan import Plan
 from fxq.checkpoint.plan import plan as planned
-from fxq.checkpoint.shards import Block, Shards, nbytes, pieces, write_json
+from fxq.checkpoint.shards import Block, Shards, nbytes, parts, write_json
 from fxq.checkpoint.workdir import PART, Work, writing
-from fxq.errors import CheckpointError
+from fxq.errors import CheckpointError, SourceError
 from fxq.graph import dialect
 from fxq.graph.arguments import int_at, node_at
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
-from fxq.numbers import fp8, kernels, nvfp4
+from fxq.numbers import fp8, nvfp4
 from fxq.numbers.quality import STEPS, Traits, traits
-from fxq.run.statistics import amax_of, amax_value, check_weight
-from fxq.run.weights import WeightCone
+from fxq.run.loader import on_host
+from fxq.run.simulate import amax_value
+from fxq.run.stages import AT_ONCE, stage
+from fxq.run.statistics import amax_of, check_weight
+from fxq.run.weights import WeightExpressions
 
 FORMATS: dict[str, ModuleType] = {"modelopt": modelopt, "compressed-tensors": compressed_tensors}
 SHARD_BYTES = 5_000_000_000
 # Tensors that are carried through are read and written so many bytes at a time.
 PIECE_BYTES = 4 << 20
-# Threads that write: one keeps up with a CPU that packs.
-WRITERS = {"cpu": 1, "cuda": 4}
-# Batches that are packed at the same time: on a CPU two, so that no core waits for the end of one;
-# and how many bytes of weights they may be, if they are not one.
+# Batches that are packed at the same time: on a CPU two, so that no core waits for the end of one.
 PACKERS = {"cpu": 2, "cuda": 1}
-PACKED_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 _Measured = nvfp4.Measured | fp8.Measured
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _REPLACED = (
@@ -100,15 +96,17 @@ def write(
     *,
     device: torch.device | None = None,
     shard_bytes: int = SHARD_BYTES,
+    replaced: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     step: Callable[[], None] = lambda: None,
     beside: Callable[[Path, Written], None] = lambda directory, written: None,
 ) -> Written:
     """Run the lowered program and turn the work directory into the output, complete.
 
-    plan: what `plan` says of the program, which may be at rest. config: the source's config.json. side_files:
-    a directory whose tokenizer, chat template and other files are copied as they are. beside: writes other
-    files into the directory before it appears. What an interrupted run of the same program wrote is checked
-    and kept. Raises CheckpointError if there is no room, or if what would be written breaks the contract.
+    plan: what `plan` says of the program. config: the source's config.json. side_files: a directory whose
+    tokenizer, chat template and other files are copied as they are, but for those `replaced`: name -> content
+    of a JSON file. beside: writes other files into the directory before it appears. What an interrupted run
+    of the same program wrote is checked and kept. Raises CheckpointError if there is no room, or if what
+    would be written breaks the contract.
     """
     format = FORMATS[program.format]
     shards = Shards(work.model, plan.infos, shard_bytes)
@@ -117,16 +115,17 @@ def write(
         work.check_space(sum(shards.sizes))
         shards.open()
         device = device or torch.device("cpu")
-        heap.return_free_memory()  # what building the headers took
-        with WriteBehind(shards, work.journal, _version(program, shards), WRITERS[device.type]) as behind:
-            writer = _Writer(program, source, format, shards, behind, device, step)
-            writer.run()
+        background = BackgroundWriter(shards, work.journal, _version(program, shards))
+        writer = _Writer(program, source, format, shards, background.finished, device, step)
+        background.write(writer.pieces(), device)
         shards.finish()
         if side_files is not None:
-            _copy_side_files(side_files, work.model)
+            _copy_side_files(side_files, work.model, replaced)
+        for name, content in replaced.items():
+            write_json(work.model / name, content)
         for name, content in plan.config_files(format, config).items():
             write_json(work.model / (f"{name}{PART}" if name == "config.json" else name), content)
-        written = _summed(writer.written, program, plan, format)
+        written = _summed(writer.finish(), program, plan, format)
         beside(work.model, written)
         work.publish([*shards.names, "config.json"])
     return written
@@ -146,9 +145,9 @@ def _summed(written: Written, program: Program, plan: Plan, format: ModuleType) 
 
 
 def _version(program: Program, shards: Shards) -> str:
-    """What the bytes of every piece depend on, besides the source: where tensors lie, and what data showed
-    (what was bootstrapped follows from that)."""
-    digest = hashlib.blake2b(shards.version.encode(), digest_size=16)
+    """What every piece depends on, besides the source: where tensors lie, how they are cut, and what data
+    showed (what was bootstrapped follows from that)."""
+    digest = hashlib.blake2b(f"{shards.version} {PIECE_BYTES}".encode(), digest_size=16)
     for name in sorted(program.values.keys() - program.bootstrapped):
         digest.update(json.dumps([name, float(program.values[name])]).encode())
     return digest.hexdigest()
@@ -156,7 +155,8 @@ def _version(program: Program, shards: Shards) -> str:
 
 class _Writer:
     """Interprets the program: weights of one source tensor are packed in one launch, scalars come from
-    calibration. A weight with its scales, a cache's scales and an untouched tensor are a piece each."""
+    calibration. A weight with its scales, a cache's scales and a part of an untouched tensor are a piece
+    each."""
 
     def __init__(
         self,
@@ -164,80 +164,73 @@ class _Writer:
         source: WeightSource,
         format: ModuleType,
         shards: Shards,
-        behind: WriteBehind,
+        finished: Mapping[str, Any],
         device: torch.device,
         step: Callable[[], None],
     ) -> None:
         self.program, self.source, self.format, self.shards, self.step = program, source, format, shards, step
-        self.behind = behind
-        self.cone = WeightCone(program, source, device)
+        self.finished, self.device = finished, device
+        self.weights = WeightExpressions(program, source, device)
         self.written = Written()
         self.scalars: dict[str, dict[str, Tensor]] = {}
-        self.to_copy: deque[tuple[str, str]] = deque()  # name in the output, in the source
 
     @torch.no_grad()
-    def run(self) -> None:
-        packing: deque[tuple[list[Node], Tensor, Future[_Measured]]] = deque()
-        most, limit = PACKERS[self.cone.device.type], PACKED_BYTES[self.cone.device.type]
-        copies = self._copies()
-        kernels.implementation(torch.empty(0, device=self.cone.device))  # its imports are not to be swept
-        with collector.sweeping() as sweep, ThreadPoolExecutor(most, thread_name_prefix="fxq-pack") as packer:
-            for weights, values in self.cone.batches(self._to_pack(sweep)):
-                packs = [_pack_of(w) for w in weights]
-                packing.append((packs, values, packer.submit(self._packed, packs, values)))
-                del weights, values, packs  # before the next are asked for
-                while len(packing) > most or sum(held.nbytes for _, held, _ in packing) > limit:
-                    self._keep(*packing.popleft())
+    def pieces(self) -> Iterator[Piece]:
+        """All that is not finished, weights packed while others are read."""
+        nodes = self.program.graph.nodes
+        for node in nodes:
+            if node.target is dialect.STORE_KV and node.args[1] is not None:
+                yield from self._cache(node)
+        copies = self._copies([node for node in nodes if node.target is dialect.STORE])
+        packs = [node for node in nodes if node.target in dialect.PACKS and not self._is_packed(node)]
+        threads = PACKERS[self.device.type]
+        packed = stage(
+            self._packed,
+            self.weights.batches(node_at(pack, 0) for pack in packs),
+            threads=threads,
+            ahead=threads * AT_ONCE[self.device.type],
+            size=lambda batch: batch[1].nbytes,
+        )
+        with closing(packed):
+            for batch in packed:
+                yield from self._packed_pieces(*batch)
                 if self.source.concurrent:  # else nothing is read beside the next weights
-                    next(copies, None)  # while others are packed
-            while packing:
-                self._keep(*packing.popleft())
-            deque(itertools.chain(copies, self._copies()), maxlen=0)
-        found = self.written.traits  # in one order, whatever was written when
+                    yield from itertools.islice(copies, 1)  # while others are packed
+        yield from copies
+
+    def finish(self) -> Written:
+        """What was written, in one order, whatever was written when."""
+        found = self.written.traits
         self.written.traits = dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
+        return self.written
 
-    def _to_pack(self, sweep: Callable[[], object]) -> Iterator[list[Node]]:
-        """The weights that are to be packed, a part of the program at a time; tensors that are to be copied
-        are noted. A part's nodes are a cycle, which is gone after a sweep."""
-        for graph in self.program.parts():
-            sweep()
-            weights: list[Node] = []
-            for node in graph.nodes:
-                if node.target in dialect.PACKS:
-                    if not self._is_packed(node):
-                        weights.append(node_at(node, 0))
-                elif node.target is dialect.STORE_KV and node.args[1] is not None:
-                    self._store_kv(node)
-                elif node.target is dialect.STORE:
-                    self.to_copy.append((str(node.args[0]), str(node.args[1].args[0])))
-            yield weights
-
-    def _store_kv(self, store: Node) -> None:
+    def _cache(self, store: Node) -> Iterator[Piece]:
         amaxes = [amax_value(node_at(store, i), self.program.values) for i in (1, 2)]
         name = f"{store.args[0]} cache"
-        if name not in self.behind.finished:
-            self.behind.put([Piece(name, self._whole(self.format.kv_tensors(store.args[0], *amaxes)))])
+        if name not in self.finished:
+            yield Piece(name, self._whole(self.format.kv_tensors(store.args[0], *amaxes)))
 
-    def _copies(self) -> Iterator[None]:
-        """Carry tensors through as they are, a piece at a time."""
-        while self.to_copy:
-            key, hub_key = self.to_copy.popleft()
-            finite = self.behind.finished.get(key)
-            if finite is None:
-                finite = True
-                for part in pieces(self.shards.infos[key], PIECE_BYTES):
+    def _copies(self, stores: Sequence[Node]) -> Iterator[Piece]:
+        """Tensors that are carried through as they are, a part at a time."""
+        for store in stores:
+            key, hub_key, finite = str(store.args[0]), str(node_at(store, 1).args[0]), True
+            for part in parts(self.shards.infos[key], PIECE_BYTES):
+                start = part.start if part else 0
+                name = f"{key} from {start}"
+                if name not in self.finished:
                     values = self.source.read_hub(hub_key, part)
-                    finite = finite and _is_finite(values)
-                    block = self.shards.piece(key, part.start if part else 0, values)
-                    self.behind.put([Piece(key, [block], finite, last=self.shards.left(key) == 0)])
-                    yield
+                    is_finite = _is_finite(values)
+                    yield Piece(name, [self.shards.part(key, start, values)], is_finite)
+                else:
+                    is_finite = self.finished[name]
+                finite = finite and is_finite
             if not finite:
                 self.written.not_finite.append(key)
             self.step()
 
     def _is_packed(self, pack: Node) -> bool:
         """Whether an interrupted run wrote all of it."""
-        note = self.behind.finished.get(_piece_name(pack))
+        note = self.finished.get(_piece_name(pack))
         if note is None:
             return False
         self._note(pack, Traits.of(note))
@@ -248,8 +241,10 @@ class _Writer:
     def _note(self, pack: Node, own: Traits) -> None:
         self.written.note(_weight_name(node_at(pack, 0)), node_at(pack, 0).meta["val"].numel(), own)
 
-    def _packed(self, packs: list[Node], values: Tensor) -> _Measured:
-        """A batch of weights packed, on the device."""
+    def _packed(self, batch: tuple[list[Node], Tensor]) -> tuple[list[Node], Tensor, _Measured]:
+        """(pack nodes, weights [n, out, in], those packed, on the device)."""
+        weights, values = batch
+        packs = [_pack_of(w) for w in weights]
         amax = torch.zeros(len(packs), device=values.device)
         for later in (False, True):
             lot = [i for i, pack in enumerate(packs) if self._is_later(node_at(pack, 1)) is later]
@@ -258,20 +253,20 @@ class _Writer:
             elif lot:
                 known = [amax_value(node_at(packs[i], 1), self.program.values) for i in lot]
                 amax[lot] = torch.stack(known).to(amax.device)
-        if not bool(amax.isfinite().all()):
-            for pack, value in zip(packs, amax, strict=True):
-                check_weight(node_at(pack, 0), value)
-        return _quantized(packs[0], values, amax)
+        try:
+            return packs, values, _quantized(packs[0], values, amax)
+        except SourceError:
+            for w, own in zip(weights, values, strict=True):
+                check_weight(self.program.hub, w, own)
+            raise
 
     def _is_later(self, amax: Node) -> bool:
         return amax.target is dialect.VALUE and self.program.is_later(str(amax.args[0]))
 
-    def _keep(self, packs: list[Node], values: Tensor, packing: Future[_Measured]) -> None:
-        """Look at a batch that is packed, and have it written."""
-        measured = packing.result()
+    def _packed_pieces(self, packs: list[Node], values: Tensor, measured: _Measured) -> Iterator[Piece]:
+        """A piece for each weight of a batch that is packed."""
         _check_scales(packs, measured.scale)
-        packed = measured.cpu()
-        batch = []
+        packed = _in_host_memory(measured)
         for i, (pack, own) in enumerate(zip(packs, traits(values, measured), strict=True)):
             blocks: list[Block] = []
             zeros: list[str] = []
@@ -284,9 +279,7 @@ class _Writer:
                 self.step()
             own = own._replace(zeros=tuple(zeros))
             self._note(pack, own)
-            batch.append(Piece(_piece_name(pack), blocks, own))
-        self.cone.release(values)
-        self.behind.put(batch)
+            yield Piece(_piece_name(pack), blocks, own)
 
     def _blocks(self, store: Node, packed: nvfp4.Packed | fp8.Packed) -> list[Block]:
         """What one store writes."""
@@ -337,6 +330,13 @@ def _quantized(pack: Node, values: Tensor, amax: Tensor) -> _Measured:
     return nvfp4.quantize_measured(values, amax, str(pack.kwargs["scale"]))
 
 
+def _in_host_memory(packed: _Measured) -> _Measured:
+    tensors: dict[str, Any] = {
+        field.name: on_host(getattr(packed, field.name)) for field in dataclasses.fields(packed)
+    }
+    return dataclasses.replace(packed, **tensors)
+
+
 def _weight_name(w: Node) -> tuple[str, int | None]:
     """(parameter, expert or None) of a weight node."""
     expert = None
@@ -378,11 +378,13 @@ def _check_scalar(key: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{key}: expected a positive finite scale, found {float(tensor)}")
 
 
-def _copy_side_files(source: Path, out: Path) -> None:
+def _copy_side_files(source: Path, out: Path, replaced: Container[str]) -> None:
     """Tokenizer, chat templates, generation config, custom code: everything that is neither weights nor
     replaced."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name in _REPLACED or path.name.endswith(_WEIGHTS):
+            continue
+        if path.name in replaced:
             continue
         if path.is_dir():
             if not any(f.name.endswith(_WEIGHTS) for f in path.rglob("*")):

@@ -16,6 +16,27 @@ def add_trust(parser: ArgumentParser) -> None:
     )
 
 
+def add_links(parser: ArgumentParser) -> None:
+    """Where a model's files may lie."""
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="read files that are symbolic links out of the model directory (shards kept elsewhere)",
+    )
+
+
+def add_passes(parser: ArgumentParser) -> None:
+    """Passes that specs may name beside those of fxq and of installed packages."""
+    parser.add_argument(
+        "--passes",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE.py",
+        help="a Python file with passes that the spec may name; its code runs (may be given again)",
+    )
+
+
 def add_partial(parser: ArgumentParser) -> None:
     """Whether a spec may be carried out in part."""
     parser.add_argument(

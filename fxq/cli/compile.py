@@ -11,6 +11,8 @@ from fxq.cli import arguments as shared
 from fxq.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from fxq.compile import Compiled
+    from fxq.pipeline.spec import Spec
     from fxq.report.summary import Report
 
 ABOUT = "Turn a model directory into an NVFP4 checkpoint."
@@ -50,36 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval", metavar="FILE", type=Path, help="also measure perplexity before and after on this text")
     shared.add_partial(parser)
     shared.add_json(parser, "print the summary as JSON")
+    shared.add_passes(parser)
+    shared.add_links(parser)
     shared.add_trust(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compile and print the summary; returns the exit status."""
-    from fxq.passes import PASSES
-    from fxq.pipeline import spec
+    from fxq.passes import table
+    from fxq.pipeline.spec import load
 
-    chosen = spec.load(arguments.spec, PASSES)  # its mistakes come before a file of the model is read
-    from fxq.sources.prefetch import read_ahead
+    chosen = load(arguments.spec, table(arguments.passes))  # its mistakes come before a file is read
+    from fxq.sources.prefetch import prefetch
 
-    read_ahead(arguments.model)
-    from fxq.cli import tables
-    from fxq.compile import compile
-
-    compiled = compile(
-        arguments.model,
-        chosen,
-        calib=arguments.calib,
-        out=arguments.out,
-        resume=arguments.resume,
-        evaluate=arguments.eval,
-        samples=arguments.samples,
-        seq_len=arguments.seq_len,
-        device=arguments.device,
-        format=arguments.format,
-        allow_partial=arguments.allow_partial,
-        trust_remote_code=arguments.trust_remote_code,
-        progress=tables.progress,
-    )
+    with prefetch(arguments.model):
+        compiled = _compiled(arguments, chosen)
     try:
         if arguments.json:
             print(json.dumps(compiled.report.as_dict(), indent=2))
@@ -105,3 +92,26 @@ def print_summary(report: "Report") -> None:
     console.print(tables.facts(report.rows(), title=report.title))
     for warning in report.warnings:
         console.print(tables.labelled("warning", warning, "yellow"))
+
+
+def _compiled(arguments: argparse.Namespace, chosen: "Spec") -> "Compiled":
+    from fxq.cli import tables
+    from fxq.compile import compile
+
+    return compile(
+        arguments.model,
+        chosen,
+        calib=arguments.calib,
+        out=arguments.out,
+        resume=arguments.resume,
+        evaluate=arguments.eval,
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        device=arguments.device,
+        format=arguments.format,
+        allow_partial=arguments.allow_partial,
+        passes=arguments.passes,
+        follow_links=arguments.follow_links,
+        trust_remote_code=arguments.trust_remote_code,
+        progress=tables.progress,
+    )

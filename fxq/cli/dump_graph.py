@@ -47,24 +47,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="output format (default text); html is a page with every stage, to be searched and compared",
     )
+    shared.add_passes(parser)
+    shared.add_links(parser)
     shared.add_trust(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Trace, run the passes up to the stage asked for, and print what was asked of it."""
-    from fxq.passes import PASSES
+    from fxq.passes import table
     from fxq.pipeline import spec
     from fxq.pipeline.run import run_passes
 
-    passes = spec.load(arguments.spec, PASSES).passes if arguments.spec else ()
+    known = table(arguments.passes)
+    passes = spec.load(arguments.spec, known).passes if arguments.spec else ()
     stages = [START, *(step.name for step in passes)]
-    _check(arguments, stages, PASSES)
+    _check(arguments, stages, known)
     last = _last(arguments, stages)
-    from fxq.compile import open_model
+    from fxq.model import open_model
     from fxq.view.explain import difference, explain
     from fxq.view.page import Viewer
 
-    program = open_model(arguments.model, trust_remote_code=arguments.trust_remote_code).program
+    options = {"follow_links": arguments.follow_links, "trust_remote_code": arguments.trust_remote_code}
+    program = open_model(arguments.model, **options).program
     viewer = Viewer(arguments.only, arguments.cone) if arguments.format == "html" else None
     before = ""
 
@@ -79,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if steps := passes[: stages.index(last)]:
         run_passes(steps, program, after=lambda step, program, count: look(step.name))
     if arguments.explain is not None:
-        text = explain(_step(arguments.explain, passes, PASSES).sites(program))
+        text = explain(_step(arguments.explain, passes, known).sites(program))
     elif viewer is not None:
         text = _page(viewer, arguments, program)
     elif arguments.diff is not None:

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
     add("--device", default="cpu", metavar="cpu|cuda", help="where the models run (default cpu)")
     shared.add_json(parser)
+    shared.add_links(parser)
     shared.add_trust(parser)
 
 
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         samples=arguments.samples,
         seq_len=arguments.seq_len,
         device=arguments.device,
+        follow_links=arguments.follow_links,
         trust_remote_code=arguments.trust_remote_code,
         progress=tables.progress,
     )

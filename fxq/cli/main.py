@@ -13,9 +13,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from fxq import gc_paused as collector
 from fxq.cli import compile, dump_graph, eval, specs, verify
 from fxq.errors import FxqError
+from fxq.gc_paused import gc_paused
 
 COMMANDS = {
     "compile": compile,
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.debug:
         return int(arguments.run(arguments))
     try:
-        with terminable(), collector.off():
+        with terminable(), gc_paused():
             return int(arguments.run(arguments))
     except FxqError as error:
         print("\n".join([f"fxq: {error}", *_notes(error)]), file=sys.stderr)

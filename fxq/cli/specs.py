@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--schema", action="store_true", help="print the JSON schema of specs, for editors")
     shared.add_partial(parser)
     shared.add_json(parser, "print it as JSON (with --model)")
+    shared.add_passes(parser)
+    shared.add_links(parser)
     shared.add_trust(parser)
 
 
@@ -44,18 +46,18 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.name is not None:
         print_spec(arguments.name)
     else:
-        list_specs()
+        list_specs(arguments)
     return 0
 
 
 def print_schema(arguments: argparse.Namespace) -> None:
     """The JSON schema of specs."""
-    from fxq.passes import PASSES
+    from fxq.passes import table
     from fxq.pipeline.schema import schema
 
     if arguments.name is not None or arguments.model is not None:
         raise SpecError("specs --schema: expected no NAME and no --model: one schema is that of all specs")
-    print(json.dumps(schema(PASSES), indent=2))
+    print(json.dumps(schema(table(arguments.passes)), indent=2))
 
 
 def print_spec(name: str) -> None:
@@ -68,26 +70,32 @@ def print_spec(name: str) -> None:
     print(shipped()[name].read_text(encoding="utf-8"), end="")
 
 
-def list_specs() -> None:
+def list_specs(arguments: argparse.Namespace) -> None:
     """The shipped specs, each with its description."""
-    from fxq.passes import PASSES
+    from fxq.passes import table
     from fxq.pipeline import spec
 
+    known = table(arguments.passes)
     for name in spec.shipped():
-        print(f"{name}\n    {spec.load(name, PASSES).description}")
+        print(f"{name}\n    {spec.load(name, known).description}")
 
 
 def preview_one(arguments: argparse.Namespace) -> None:
     """What one spec would do to the model, in detail."""
-    from fxq.passes import PASSES
+    from fxq.passes import table
     from fxq.pipeline import spec
 
-    chosen = spec.load(arguments.name, PASSES)  # its mistakes come before anything is traced
-    from fxq.compile import open_model, with_options
+    chosen = spec.load(arguments.name, table(arguments.passes))  # its mistakes come before anything is traced
+    from fxq.compile import with_options
+    from fxq.model import open_model
     from fxq.preview import preview
 
     chosen = with_options(chosen, None, arguments.allow_partial)
-    model = open_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = open_model(
+        arguments.model,
+        follow_links=arguments.follow_links,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     found = preview(model, chosen)
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=2))
@@ -98,13 +106,19 @@ def preview_one(arguments: argparse.Namespace) -> None:
 def preview_all(arguments: argparse.Namespace) -> None:
     """What each shipped spec would do to the model, or why it does not apply."""
     from fxq.cli import tables
-    from fxq.compile import open_model, with_options
-    from fxq.passes import PASSES
+    from fxq.compile import with_options
+    from fxq.model import open_model
+    from fxq.passes import table
     from fxq.pipeline import spec
     from fxq.preview import previews
 
-    specs = [with_options(spec.load(n, PASSES), None, arguments.allow_partial) for n in spec.shipped()]
-    model = open_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    known = table(arguments.passes)
+    specs = [with_options(spec.load(n, known), None, arguments.allow_partial) for n in spec.shipped()]
+    model = open_model(
+        arguments.model,
+        follow_links=arguments.follow_links,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     rows = []
     with tables.progress("plan", len(specs)) as step:
         for row in previews(model, specs):

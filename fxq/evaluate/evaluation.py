@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fxq.compile import Model, device_of, open_model, predicted_batches, samples_of
 from fxq.errors import SourceError, SpecError
 from fxq.evaluate.served import served
 from fxq.graph.program import Program
+from fxq.model import Model, device_of, open_model, samples_of
 from fxq.pipeline.base import Progress, no_progress
 from fxq.run import likelihood
-from fxq.run.streaming import Simulate
+from fxq.run.batches import predicted_batches
+from fxq.run.simulate import Simulate
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -67,6 +68,7 @@ def evaluate(
     samples: int = 64,
     seq_len: int = 512,
     device: str | torch.device = "cpu",
+    follow_links: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> Evaluation:
@@ -81,7 +83,8 @@ def evaluate(
     if samples < 1 or seq_len < 2:
         raise SpecError(f"samples is at least 1 and seq_len at least 2; found {samples} and {seq_len}")
     given = [model] if base is None else [model, base]
-    models = [open_model(m, trust_remote_code=trust_remote_code, quantized=True) for m in given]
+    options = {"follow_links": follow_links, "trust_remote_code": trust_remote_code}
+    models = [open_model(m, quantized=True, **options) for m in given]
     names = [_name(one, held) for one, held in zip(given, models, strict=True)]
     _check_vocabularies(names, models)
     ids = samples_of(_with_tokenizer(models), text, samples, min(seq_len, *map(_longest, models)))
@@ -135,16 +138,16 @@ def _divergence(base: str, losses: Tensor, kl: Tensor, same: Tensor) -> Divergen
 
 
 def _name(model: str | Path | PreTrainedModel, held: Model) -> str:
-    return type(held.twin.model).__name__ if isinstance(model, PreTrainedModel) else str(model)
+    return type(held.fake.model).__name__ if isinstance(model, PreTrainedModel) else str(model)
 
 
 def _vocabulary(model: Model) -> int:
-    return int(model.twin.config.get_text_config().vocab_size)
+    return int(model.fake.config.get_text_config().vocab_size)
 
 
 def _longest(model: Model) -> int:
     """How many positions a model has; without a limit, more than any text."""
-    return int(getattr(model.twin.config.get_text_config(), "max_position_embeddings", None) or 1 << 62)
+    return int(getattr(model.fake.config.get_text_config(), "max_position_embeddings", None) or 1 << 62)
 
 
 def _check_vocabularies(names: Sequence[str], models: Sequence[Model]) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.compile import Model
 from fxq.errors import SourceError, and_more
 from fxq.graph import dialect, edit
 from fxq.graph.arguments import int_at, node_at
@@ -18,6 +17,7 @@ from fxq.graph.structure.attention import attentions
 from fxq.graph.structure.matmuls import Frontiers, WeightMatmul, weight_matmuls
 from fxq.graph.structure.views import VIEWS, strip
 from fxq.graph.text import format_target
+from fxq.model import Model
 from fxq.numbers import fp8, nvfp4
 from fxq.passes import PASSES
 from fxq.pipeline.run import run_passes

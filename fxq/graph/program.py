@@ -1,6 +1,6 @@
 """What passes work on: a graph, where its parameters lie in the checkpoint, what calibration found."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.fx import Graph
 
 from fxq.graph.hub import Hub
-from fxq.rest import Kept
 
 Accepts = Callable[[int, int], str | None]
-_GRAPH, _CALIBRATED = Kept[Graph](), Kept[Graph | None](None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +42,13 @@ class Program:
     made: node -> the pass that made it, but for passes that say that the function stays the same.
     """
 
-    graph: Kept[Graph] = _GRAPH
+    graph: Graph
     hub: Hub = field(default_factory=Hub)
     values: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     bootstrapped: set[str] = field(default_factory=set)
-    calibrated: Kept[Graph | None] = _CALIBRATED
+    calibrated: Graph | None = None
     format: str = "modelopt"
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
@@ -66,17 +64,6 @@ class Program:
         """Whether the amax of that name is its own weight's, and found when that is read to be packed."""
         return name in self.bootstrapped and name not in self.values
 
-    def rest(self) -> None:
-        """Keep the graphs as text until one is asked for: only their parts are needed while weights
-        stream."""
-        _CALIBRATED.rest(self)
-        _GRAPH.rest(self, apart=True)
-
-    def parts(self) -> Iterator[Graph]:
-        """The lowered program in graphs that have nothing to do with each other, one at a time, if it is at
-        rest; else as it is."""
-        return _GRAPH.graphs(self)
-
     def found(self) -> dict[str, Any]:
         """All that calibration found so far, in JSON; float32 survives exactly."""
         return {
@@ -84,11 +71,6 @@ class Program:
             "tokens": {name: counts.tolist() for name, counts in self.tokens.items()},
             "bootstrapped": sorted(self.bootstrapped),
         }
-
-    def forget(self) -> None:
-        """Be without what `found` gave."""
-        for kept in (self.values, self.tokens, self.bootstrapped):
-            kept.clear()
 
     def restore(self, found: Mapping[str, Any]) -> None:
         """Take over what `found` gave, maybe in another process."""

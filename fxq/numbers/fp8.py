@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fxq.errors import SourceError
 from fxq.numbers.kernels.eager import E4M3_MAX
-from fxq.run.loader import on_host
 
 
 @dataclass(frozen=True)
@@ -16,10 +15,6 @@ class Packed:
 
     weight: Tensor
     scale: Tensor
-
-    def cpu(self) -> "Packed":
-        """The same on the CPU."""
-        return Packed(on_host(self.weight), self.scale.cpu())
 
     def part(self, index: int, rows: slice) -> "Packed":
         """Some rows of one of the weights."""

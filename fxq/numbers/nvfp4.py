@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fxq.numbers import kernels
 from fxq.numbers.kernels.eager import BLOCK, E2M1_MAX, E4M3_MAX, e4m3_values, pack_rows, round_e2m1
-from fxq.run.loader import on_host
 
 __all__ = [
     "BLOCK",
     "E4M3_MAX",
+    "UNSEEN_INPUT_AMAX",
     "Measured",
     "Packed",
     "dequantize",
@@ -36,6 +36,9 @@ __all__ = [
 _RECIPROCAL = torch.tensor(1 / (E2M1_MAX * E4M3_MAX), dtype=torch.float32)
 # An all-zero tensor decodes to zeros under any scale; engines want a positive one.
 _ZERO_AMAX = 1.0
+# Without any data an input amax of 448 puts the FP8 block scales mid-range: blocks up to 448 do not clip,
+# blocks down to 0.016 keep full precision.
+UNSEEN_INPUT_AMAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,6 @@ class Packed:
     weight: Tensor
     scale: Tensor
     scale_2: Tensor
-
-    def cpu(self) -> "Packed":
-        """The same on the CPU."""
-        return Packed(on_host(self.weight), on_host(self.scale), self.scale_2.cpu())
 
     def part(self, index: int, rows: slice) -> "Packed":
         """Some rows of one of the weights."""

@@ -16,8 +16,8 @@ from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import weight_matmuls
 from fxq.graph.structure.views import parameter_name, root
+from fxq.numbers.nvfp4 import UNSEEN_INPUT_AMAX
 from fxq.pipeline.facts import is_weight_quantize
-from fxq.run.bootstrap import UNSEEN_INPUT_AMAX
 
 # Correct NVFP4 weights are at 18 to 22 dB, FP8 above 25.
 LEAST_SQNR_DB = 18
@@ -147,6 +147,10 @@ class Report:
                 f"{self.unseen_inputs} input amaxes saw no data and hold a constant: give calibration "
                 "text for accuracy"
             )
+
+    def add_warnings(self, warnings: Iterable[str]) -> None:
+        """Those that are not said yet."""
+        self.warnings += [warning for warning in warnings if warning not in self.warnings]
 
     def measure(self, errors: Mapping[tuple[str, int | None], tuple[float, float]]) -> None:
         """Fill in the signal-to-noise figures from per-weight (squared error, energy)."""

@@ -1,4 +1,4 @@
-"""Every amax that data did not reach, filled."""
+"""Bootstrap: fills every amax that data did not reach."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,19 +12,16 @@ from fxq.graph.arguments import node_at, nodes_at
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
 from fxq.graph.structure.views import root, shape_of
+from fxq.numbers.nvfp4 import UNSEEN_INPUT_AMAX
 from fxq.run.statistics import amax_of, check_finite
-from fxq.run.weights import WeightCone
-
-# Without any data an input amax of 448 puts the FP8 block scales mid-range: blocks up to 448 do not clip,
-# blocks down to 0.016 keep full precision.
-UNSEEN_INPUT_AMAX = 448.0
+from fxq.run.weights import WeightExpressions
 
 
 class Bootstrap:
     """Fills every amax that data did not reach: weights from the weights, inputs from their layer."""
 
     def __init__(self, program: Program, source: WeightSource, device: torch.device) -> None:
-        self.program, self.cone = program, WeightCone(program, source, device)
+        self.program, self.weights = program, WeightExpressions(program, source, device)
         self.graph = program.calibrated or program.graph
         self.alike: dict[object, dict[Node, int]] = {}
 
@@ -44,14 +41,12 @@ class Bootstrap:
             elif root(node_at(hole, 0)) is not None:
                 weights[node_at(hole, 0)].append(hole)
         found: dict[str, Tensor] = {}
-        for nodes, values in self.cone.batches([weights]):
-            for node, amax in zip(nodes, amax_of(values).cpu(), strict=True):
+        for nodes, values in self.weights.batches(weights):
+            for node, amax, weight in zip(nodes, amax_of(values).cpu(), values, strict=True):
                 for hole in weights[node]:
-                    check_finite(hole, amax)
+                    check_finite(self.program.hub, hole, amax, weight)
                     found[hole.name] = amax
                     step()
-            self.cone.release(values)
-            del values  # before the next are asked for
         for hole in empty:
             if root(node_at(hole, 0)) is None:
                 found[hole.name] = self._input_amax(hole)

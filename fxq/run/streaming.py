@@ -1,5 +1,4 @@
-"""Interpreters of the graph: run it, calibrate it, simulate it. A weight is read when first used and freed
-after its last.
+"""Streaming: runs a graph over many batches. A weight is read when first used and freed after its last use.
 
 Every batch goes through one segment of the graph before the next segment's weights are used, and those are
 read meanwhile: a weight is read once for the whole calibration set, not once a batch.
@@ -15,17 +14,13 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_aggregate, map_arg
 
-from fxq.graph import dialect
-from fxq.graph.arguments import node_at, nodes_at
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
-from fxq.graph.structure.views import parameter_name, root
-from fxq.numbers import nvfp4
 from fxq.run.loader import Request, loaded
 from fxq.run.segments import Segment, segments
-from fxq.run.statistics import amax_of, amax_value, check_finite, slice_of
 
-Lane = dict[Node, Any]
+# The values that one batch has between two segments.
+BatchState = dict[Node, Any]
 
 
 class Streaming(Interpreter):
@@ -79,19 +74,19 @@ class Streaming(Interpreter):
         """
         inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
         given = zip(batches, strict=True) if masks is None else zip(batches, masks, strict=True)
-        lanes = _Lanes(self.device, [dict(zip(inputs, values, strict=True)) for values in given])
+        states = BatchStates(self.device, [dict(zip(inputs, values, strict=True)) for values in given])
         wanted = self.wanted()
         for node in self.graph.nodes:
             if node not in wanted or node.op in ("placeholder", "output"):
                 self.step()
         tokens = sum(batch.numel() for batch in batches)
-        plan = segments(self.graph, wanted, tokens / inputs[0].meta["val"].numel()) if len(lanes) else []
+        plan = segments(self.graph, wanted, tokens / inputs[0].meta["val"].numel()) if len(states) else []
         self.outputs: dict[int, Any] = {}
         with closing(self._parameters(plan)) as parameters:
             for segment in plan:
-                shared = self._run_shared(segment, parameters, len(lanes))
-                for i in range(len(lanes)):
-                    lanes.put(i, self._run_lane(segment, {**shared, **lanes.take(i)}, i))
+                shared = self._run_shared(segment, parameters, len(states))
+                for i in range(len(states)):
+                    states.put(i, self._run_varying(segment, {**shared, **states.take(i)}, i))
                     self.env = {}
                     if i in self.outputs:
                         yield i, self.outputs.pop(i)
@@ -115,7 +110,9 @@ class Streaming(Interpreter):
     def _is_read(self, n: Node) -> bool:
         return n.op == "get_attr" and n.target not in self.program.constants
 
-    def _run_shared(self, segment: Segment, parameters: Iterator[tuple[Node, Tensor]], batches: int) -> Lane:
+    def _run_shared(
+        self, segment: Segment, parameters: Iterator[tuple[Node, Tensor]], batches: int
+    ) -> BatchState:
         """What all batches need of a segment."""
         self.env = {}
         for node in segment.shared:
@@ -130,7 +127,7 @@ class Streaming(Interpreter):
             self.step()
         return self.env
 
-    def _run_lane(self, segment: Segment, env: Lane, i: int) -> Lane:
+    def _run_varying(self, segment: Segment, env: BatchState, i: int) -> BatchState:
         """Batch `i` through one segment: what later segments use of it."""
         self.env = env
         for node in segment.varying:
@@ -156,10 +153,10 @@ class Streaming(Interpreter):
         return cast(Callable[..., Any], n.target)(*args, **moved)
 
 
-class _Lanes:
+class BatchStates:
     """What each batch keeps between segments: on the device while there is room, in host memory beyond."""
 
-    def __init__(self, device: torch.device, inputs: list[Lane]) -> None:
+    def __init__(self, device: torch.device, inputs: list[BatchState]) -> None:
         self.device, self.values = device, inputs
         self.held = [0] * len(inputs)
         self.room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
@@ -167,12 +164,12 @@ class _Lanes:
     def __len__(self) -> int:
         return len(self.values)
 
-    def take(self, i: int) -> Lane:
+    def take(self, i: int) -> BatchState:
         """The values of batch `i`, on the device and nowhere else."""
         values, self.values[i], self.held[i] = self.values[i], {}, 0
         return {node: map_aggregate(value, self._here) for node, value in values.items()}
 
-    def put(self, i: int, values: Lane) -> None:
+    def put(self, i: int, values: BatchState) -> None:
         """Keep the values of batch `i`."""
         self.values[i] = {node: map_aggregate(v, lambda t: self._fitting(t, i)) for node, v in values.items()}
 
@@ -186,150 +183,3 @@ class _Lanes:
             return value.cpu()
         self.held[i] += value.nbytes
         return value
-
-
-class Simulate(Streaming):
-    """The deployed model: calibrated amaxes instead of fresh ones, everything quantized as it will be
-    served. Slices that are stacked again are quantized there, in one launch."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.together = {q: n for n in self.graph.nodes for q in _quantized_alike(n)}
-
-    def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if n.target is dialect.AMAX:
-            return self.program.values[n.name].to(self.device)
-        if n in self.together:
-            return args[0]
-        if n.target is dialect.STACK and self.together.get(nodes_at(n, 0)[0]) is n:
-            return self._quantize(_base(args[0]), nodes_at(n, 0))
-        return super().call(n, args, kwargs)
-
-    def _quantize(self, w: Tensor, quantizes: Sequence[Node]) -> Tensor:
-        amax = torch.stack([amax_value(node_at(q, 1), self.program.values) for q in quantizes])
-        packed = nvfp4.quantize_weight(w, amax.to(w.device), str(quantizes[0].kwargs["scale"]))
-        out = torch.empty_like(w)
-        for e in range(len(w)):
-            out[e] = nvfp4.dequantize(nvfp4.Packed(packed.weight[e], packed.scale[e], packed.scale_2[e]))
-        return out
-
-
-def _quantized_alike(stack: Node) -> Sequence[Node]:
-    """The quantize nodes that a stack consists of, if all choose scales alike and have no other user."""
-    if stack.target is not dialect.STACK:
-        return ()
-    pieces = nodes_at(stack, 0)
-    alike = all(
-        q.target is dialect.QUANTIZE
-        and q.kwargs["format"] == "nvfp4"
-        and q.kwargs["scale"] == pieces[0].kwargs["scale"] != "dynamic"
-        and list(q.users) == [stack]
-        for q in pieces
-    )
-    return pieces if alike else ()
-
-
-class Unquantized(Streaming):
-    """The model as it was: quantize nodes pass their operand through."""
-
-    def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if n.target is dialect.QUANTIZE:
-            return args[0]
-        if n.target in (dialect.SYNC, dialect.AMAX):
-            return None
-        if n.target is dialect.STACK:
-            return _base(args[0])
-        return super().call(n, args, kwargs)
-
-
-class Max(Unquantized):
-    """Records the amax of activations, counts tokens per expert, and takes the weight amax of what was
-    reached.
-
-    Only what leads to an amax or to an expert is computed; statistics are those of the unquantized model.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.values: dict[str, Tensor] = {}
-        self.tokens: dict[str, Tensor] = {}
-        self.inputs: dict[Node, Tensor] = {}
-        self.holes: dict[Node, list[Node]] = {}
-
-    def wanted(self) -> set[Node]:
-        needed: set[Node] = set()
-        for node in reversed(self.graph.nodes):
-            if (
-                node in needed
-                or node.target in (dialect.AMAX, dialect.EXPERT_LINEAR)
-                or node.op == "placeholder"
-            ):
-                needed.update((node, *node.all_input_nodes))
-        return needed
-
-    def run_batches(self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> list[Any]:
-        outputs = super().run_batches(batches, masks)
-        for hole, value in self.inputs.items():
-            self._found(hole, value.cpu())
-        return outputs
-
-    def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if n.target is dialect.AMAX:
-            return self._amax(n, args[0])
-        if n.target is dialect.EXPERT_LINEAR:
-            self._count(n, args[1], args[2])
-        return super().call(n, args, kwargs)
-
-    def _amax(self, n: Node, t: Tensor) -> None:
-        if root(node_at(n, 0)) is None:
-            if t.numel():  # else bootstrap looks at its peers
-                value = amax_of(t[None])[0]
-                self.inputs[n] = torch.maximum(self.inputs[n], value) if n in self.inputs else value
-        elif slice_of(n) is None:  # an expert's amax waits for a token to reach it
-            self._found(n, amax_of(t[None])[0].cpu())
-
-    def _count(self, n: Node, w: Tensor, expert_ids: Tensor) -> None:
-        stack = node_at(n, 1)
-        holes = self.holes.setdefault(stack, _expert_holes(stack))
-        if not holes:
-            return
-        parameter = parameter_name(stack)
-        counts = torch.bincount(expert_ids, minlength=len(w))[: len(w)].cpu()
-        seen = self.tokens.get(parameter, torch.zeros_like(counts))
-        self.tokens[parameter] = seen + counts
-        new = [e for e in torch.nonzero(counts).flatten().tolist() if holes[e].name not in self.values]
-        if new:
-            for expert, value in zip(new, amax_of(w, new).cpu(), strict=True):
-                self._found(holes[expert], value)
-
-    def _found(self, hole: Node, value: Tensor) -> None:
-        check_finite(hole, value)
-        self.values[hole.name] = value
-
-
-def _base(slices: Sequence[Tensor]) -> Tensor:
-    """The fused weight itself when its slices come back untouched and in order, instead of a copy."""
-    first = slices[0]
-    stride = slices[1].storage_offset() - first.storage_offset() if len(slices) > 1 else first.numel()
-    untouched = all(
-        s.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and s.storage_offset() == first.storage_offset() + e * stride
-        and s.stride() == first.stride()
-        for e, s in enumerate(slices)
-    )
-    if untouched and stride > 0:
-        return first.as_strided(
-            (len(slices), *first.shape), (stride, *first.stride()), first.storage_offset()
-        )
-    return torch.stack(list(slices))
-
-
-def _expert_holes(stack: Node) -> list[Node]:
-    """The amax node of each expert of a quantized fused weight, in order; [] if it is not quantized."""
-    if stack.target is not dialect.STACK:
-        return []
-    holes = []
-    for quantize in nodes_at(stack, 0):
-        piece = node_at(quantize, 0)
-        holes.append(next(user for user in piece.users if user.target is dialect.AMAX))
-    return holes

@@ -1,19 +1,16 @@
-"""Samples of calibration text: JSON lines or python values become batches of token ids, checked before
+"""Samples of calibration text: JSON lines or python values become lists of token ids, checked before
 anything is traced."""
 
 import json
 import reprlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxq.errors import SourceError
 
-TOKENS_PER_BATCH = 4096
 LONGEST_LINE = 1 << 26  # bytes
 Encode = Callable[[str], Sequence[int]]
 
@@ -46,19 +43,6 @@ def load_samples(
         expected = f"token ids, found none in {count} samples" if count else "samples of text, found none"
         raise SourceError(f"{_name(calib)}: expected {expected}")
     return found
-
-
-def batches(samples: Iterable[Sequence[int]]) -> list[Tensor]:
-    """int64 [B, S] batches of samples of equal length, about TOKENS_PER_BATCH tokens each: nothing is
-    padded."""
-    by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
-    for ids in samples:
-        by_length[len(ids)].append(ids)
-    made = []
-    for length, group in sorted(by_length.items()):
-        step = max(1, TOKENS_PER_BATCH // length)
-        made += [torch.tensor(group[i : i + step], dtype=torch.long) for i in range(0, len(group), step)]
-    return made
 
 
 def _items(calib: object) -> Iterable[tuple[str, Any]]:

@@ -26,15 +26,16 @@ from torch import Tensor
 import fxq
 from fxq.checkpoint import workdir
 from fxq.checkpoint import writer as checkpoint
-from fxq.checkpoint.background import Piece, WriteBehind
+from fxq.checkpoint.background import Piece
 from fxq.checkpoint.journal import Journal
 from fxq.checkpoint.shards import Shards
 from fxq.checkpoint.workdir import Work, working
 from fxq.graph.hub import Hub, TensorInfo
 from fxq.graph.program import Program
 from fxq.graph.text import parse
+from fxq.run import stages
 from fxq.run.bootstrap import Bootstrap
-from fxq.run.streaming import Max
+from fxq.run.statistics import Max
 from tests.families import Zoo, load, samples, without_times, write_lines, zoo
 
 __all__ = ["zoo"]
@@ -68,6 +69,7 @@ SHAPES = {
     "norm.weight": (32,),
 }
 Files = dict[str, bytes]
+CPU = torch.device("cpu")
 
 
 class Given:
@@ -569,13 +571,11 @@ def test_what_fails_behind_is_raised_in_front_as_it_was(
     monkeypatch.setattr(Shards, "write", write)
 
     def put(keys: Iterable[str]) -> None:
-        with WriteBehind(shards, Journal(tmp_path / "j"), "") as behind:
-            for key in keys:
-                behind.put([Piece(key, [shards.whole(key, torch.zeros(1000))])])
+        writer = BackgroundWriter(shards, Journal(tmp_path / "j"), "")
+        writer.write((Piece(key, [shards.whole(key, torch.zeros(1000))]) for key in keys), CPU)
 
     with pytest.raises(Odd, match="the disk burns"):
         put(shards.infos)
-    assert sum(shards.left(key) == 0 for key in shards.infos) <= 2
     with pytest.raises(Odd, match="the disk burns"):
         put(["t10"])
 
@@ -583,29 +583,32 @@ def test_what_fails_behind_is_raised_in_front_as_it_was(
 def test_what_fails_in_front_ends_the_thread(tmp_path: Path, shards: Shards) -> None:
     before = threading.active_count()
 
-    def run() -> None:
-        with WriteBehind(shards, Journal(tmp_path / "j"), "") as behind:
-            behind.put([Piece("t0", [shards.whole("t0", torch.zeros(1000))])])
-            raise KeyboardInterrupt
+    def pieces() -> Iterator[Piece]:
+        yield Piece("t0", [shards.whole("t0", torch.zeros(1000))])
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run()
+        BackgroundWriter(shards, Journal(tmp_path / "j"), "").write(pieces(), CPU)
     assert threading.active_count() == before
 
 
-def test_no_more_than_two_batches_are_alive(
+def test_few_pieces_are_alive_at_a_time(
     tmp_path: Path, shards: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(stages.AT_ONCE, "cpu", 4000)
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    with WriteBehind(shards, Journal(tmp_path / "j"), "") as behind:
+
+    def pieces() -> Iterator[Piece]:
+        nonlocal most
         for key in shards.infos:
             values = torch.zeros(1000)
             alive.append(weakref.ref(values))
             most = max(most, sum(ref() is not None for ref in alive))
-            behind.put([Piece(key, [shards.whole(key, values)])])
-            del values
-    assert most <= 3  # the one being written, the one that waits, the one just made
+            yield Piece(key, [shards.whole(key, values)])
+
+    BackgroundWriter(shards, Journal(tmp_path / "j"), "").write(pieces(), CPU)
+    assert most <= 4  # the one being written, those that wait, the one just made
     assert sum(ref() is not None for ref in alive) == 0
     shards.finish()
 

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 import fxq
-from fxq.compile import open_model
+from fxq.model import open_model
 from fxq.run.streaming import Streaming
 from tests import oracle, reader, reference
 from tests.families import (

@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fxq
 from fxq.cli.main import main
-from fxq.compile import open_model
 from fxq.evaluate.served import served
+from fxq.model import open_model
 from fxq.run import likelihood
 from fxq.run.streaming import Streaming
 from fxq.sources import Directory

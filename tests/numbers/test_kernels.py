@@ -24,7 +24,7 @@ from torch import Tensor
 from fxq.errors import SourceError
 from fxq.numbers import kernels, nvfp4
 from fxq.numbers.kernels import eager
-from fxq.run.streaming import Simulate
+from fxq.run.simulate import Simulate
 from tests import reference
 from tests.numbers.test_nvfp4 import WEIGHTS, about
 from tests.run import test_streaming

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxq.run import loader as loading
+from fxq.run import stages
 from fxq.run.loader import Request, loaded
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_items_come_in_order_and_are_read_on_another_thread() -> None:
 def test_no_more_is_read_ahead_than_the_limit_allows(
     limit: int, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", limit)
+    monkeypatch.setitem(stages.AHEAD, "cpu", limit)
     reader = Reader()
     iterator = loaded(reader.requests(10), CPU, concurrent=True)
     next(iterator)
@@ -57,7 +57,7 @@ def test_no_more_is_read_ahead_than_the_limit_allows(
 
 
 def test_the_item_after_the_one_in_use_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", 0)
+    monkeypatch.setitem(stages.AHEAD, "cpu", 0)
     second = threading.Event()
     requests = [Request(0, (1,), torch.int64, [Tensor.zero_])]
     requests.append(Request(1, (1,), torch.int64, [lambda out: second.set()]))
@@ -68,13 +68,13 @@ def test_the_item_after_the_one_in_use_is_read_meanwhile(monkeypatch: pytest.Mon
 
 
 def test_an_error_comes_at_its_item_and_ends_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", 0)
+    monkeypatch.setitem(stages.AHEAD, "cpu", 0)
     reader = Reader(fails_at=2)
     iterator = loaded(reader.requests(10), CPU, concurrent=True)
     assert [next(iterator)[0], next(iterator)[0]] == [0, 1]
     with pytest.raises(OSError, match="item 2"):
         next(iterator)
-    assert reader.started == [0, 1, 2]
+    assert reader.started in ([0, 1, 2], [0, 1, 2, 3])  # the one after it may have begun
 
 
 def test_nothing_is_nothing() -> None:

@@ -15,10 +15,11 @@ from fxq.graph import dialect, text
 from fxq.graph.hub import Hub
 from fxq.graph.program import Program
 from fxq.numbers import nvfp4
-from fxq.run import loader as loading
+from fxq.run import stages
 from fxq.run.bootstrap import Bootstrap
-from fxq.run.streaming import Max, Simulate, Streaming, Unquantized
-from fxq.run.weights import WeightCone
+from fxq.run.simulate import Simulate, Unquantized
+from fxq.run.statistics import Max
+from fxq.run.streaming import Streaming
 
 CPU = torch.device("cpu")
 DEPTH, EXPERTS = 6, 4
@@ -124,7 +125,7 @@ def test_each_weight_is_read_once_for_any_number_of_batches() -> None:
 
 
 def test_a_weight_is_freed_after_its_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", 1)
+    monkeypatch.setitem(stages.AHEAD, "cpu", 1)
     program, source = _chain()
     Streaming(program, source, CPU, step=source.look).run_batches([_ids([7])])
     assert source.peak <= 2  # the one in use, and at most the next
@@ -303,18 +304,16 @@ def test_a_broken_expert_is_named_by_max_and_by_bootstrap(value: float, word: st
         Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
 
 
-def test_batches_of_weights_come_in_the_memory_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loading.AHEAD_BYTES, "cpu", 1)
+def test_weight_expressions_are_evaluated_without_the_model() -> None:
     program, source = _chain()
     weights = [n for n in program.graph.nodes if n.op == "get_attr"]
-    places = set()
-    cone = WeightCone(program, source, CPU)
-    for nodes, values in cone.batches([weights]):
-        assert torch.equal(values[0], source.tensors[str(nodes[0].target)])
-        places.add(values.data_ptr())
-        cone.release(values)
-    assert len(places) <= 4  # the one in use and the next; the first is the smallest and cannot be used again
-    assert len(places) < len(weights)
+    seen = []
+    for nodes, values in WeightExpressions(program, source, CPU).batches(weights):
+        for node, value in zip(nodes, values, strict=True):
+            assert torch.equal(value, source.tensors[str(node.target)])
+            seen.append(node)
+    assert seen == weights
+    assert max(source.reads.values()) == 1
 
 
 def test_a_broken_activation_is_named() -> None:

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import fxq
-from fxq.compile import open_model
 from fxq.errors import SourceError
+from fxq.model import open_model
 from fxq.passes import PASSES
 from fxq.pipeline import spec
 from fxq.sources.files import INDEX, check_depth, read_config, shards

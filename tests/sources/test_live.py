@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fxq
 from fxq.checkpoint import writer as checkpoint
-from fxq.compile import open_model
+from fxq.model import open_model
 from fxq.sources import Directory, Live
 from fxq.sources.parameters import Parameters
 from tests.families import EXPERTS, Zoo, load, zoo
@@ -140,8 +140,8 @@ def test_offloaded_parameters_are_read(family: str, offloaded: Offload, zoo: Zoo
     before = _state(model)
     directory = Directory(zoo(family))
     opened = open_model(model)
-    directory.attach(opened.twin.model)
-    _reads_as(Live(model, None, opened.twin.model), directory)
+    directory.attach(opened.fake.model)
+    _reads_as(Live(model, None, opened.fake.model), directory)
     _reads_as(opened.source, directory)  # type: ignore[arg-type]
     _unchanged(model, before)
 
@@ -162,9 +162,9 @@ def test_sharded_parameters_are_gathered(family: str, world: None, zoo: Zoo) -> 
     assert all(isinstance(p, DTensor) for p in model.parameters())
     before = _state(model)
     directory, opened = Directory(zoo(family)), open_model(model)
-    directory.attach(opened.twin.model)
+    directory.attach(opened.fake.model)
     _reads_as(opened.source, directory)  # type: ignore[arg-type]
-    _reads_as(Live(model, None, opened.twin.model), directory)
+    _reads_as(Live(model, None, opened.fake.model), directory)
     _unchanged(model, before)
 
 

@@ -1,4 +1,4 @@
-"""Calibration samples: what lines may look like, what is refused, and how samples become batches."""
+"""Calibration samples: what lines may look like, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxq.errors import SourceError
-from fxq.sources.samples import TOKENS_PER_BATCH, batches, load_samples
+from fxq.sources.samples import load_samples
 from tests.families import VOCABULARY, write_lines
 
 
@@ -132,19 +132,6 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot read"):
         _load(tmp_path / name)
-
-
-def test_batches_hold_every_sample_once_without_padding() -> None:
-    given = [[i] * (1 + i % 4) for i in range(40)]
-    made = batches(given)
-    assert all(batch.dtype == torch.int64 and batch.dim() == 2 for batch in made)
-    assert sorted(row for batch in made for row in batch.tolist()) == sorted(given)
-
-
-def test_batches_stay_near_the_token_budget() -> None:
-    made = batches([[1] * 100] * 100 + [[1] * (2 * TOKENS_PER_BATCH)] * 2)
-    assert sum(b.numel() for b in made) == 10_000 + 4 * TOKENS_PER_BATCH
-    assert all(b.numel() <= TOKENS_PER_BATCH or len(b) == 1 for b in made)
 
 
 def test_padding_is_dropped_and_batches_are_split_into_rows() -> None:

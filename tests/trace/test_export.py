@@ -23,12 +23,12 @@ from transformers import (
 )
 
 import fxq
-from fxq.compile import Model, open_model
 from fxq.graph import dialect, text
 from fxq.graph.arguments import int_at
 from fxq.graph.structure.matmuls import weight_matmuls
 from fxq.graph.structure.views import VIEWS, strip
 from fxq.graph.verify import verify
+from fxq.model import Model, open_model
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.pipeline.run import run_passes
 from fxq.run.streaming import Streaming
@@ -317,7 +317,7 @@ def test_unusual_constructs_compute_the_same_at_any_length(family: str, tmp_path
 def test_a_padded_batch_computes_the_same_as_eager(family: str, side: str, tmp_path: Path) -> None:
     model = open_model(saved(family, tmp_path / "model"))
     eager = load(tmp_path / "model", experts_implementation="batched_mm")
-    program = trace(model.twin, padded=True)
+    program = trace(model.fake, padded=True)
     program.hub = model.source.hub
     ids, mask = tiny.text_ids(3, 24), torch.ones(3, 24, dtype=torch.long)
     for row, padding in ((1, 5), (2, 11)):
@@ -350,7 +350,7 @@ def test_a_loop_over_chosen_experts_reads_each_of_them(tmp_path: Path) -> None:
         w = strip(matmul.w, VIEWS)
         if w.target is dialect.SLICE:
             read.setdefault(str(matmul.parameter.target), set()).add(int_at(w, 1))
-    assert len(read) == 3 * model.twin.config.num_hidden_layers
+    assert len(read) == 3 * model.fake.config.num_hidden_layers
     assert all(experts == set(range(tiny.EXPERTS)) for experts in read.values())
 
 
@@ -358,7 +358,7 @@ def test_a_loop_over_chosen_experts_reads_each_of_them(tmp_path: Path) -> None:
 def test_a_multimodal_checkpoint_is_the_class_its_config_names(tmp_path: Path) -> None:
     path = saved("Qwen3_5MoeForConditionalGeneration", tmp_path / "model")
     model = open_model(path)
-    assert type(model.twin.model).__name__ == "Qwen3_5MoeForConditionalGeneration"
+    assert type(model.fake.model).__name__ == "Qwen3_5MoeForConditionalGeneration"
     read = {str(n.target) for n in model.program.graph.nodes if n.op == "get_attr"}
     assert not any("visual" in name for name in read)
     assert any(name.startswith("model.language_model.layers.") for name in read)
@@ -378,8 +378,8 @@ def test_a_checkpoint_of_the_text_model_alone_is_that_class(tmp_path: Path) -> N
     text_only, whole = (
         saved(name, tmp_path / name) for name in ("gemma3_text", "Gemma3ForConditionalGeneration")
     )
-    assert type(open_model(text_only).twin.model).__name__ == "Gemma3ForCausalLM"
-    assert type(open_model(whole).twin.model).__name__ == "Gemma3ForConditionalGeneration"
+    assert type(open_model(text_only).fake.model).__name__ == "Gemma3ForCausalLM"
+    assert type(open_model(whole).fake.model).__name__ == "Gemma3ForConditionalGeneration"
 
 
 def test_a_refusal_names_the_module_and_the_line(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import fxq
-from fxq.compile import open_model
 from fxq.graph import dialect
 from fxq.graph.program import Program
 from fxq.graph.structure.matmuls import weight_matmuls
+from fxq.model import open_model
 from fxq.run.streaming import Streaming
 from fxq.trace.opaque_calls import function, is_module, opaque, run
 

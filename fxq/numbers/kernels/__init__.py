@@ -4,8 +4,10 @@ All three give the same bytes. Losses are compared in float64 and computed by th
 order; what a kernel skips, it has proved worse.
 """
 
+import contextlib
 import importlib
 import importlib.util
+import threading
 from functools import cache
 from types import ModuleType
 
@@ -45,6 +47,21 @@ def implementation(w: Tensor) -> ModuleType:
     """The module whose `quantize` serves this device, dtype and installation."""
     name = {"cuda": "gpu", "cpu": "cpu"}.get(w.device.type) if w.dtype in _DTYPES else None
     return (name and _module(name)) or eager
+
+
+def prepare(device: torch.device) -> None:
+    """Use a GPU on another thread, once for either search: its context, its libraries and, on a new machine,
+    compiling the kernels take seconds, in which a model can be traced. Nothing happens for a CPU."""
+    if device.type == "cuda":
+        threading.Thread(target=_use, args=(device,), name="fxq-prepare").start()
+
+
+def _use(device: torch.device) -> None:
+    with contextlib.suppress(Exception):  # whoever uses it for the result says what is wrong with it
+        w = torch.ones(1, 16, 64, dtype=torch.bfloat16, device=device)
+        torch.nn.functional.linear(w, w[0])
+        for search in (False, True):
+            quantize(w, torch.ones(1), search=search, pack=True, measure=True)
 
 
 @cache

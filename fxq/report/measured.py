@@ -1,0 +1,80 @@
+"""Measurements of one compilation, put into its report: time, memory, and what writing found."""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fxq.checkpoint.plan import Plan
+from fxq.checkpoint.writer import Written
+from fxq.graph.program import Program
+from fxq.report import files
+from fxq.report.files import Details
+from fxq.report.reasons import excluded, groups
+from fxq.report.summary import Report
+
+
+@contextmanager
+def timed(report: Report, stage: str) -> Iterator[None]:
+    """Add the seconds that the block takes to those of a stage."""
+    start = time.perf_counter()
+    yield
+    report.seconds[stage] = report.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def measure_memory(report: Report, device: torch.device) -> None:
+    """The peaks of this process so far, in bytes."""
+    report.peak_host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        report.peak_device_bytes = torch.cuda.max_memory_allocated(device)
+
+
+@dataclass
+class WritingReport:
+    """What the writer calls when all weights are written: completes the report and puts its files beside
+    them. title: the model's name. out: where the directory will be."""
+
+    report: Report
+    title: str
+    program: Program
+    plan: Plan
+    out: Path
+    device: torch.device
+    start: float = field(default_factory=time.perf_counter)
+
+    def __call__(self, directory: Path, written: Written) -> None:
+        self._complete(written)
+        measure_memory(self.report, self.device)
+        seconds = {**self.report.seconds, "write": time.perf_counter() - self.start}
+        files.write(dataclasses.replace(self.report, seconds=seconds), self._details(written), directory)
+
+    def _complete(self, written: Written) -> None:
+        """Counts, sizes and errors of what was written."""
+        report = self.report
+        report.measure({name: (own.error, own.energy) for name, own in written.traits.items()})
+        zeros = [key for own in written.traits.values() for key in own.zeros]
+        report.add_warnings(report.losses(zeros, written.not_finite))
+        report.tensors_quantized, report.tensors_excluded = len(written.linears), len(written.excluded)
+        report.bits_per_weight = 8 * written.quantized_bytes / written.weights
+        report.source_bytes, report.output_bytes = written.source_bytes, written.bytes
+        report.out = str(self.out)
+
+    def _details(self, written: Written) -> Details:
+        return Details(
+            self.title,
+            weights=written.traits,
+            tokens=self.program.tokens,
+            groups=tuple(groups(self.program.graph)),
+            excluded=tuple(excluded(self.program, self.plan)),
+            sizes={
+                "weights": written.packed_bytes,
+                "scales": written.quantized_bytes - written.packed_bytes,
+                "untouched": written.bytes - written.quantized_bytes,
+            },
+            steps=written.steps,
+        )
