@@ -9,7 +9,7 @@ from typing import Generic, Self, TypeVar, cast
 from torch.fx import Graph, Node
 
 from fxq.graph.arguments import joined
-from fxq.graph.dialect import PACKS
+from fxq.graph.dialect import PACK
 from fxq.graph.text import format_node, parse
 
 # Nodes of a part, if what belongs together is not more.
@@ -83,7 +83,7 @@ def _apart(nodes: Sequence[Node]) -> Iterator[list[Node]]:
     for packs in (False, True):
         part: list[Node] = []
         for mates in sets:
-            if any(node.target in PACKS for node in mates) is packs:
+            if any(node.target is PACK for node in mates) is packs:
                 part += sorted(mates, key=order.__getitem__)
                 if len(part) >= PART_NODES:
                     yield part

@@ -60,7 +60,7 @@ def test_parts_share_no_node_and_what_packs_nothing_comes_first(
     parts = list(program.parts())
     assert len(parts) > 10
     assert sorted(line for part in parts for line in _lines(part)) == sorted(whole)
-    packs = [any(node.target in dialect.PACKS for node in part.nodes) for part in parts]
+    packs = [any(node.target is dialect.PACK for node in part.nodes) for part in parts]
     assert packs == sorted(packs)
     assert 0 < sum(packs) < len(packs)
 

@@ -251,7 +251,7 @@ def _natural(key: str) -> str:
 
 
 def nbytes(info: TensorInfo) -> int:
-    return torch.Size(info.shape).numel() * info.dtype.itemsize
+    return info.nbytes
 
 
 def pieces(info: TensorInfo, most: int) -> Iterator[range | None]:

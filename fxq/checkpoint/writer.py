@@ -36,7 +36,9 @@ from fxq.graph import dialect
 from fxq.graph.arguments import int_at, node_at
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
-from fxq.numbers import fp8, kernels, nvfp4
+from fxq.numbers import kernels
+from fxq.numbers.formats import FORMATS as NUMBERS
+from fxq.numbers.formats import Format, Measured, Packed
 from fxq.numbers.quality import STEPS, Traits, traits
 from fxq.run.statistics import amax_of, amax_value, check_weight
 from fxq.run.weights import WeightCone
@@ -51,7 +53,6 @@ WRITERS = {"cpu": 1, "cuda": 4}
 # and how many bytes of weights they may be, if they are not one.
 PACKERS = {"cpu": 2, "cuda": 1}
 PACKED_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
-_Measured = nvfp4.Measured | fp8.Measured
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _REPLACED = (
     "config.json",
@@ -177,7 +178,7 @@ class _Writer:
 
     @torch.no_grad()
     def run(self) -> None:
-        packing: deque[tuple[list[Node], Tensor, Future[_Measured]]] = deque()
+        packing: deque[tuple[list[Node], Tensor, Future[Measured]]] = deque()
         most, limit = PACKERS[self.cone.device.type], PACKED_BYTES[self.cone.device.type]
         copies = self._copies()
         kernels.implementation(torch.empty(0, device=self.cone.device))  # its imports are not to be swept
@@ -203,7 +204,7 @@ class _Writer:
             sweep()
             weights: list[Node] = []
             for node in graph.nodes:
-                if node.target in dialect.PACKS:
+                if node.target is dialect.PACK:
                     if not self._is_packed(node):
                         weights.append(node_at(node, 0))
                 elif node.target is dialect.STORE_KV and node.args[1] is not None:
@@ -216,7 +217,14 @@ class _Writer:
         amaxes = [amax_value(node_at(store, i), self.program.values) for i in (1, 2)]
         name = f"{store.args[0]} cache"
         if name not in self.behind.finished:
-            self.behind.put([Piece(name, self._whole(self.format.kv_tensors(store.args[0], *amaxes)))])
+            self.behind.put(
+                [
+                    Piece(
+                        name,
+                        self._whole(self.format.kv_tensors(store.args[0], *amaxes, store.kwargs["format"])),
+                    )
+                ]
+            )
 
     def _copies(self) -> Iterator[None]:
         """Carry tensors through as they are, a piece at a time."""
@@ -248,7 +256,7 @@ class _Writer:
     def _note(self, pack: Node, own: Traits) -> None:
         self.written.note(_weight_name(node_at(pack, 0)), node_at(pack, 0).meta["val"].numel(), own)
 
-    def _packed(self, packs: list[Node], values: Tensor) -> _Measured:
+    def _packed(self, packs: list[Node], values: Tensor) -> Measured:
         """A batch of weights packed, on the device."""
         amax = torch.zeros(len(packs), device=values.device)
         for later in (False, True):
@@ -266,13 +274,13 @@ class _Writer:
     def _is_later(self, amax: Node) -> bool:
         return amax.target is dialect.VALUE and self.program.is_later(str(amax.args[0]))
 
-    def _keep(self, packs: list[Node], values: Tensor, packing: Future[_Measured]) -> None:
+    def _keep(self, packs: list[Node], values: Tensor, packing: Future[Measured]) -> None:
         """Look at a batch that is packed, and have it written."""
         measured = packing.result()
         _check_scales(packs, measured.scale)
         packed = measured.cpu()
         batch = []
-        for i, (pack, own) in enumerate(zip(packs, traits(values, measured), strict=True)):
+        for i, (pack, own) in enumerate(zip(packs, traits(values, measured, _format(packs[0])), strict=True)):
             blocks: list[Block] = []
             zeros: list[str] = []
             for store in pack.users:
@@ -288,23 +296,23 @@ class _Writer:
         self.cone.release(values)
         self.behind.put(batch)
 
-    def _blocks(self, store: Node, packed: nvfp4.Packed | fp8.Packed) -> list[Block]:
+    def _blocks(self, store: Node, packed: Packed) -> list[Block]:
         """What one store writes."""
-        held = store.args[2]
+        held, format = store.args[2], str(node_at(store, 1).kwargs["format"])
         input_amax = amax_value(held, self.program.values) if isinstance(held, Node) else None
         if store.target is dialect.STORE_LINEAR:
             key = f"{store.args[0]}.weight"
-            tensors = self.format.weight_tensors(key, packed)
-            return self._whole({**tensors, **self.format.scalar_tensors(key, packed, input_amax)})
+            tensors = self.format.weight_tensors(key, packed, format)
+            return self._whole({**tensors, **self.format.scalar_tensors(key, packed, format, input_amax)})
         key, options = str(store.args[0]), cast(dict[str, Any], store.kwargs)
         blocks = []
-        for name, block in self.format.weight_tensors(key, packed).items():
+        for name, block in self.format.weight_tensors(key, packed, format).items():
             turned = block.T if options["transposed"] else block
             rows = range(len(turned)) if options["transposed"] else range(*options["rows"])
             blocks.append(
                 self.shards.rows(name, turned, rows, expert=options["expert"], experts=options["experts"])
             )
-        scalars = self.format.scalar_tensors(key, packed, input_amax)
+        scalars = self.format.scalar_tensors(key, packed, format, input_amax)
         for name, value in self.scalars.setdefault(key, scalars).items():
             if not torch.equal(value, scalars[name]):
                 raise CheckpointError(
@@ -319,7 +327,7 @@ class _Writer:
 
 
 def _pack_of(weight: Node) -> Node:
-    return next(user for user in weight.users if user.target in dialect.PACKS)
+    return next(user for user in weight.users if user.target is dialect.PACK)
 
 
 def _piece_name(pack: Node) -> str:
@@ -330,11 +338,13 @@ def _piece_name(pack: Node) -> str:
     return f"{store.args[0]} expert {store.kwargs['expert']} rows {store.kwargs['rows']}"
 
 
-def _quantized(pack: Node, values: Tensor, amax: Tensor) -> _Measured:
+def _quantized(pack: Node, values: Tensor, amax: Tensor) -> Measured:
     """What a pack node computes, of many weights at once."""
-    if pack.target is dialect.PACK_FP8:
-        return fp8.quantize_measured(values, amax)
-    return nvfp4.quantize_measured(values, amax, str(pack.kwargs["scale"]))
+    return _format(pack).measured(values, amax, str(pack.kwargs["scale"]))
+
+
+def _format(pack: Node) -> Format:
+    return NUMBERS[str(pack.kwargs["format"])]
 
 
 def _weight_name(w: Node) -> tuple[str, int | None]:

@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from fxq.errors import VerifyError
-from fxq.graph.dialect import STORES
+from fxq.graph import dialect
 from fxq.graph.text import meta
 from fxq.graph.verify import infer
 
@@ -33,6 +33,14 @@ def _shared(val: Any) -> Any:
     if type(val) is torch.Tensor and val.is_meta and val.is_contiguous():
         return meta(tuple(val.shape), val.dtype)
     return val
+
+
+def quantize(t: Node, name: str, *, format: str, scale: str, amax: Node | None = None) -> Node:
+    """A new node `name_q` that stands for `t` in a format, scaled by `amax` or by its own,
+    `name_amax`."""
+    if amax is None:
+        amax = call(t.graph, f"{name}_amax", dialect.AMAX, t)
+    return call(t.graph, f"{name}_q", dialect.QUANTIZE, t, amax, format=format, scale=scale)
 
 
 def replace(old: Node, new: Node, users: Iterable[Node] | None = None) -> None:
@@ -64,7 +72,10 @@ def tidy(graph: Graph) -> None:
 
 
 def _is_unused(node: Node) -> bool:
-    return not node.users and node.op in ("call_function", "get_attr") and node.target not in STORES
+    if node.users or node.op not in ("call_function", "get_attr"):
+        return False
+    known = dialect.find(node.target)
+    return known is None or known.has_result
 
 
 def _place(node: Node, placed: dict[Node, None]) -> None:

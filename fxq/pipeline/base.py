@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fxq.errors import SpecError, VerifyError
+from fxq.errors import VerifyError
 from fxq.graph.hub import WeightSource
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
@@ -69,15 +69,6 @@ class CalibrationPass(Pass, Protocol):
     def calibrate(self, program: Program, session: Session) -> int:
         """Fill `program.values`; returns how many were filled."""
         ...
-
-
-def check_formats(step: Pass, weights: str, inputs: str) -> None:
-    """SpecError for a pair of formats that no engine multiplies."""
-    if (weights == "fp8") != (inputs == "fp8"):
-        raise SpecError(
-            f"{step.name}: weights: {weights} and inputs: {inputs} do not go together; "
-            "engines know nvfp4 with nvfp4 or none, and fp8 with fp8"
-        )
 
 
 def nothing_matched(step: Pass, program: Program, expected: str, hint: str = "") -> VerifyError:

@@ -134,7 +134,7 @@ def test_quantize_of_inputs_and_caches() -> None:
 def test_pack_is_weight_scales_and_scale() -> None:
     w = _random(OUT, IN)
     packed = nvfp4.quantize_weight(w, w.abs().amax(), "mse")
-    weight, scale, scale_2 = dialect.PACK_NVFP4(w, w.abs().amax(), scale="mse")
+    weight, scale, scale_2 = dialect.PACK(w, w.abs().amax(), format="nvfp4", scale="mse")
     assert torch.equal(weight, packed.weight)
     assert torch.equal(scale_2, packed.scale_2)
     assert torch.equal(scale.view(torch.uint8), packed.scale.view(torch.uint8))
@@ -158,8 +158,8 @@ CALLS: dict[str, Callable[[str], Any]] = {
         _random(1, 2, 3, 16).to(d), SCALAR.to(d), format="fp8", scale="max"
     ),
     "stack": lambda d: dialect.STACK([_random(OUT, IN).to(d)] * 3),
-    "pack_fp8": lambda d: dialect.PACK_FP8(_random(OUT, IN).to(d), SCALAR.to(d)),
-    "pack_nvfp4": lambda d: dialect.PACK_NVFP4(_random(OUT, IN).to(d), SCALAR.to(d), scale="max"),
+    "pack fp8": lambda d: dialect.PACK(_random(OUT, IN).to(d), SCALAR.to(d), format="fp8", scale="max"),
+    "pack nvfp4": lambda d: dialect.PACK(_random(OUT, IN).to(d), SCALAR.to(d), format="nvfp4", scale="max"),
 }
 
 

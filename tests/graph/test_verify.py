@@ -27,7 +27,7 @@ GOOD = """\
 %half : bf16[4,8] = aten.slice.Tensor(%y, 1, 0, 8)
 %parts : (bf16[4,1], i64[4,1]) = aten.topk(%half, 1)
 %best : i64[4,1] = operator.getitem(%parts, 1)
-%packed : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack_nvfp4(%w_e0, %amax, scale='max')
+%packed : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%w_e0, %amax, format='nvfp4', scale='max')
 %stored : none = fxq.store_linear('experts.0', %packed, None, start=0, end=16)
 return [%half, %best]
 """
@@ -92,7 +92,7 @@ def test_a_graph_with_every_operator_verifies() -> None:
         ("expert_linear(%x, %w_q, %ids)", "expert_linear(%x, %w_q, %x)", "y", ""),
         ("aten.topk(%half, 1)", "aten.topk(%half, 1, 7)", "parts", "aten.topk rejects its arguments"),
         ("getitem(%parts, 1)", "getitem(%parts, 2)", "best", ""),
-        ("pack_nvfp4(%w_e0, %amax", "pack_nvfp4(%w_e0, %w_e0", "packed", "expected an amax of type f32[]"),
+        ("pack(%w_e0, %amax", "pack(%w_e0, %w_e0", "packed", "expected an amax of type f32[]"),
     ],
 )
 def test_a_broken_rule_names_the_node(old: str, new: str, node: str, reason: str) -> None:

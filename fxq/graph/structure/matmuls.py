@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from fxq.graph import dialect
 from fxq.graph.arguments import nodes_at
 from fxq.graph.structure.views import VIEWS, root, shape_of, strip, value_of
+from fxq.numbers.formats import FORMATS
 
 _ATEN = torch.ops.aten
 MATMULS = frozenset(
@@ -71,7 +72,18 @@ def as_weight_matmul(node: Node) -> WeightMatmul | None:
 def input_quantize(x: Node) -> Node | None:
     """The node that quantizes a linear's input on the way to it; None if only a cache upstream is."""
     x = strip(x, VIEWS)
-    return x if x.target is dialect.QUANTIZE and x.kwargs["scale"] in dialect.INPUT_SCALES.values() else None
+    return x if quantizes_input(x) else None
+
+
+def quantizes_input(node: Node) -> bool:
+    """Whether a node quantizes what a linear reads; that of a weight or a cache chooses its scale otherwise.
+
+    %x_q : bf16[8,64] = fxq.quantize(%x, %x_amax, format='nvfp4', scale='dynamic')   yes
+    %w_q : bf16[64,64] = fxq.quantize(%w, %w_amax, format='nvfp4', scale='max')      no
+    """
+    if node.target is not dialect.QUANTIZE:
+        return False
+    return node.kwargs["scale"] == FORMATS[str(node.kwargs["format"])].input_scale
 
 
 class Frontiers:

@@ -48,6 +48,14 @@ def shape_of(node: Node) -> tuple[int, ...]:
     return tuple(val.shape) if isinstance(val, torch.Tensor) else ()
 
 
+def is_opaque_call(node: Node) -> bool:
+    """Whether a trace left a call whole, so that nothing is known of its inside.
+
+    %z : [bf16[4,32]] = fxq.opaque('module:layers.0.moe', [%x, %w], [], arguments='...')
+    """
+    return node.op == "call_function" and str(node.target) == "fxq.opaque.default"
+
+
 def strip(node: Node, past: frozenset[object]) -> Node:
     """The node behind any chain of `past` operators (through their first argument)."""
     while node.op == "call_function" and node.target in past and node.args and isinstance(node.args[0], Node):
