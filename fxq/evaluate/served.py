@@ -140,17 +140,17 @@ def _fill_caches(program: Program, source: Directory, activations: Activations) 
     frontiers = Frontiers(program.graph)
     bare, scaled = list[str](), 0
     for attention in attentions(program.graph):
-        holes = [node_at(t, 1) for t in (attention.k, attention.v) if t.target is dialect.QUANTIZE]
-        if not any(hole.target is dialect.AMAX for hole in holes):
+        caches = [t for t in (attention.k, attention.v) if t.target is dialect.QUANTIZE]
+        if not any(node_at(t, 1).target is dialect.AMAX for t in caches):
             continue
         module = cache_module(program.hub, frontiers, attention.k, attention.v)
         found = _cache_scales(activations.cache_scales, module)
         bare, scaled = (bare, scaled + 1) if found else ([*bare, module], scaled)
-        for hole, kind in zip(holes, "kv", strict=True):
-            key = found.get(kind) or next(iter(found.values()), None)
-            value = _scale(source, InputScale(key, "fp8")) if key is not None else 1.0
-            if hole.target is dialect.AMAX:
-                program.values[hole.name] = _amax(torch.tensor(value), "fp8")
+        for cache, kind in zip(caches, "kv", strict=True):
+            key, format = found.get(kind) or next(iter(found.values()), None), str(cache.kwargs["format"])
+            value = _scale(source, InputScale(key, format)) if key is not None else 1.0
+            if (hole := node_at(cache, 1)).target is dialect.AMAX:
+                program.values[hole.name] = _amax(torch.tensor(value), format)
     if bare and scaled:
         program.notes.append(
             f"{bare[0]}{_others(bare)}: no KV scale, although others have one; engines take 1.0"
