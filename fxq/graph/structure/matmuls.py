@@ -1,8 +1,8 @@
 """Matmuls by a weight, and the nearest of them upstream of a node.
 
-%y : bf16[8,64] = aten.linear(%x, %w)      WeightMatmul(node=%y, x=%x, w=%w, parameter=%w)
+%y : bf16[8,64] = aten.linear(%x, %w)         WeightMatmul(node=%y, x=%x, w=%w, parameter=%w)
 %g : bf16[8,64] = aten.silu(%y)
-%z : bf16[8,64] = aten.mul(%g, %u)         Frontiers.of(%z): the linears behind %g and %u
+%z : bf16[8,64] = aten.mul.Tensor(%g, %u)     Frontiers.of(%z): %y and the matmuls behind %u
 """
 
 from collections import deque
@@ -38,7 +38,11 @@ _MOST = 8
 @dataclass(frozen=True)
 class WeightMatmul:
     """A matmul one of whose operands is a parameter: `node(x, w)` with `parameter` the `@fqn` node behind
-    `w`."""
+    `w`.
+
+    %t : bf16[64,32] = aten.t(%p)
+    %y : bf16[8,32] = aten.mm(%x, %t)   WeightMatmul(node=%y, x=%x, w=%t, parameter=%p)
+    """
 
     node: Node
     x: Node
@@ -70,7 +74,11 @@ def as_weight_matmul(node: Node) -> WeightMatmul | None:
 
 
 def input_quantize(x: Node) -> Node | None:
-    """The node that quantizes a linear's input on the way to it; None if only a cache upstream is."""
+    """The node that quantizes a linear's input on the way to it; None if only a cache upstream is.
+
+    %x_q : bf16[2,8,64] = fxq.quantize(%x, %x_amax, format='nvfp4', scale='dynamic')
+    %flat : bf16[16,64] = aten.view(%x_q, [-1, 64])   input_quantize(%flat) is %x_q
+    """
     x = strip(x, VIEWS)
     return x if quantizes_input(x) else None
 
