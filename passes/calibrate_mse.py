@@ -8,6 +8,7 @@ from typing import ClassVar
 from fxq.graph import dialect
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
+from fxq.numbers.formats import FORMATS
 from fxq.pipeline.base import Pass, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, is_weight_quantize
 
@@ -36,7 +37,7 @@ class CalibrateMse(Pass):
                     node,
                     "its operand is an activation: its scales are found while serving",
                 )
-            elif node.kwargs["format"] != "nvfp4":
+            elif "mse" not in FORMATS[str(node.kwargs["format"])].scales:
                 reason = f"{node.kwargs['format']} has one scale, that of its maximum: there are no blocks"
                 yield Miss("weight quantize", node, reason)
             elif node.kwargs["scale"] == "mse":

@@ -105,7 +105,7 @@ def _column(site: Match) -> None:
 
 
 def _row(site: Match) -> None:
-    _expert_linear(site, _transposed(site["w"]), unsqueezed=1)
+    _expert_linear(site, edit.transposed(site["w"]), unsqueezed=1)
 
 
 def _sorted(site: Match) -> None:
@@ -115,14 +115,14 @@ def _sorted(site: Match) -> None:
         f"{node.name}_experts",
         dialect.EXPERT_LINEAR,
         site["x"],
-        _transposed(site["w"]),
+        edit.transposed(site["w"]),
         site["ids"],
     )
     edit.replace(node, y)
 
 
 def _dense(site: Match) -> None:
-    node, x, w = site.node, site["x"], _transposed(site["w"])
+    node, x, w = site.node, site["x"], edit.transposed(site["w"])
     graph, experts = node.graph, shape_of(w)[0]
     tokens = edit.call(graph, f"{node.name}_tokens", aten.sym_size.int, x, 1)
     each = edit.call(graph, f"{node.name}_each", aten.arange.default, experts, device=torch.device("cpu"))
@@ -139,7 +139,7 @@ def _unrolled(site: Match) -> None:
 
 
 def _unrolled_row(site: Match) -> None:
-    _slice(site, node_at(node_at(site.node, 1), 0), _transposed(site["w"]))
+    _slice(site, node_at(node_at(site.node, 1), 0), edit.transposed(site["w"]))
 
 
 def _slice(site: Match, pick: Node, w: Node) -> None:
@@ -169,19 +169,6 @@ def _expert_linear(site: Match, w: Node, *, unsqueezed: int) -> None:
         edit.replace(squeeze, y)
     if len(squeezes) < len(node.users):
         edit.replace(node, edit.call(node.graph, f"{node.name}_y", aten.unsqueeze.default, y, dim))
-
-
-def _transposed(w: Node) -> Node:
-    """`w` with its last two dimensions exchanged, the same node for all who ask; undoes a transpose rather
-    than stacking a second one."""
-    if _is_transpose(w):
-        return node_at(w, 0)
-    made = next((user for user in w.users if _is_transpose(user)), None)
-    return made or edit.call(w.graph, f"{w.name}_t", aten.transpose.int, w, 1, 2)
-
-
-def _is_transpose(w: Node) -> bool:
-    return w.target is aten.transpose.int and {int_at(w, i) % 3 for i in (1, 2)} == {1, 2}
 
 
 def _parameter(node: Node) -> str:

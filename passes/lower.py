@@ -20,6 +20,7 @@ from fxq.graph.program import Program
 from fxq.graph.structure.attention import attentions, latent_projection
 from fxq.graph.structure.matmuls import Frontiers, input_quantize, weight_matmuls
 from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
+from fxq.numbers.formats import FORMATS
 from fxq.pipeline.base import Pass
 from fxq.pipeline.facts import (
     Fact,
@@ -133,10 +134,7 @@ class _Emitter:
 
     def _pack(self, quantize: Node) -> Node:
         w, amax = self.copy(node_at(quantize, 0)), self.copy(node_at(quantize, 1))
-        name = f"{w.name}_packed"
-        if quantize.kwargs["format"] == "fp8":
-            return edit.call(self.graph, name, dialect.PACK_FP8, w, amax)
-        return edit.call(self.graph, name, dialect.PACK_NVFP4, w, amax, scale=quantize.kwargs["scale"])
+        return edit.call(self.graph, f"{w.name}_packed", dialect.PACK, w, amax, **quantize.kwargs)
 
     def _largest(self, name: str, amaxes: list[Node]) -> Node | None:
         if len(amaxes) < 2:
@@ -203,13 +201,14 @@ class _Emitter:
                         )
 
     def kv_caches(self) -> None:
-        """One `store_kv` an attention whose keys are FP8: with its amaxes if calibrated, without if cast."""
+        """One `store_kv` an attention whose keys are quantized: with its amaxes if calibrated,
+        without if cast."""
         frontiers = Frontiers(self.program.graph)
         for attention in attentions(self.program.graph):
             k, v = attention.k, attention.v
             latent = latent_projection(frontiers, attention)
             cached = [k, v] if latent is None else [_below_input_quantize(frontiers.matmuls[latent].x)]
-            if all(t.target is dialect.QUANTIZE and t.kwargs["format"] != "nvfp4" for t in cached):
+            if all(map(_is_cache, cached)):
                 amaxes = [node_at(t, 1) for t in cached] * (1 if latent is None else 2)
                 held = [self.copy(a) if a.target in (dialect.AMAX, dialect.SYNC) else None for a in amaxes]
                 try:
@@ -259,6 +258,11 @@ class _Emitter:
                 "[in, out]; NVFP4 is defined for [out, in], which is written, so an engine that transposes "
                 "such weights on load cannot read it"
             )
+
+
+def _is_cache(t: Node) -> bool:
+    """Whether keys or values are quantized to a format that engines hold caches in."""
+    return t.target is dialect.QUANTIZE and FORMATS[str(t.kwargs["format"])].caches
 
 
 def _below_input_quantize(x: Node) -> Node:

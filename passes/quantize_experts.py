@@ -4,7 +4,7 @@ error."""
 import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -18,9 +18,9 @@ from fxq.graph.places import named
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
-from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
-from fxq.numbers.nvfp4 import BLOCK
-from fxq.pipeline.base import Pass, check_formats, nothing_matched
+from fxq.graph.structure.views import VIEWS, is_opaque_call, parameter_name, shape_of, strip
+from fxq.numbers.formats import FORMATS, Format, InputFormat, WeightFormat, check_pair
+from fxq.pipeline.base import Pass, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, holders, is_weight_quantize
 
 EXPERTS = Rule(
@@ -46,8 +46,8 @@ class QuantizeExperts(Pass):
     partial: leave a layer whose experts cannot be quantized, instead of failing.
     """
 
-    weights: Literal["nvfp4", "fp8"] = "nvfp4"
-    inputs: Literal["nvfp4", "fp8", "none"] = "nvfp4"
+    weights: WeightFormat = "nvfp4"
+    inputs: InputFormat = "nvfp4"
     required: bool = True
     partial: bool = False
 
@@ -57,7 +57,7 @@ class QuantizeExperts(Pass):
     flags: ClassVar[tuple[str, ...]] = ("partial",)
 
     def __post_init__(self) -> None:
-        check_formats(self, self.weights, self.inputs)
+        check_pair(self.weights, self.inputs, self.name)
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by a parameter; those that are no experts, or had to be left, miss."""
@@ -86,7 +86,7 @@ class QuantizeExperts(Pass):
 
     def _leave(self, program: Program) -> None:
         """Put the experts that cannot be quantized into `program.left`; VerifyError unless `partial`."""
-        reasons = {**_unreached(program), **_unfit(program, self.sites(program), self.weights)}
+        reasons = {**_unreached(program), **_unfit(program, self.sites(program), FORMATS[self.weights])}
         if reasons and not self.partial:
             name, reason = next(iter(reasons.items()))
             more = f" (and {len(reasons) - 1} more weights)" if reasons.keys() - {name} else ""
@@ -98,7 +98,7 @@ class QuantizeExperts(Pass):
         for layer in _layers(program) if program.left else ():
             if held := [name for name in layer if name in program.left]:
                 why = f"its layer holds {held[0]}, which is left"
-                program.left.update({mate: why for mate in layer if mate not in program.left})
+                program.left.update({sibling: why for sibling in layer if sibling not in program.left})
 
 
 def _instead(program: Program) -> str:
@@ -111,7 +111,7 @@ def _instead(program: Program) -> str:
     return f"{what}; quantize-linears takes linears (nvfp4_default-fp8_cast_kv)"
 
 
-def _unfit(program: Program, sites: Iterable[Match | Miss], format: str) -> dict[str, str]:
+def _unfit(program: Program, sites: Iterable[Match | Miss], format: Format) -> dict[str, str]:
     """Expert weights of the graph that their format, or the checkpoint, cannot hold whole -> why."""
     reasons: dict[str, str] = {}
     picked: dict[str, set[int]] = {}  # those that are used expert by expert
@@ -122,8 +122,9 @@ def _unfit(program: Program, sites: Iterable[Match | Miss], format: str) -> dict
         count, _, width = shape_of(w)
         if site.rule == ONE_EXPERT.name:
             picked.setdefault(name, set(range(count))).discard(int_at(node_at(site.node, 1), 1))
-        if format == "nvfp4" and width % BLOCK:
-            reasons[name] = f"each expert's input dimension is {width}; NVFP4 needs a multiple of {BLOCK}"
+        if not format.holds(width):
+            needed = f"{format.title} needs a multiple of {format.block}"
+            reasons[name] = f"each expert's input dimension is {width}; {needed}"
         elif (convert := named(program.hub, name, shape_of(w)).convert) is not None:
             reasons[name] = f"no rows of the checkpoint's tensors hold it, but {convert.operations} of them"
     for name, unused in picked.items():
@@ -142,24 +143,25 @@ def _unreached(program: Program) -> dict[str, str]:
     lists = {holder: name for name in stacks if name in read for holder in holders(stored[name])}
     for name in stacks:
         if name not in read:
-            mates = [lists[holder] for holder in holders(stored[name]) if holder in lists]
-            if mates:
-                reasons[name] = f"the graph reads, of its list of experts in the checkpoint, {mates[0]} alone"
+            siblings = [lists[holder] for holder in holders(stored[name]) if holder in lists]
+            if siblings:
+                alone = f"{siblings[0]} alone"
+                reasons[name] = f"the graph reads, of its list of experts in the checkpoint, {alone}"
             elif _block_is_read(name, program.hub, read):
                 reasons[name] = "the graph never reads these experts"
-        elif leaves := [user for user in read[name].users if user.target is dialect.LEAF]:
-            reasons[name] = f"these experts lie inside the opaque call {leaves[0].args[0]}"
+        elif opaque := [user for user in read[name].users if is_opaque_call(user)]:
+            reasons[name] = f"these experts lie inside the opaque call {opaque[0].args[0]}"
     for node in program.graph.nodes:
-        for name in _lists(node) if node.target is dialect.LEAF else ():
+        for name in _lists(node) if is_opaque_call(node) else ():
             reasons[name] = f"it is one of a list inside the opaque call {node.args[0]}"
     return reasons
 
 
-def _lists(leaf: Node) -> list[str]:
+def _lists(opaque: Node) -> list[str]:
     """The matrices of an opaque module that are alike but for a number in their name: experts one by one."""
-    inside = str(leaf.args[0]).partition(":")[2]
+    inside = str(opaque.args[0]).partition(":")[2]
     alike: dict[tuple[str, tuple[int, ...]], dict[str, None]] = {}
-    for node in leaf.all_input_nodes:
+    for node in opaque.all_input_nodes:
         if node.op == "get_attr" and len(shape_of(node)) == 2:
             name = str(node.target)
             pattern = _NUMBER.sub("*", name.removeprefix(f"{inside}."))
@@ -223,29 +225,19 @@ def _quantized_slices(site: Match, format: str) -> int:
     if site.rule == ONE_EXPERT.name:
         piece = site.node.args[1]
         assert isinstance(piece, Node)
-        edit.replace(piece, _quantize(piece, format), [site.node])
+        edit.replace(piece, edit.quantize(piece, piece.name, format=format, scale="max"), [site.node])
         return 1
-    pieces = [
-        _quantize(edit.call(graph, f"{w.name}_e{e}", dialect.SLICE, w, e), format)
-        for e in range(shape_of(w)[0])
-    ]
-    edit.replace(w, edit.call(graph, f"{w.name}_q", dialect.STACK, pieces), [site.node])
-    return len(pieces)
-
-
-def _quantize(piece: Node, format: str) -> Node:
-    amax = edit.call(piece.graph, f"{piece.name}_amax", dialect.AMAX, piece)
-    return edit.call(
-        piece.graph, f"{piece.name}_q", dialect.QUANTIZE, piece, amax, format=format, scale="max"
-    )
+    quantized = []
+    for e in range(shape_of(w)[0]):
+        piece = edit.call(graph, f"{w.name}_e{e}", dialect.SLICE, w, e)
+        quantized.append(edit.quantize(piece, piece.name, format=format, scale="max"))
+    edit.replace(w, edit.call(graph, f"{w.name}_q", dialect.STACK, quantized), [site.node])
+    return len(quantized)
 
 
 def _quantize_input(site: Match, format: str) -> None:
-    graph, x, name = site.node.graph, site["x"], f"{site['w'].name}_input"
+    x, name = site["x"], f"{site['w'].name}_input"
     if site.rule == ONE_EXPERT.name:
         name = f"{node_at(node_at(site.node, 1), 0).name}_input"
-    amax = edit.call(graph, f"{name}_amax", dialect.AMAX, x)
-    q = edit.call(
-        graph, f"{name}_q", dialect.QUANTIZE, x, amax, format=format, scale=dialect.INPUT_SCALES[format]
-    )
-    edit.replace(x, q, [site.node])
+    quantized = edit.quantize(x, name, format=format, scale=FORMATS[format].input_scale)
+    edit.replace(x, quantized, [site.node])

@@ -12,9 +12,9 @@ from fxq.graph.arguments import node_at
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
 from fxq.graph.structure.attention import Attention, attentions, latent_projection, other_softmaxes
-from fxq.graph.structure.matmuls import Frontiers
+from fxq.graph.structure.matmuls import Frontiers, quantizes_input
 from fxq.graph.structure.views import VIEWS, strip
-from fxq.numbers.nvfp4 import E4M3_MAX
+from fxq.numbers.formats import FORMATS, CacheFormat
 from fxq.pipeline.base import Pass, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled
 
@@ -29,7 +29,7 @@ class QuantizeKv(Pass):
     required: whether a model without attention is an error.
     """
 
-    format: Literal["fp8"] = "fp8"
+    format: CacheFormat = "fp8"
     scale: Literal["calibrate", "cast"] = "calibrate"
     required: bool = True
 
@@ -40,7 +40,7 @@ class QuantizeKv(Pass):
         """Every attention; one whose cache is quantized already misses."""
         frontiers = Frontiers(program.graph)
         for attention in attentions(program.graph):
-            if _is_cached_fp8(attention, frontiers):
+            if _is_cached(attention, frontiers):
                 yield Miss("attention", attention.node, "its keys are quantized already", depth=1)
             else:
                 yield Match(
@@ -55,7 +55,7 @@ class QuantizeKv(Pass):
             raise nothing_matched(self, program, "an attention (softmax of a product of activations)")
         if not found:
             program.notes.append("no attention was found: there is no KV cache to quantize")
-        fresh = [attention for attention in found if not _is_cached_fp8(attention, frontiers)]
+        fresh = [attention for attention in found if not _is_cached(attention, frontiers)]
         count = 0
         for attention in fresh:
             latent = latent_projection(frontiers, attention)
@@ -74,12 +74,8 @@ class QuantizeKv(Pass):
             node.args = (*node.args[:position], shared, *node.args[position + 1 :])
             return 0
         name = f"{attention.name}_{operand}"
-        amax = (
-            _cast_amax(node, name)
-            if self.scale == "cast"
-            else edit.call(node.graph, f"{name}_amax", dialect.AMAX, t)
-        )
-        q = edit.call(node.graph, f"{name}_q", dialect.QUANTIZE, t, amax, format=self.format, scale="max")
+        amax = self._cast_amax(node, name) if self.scale == "cast" else None
+        q = edit.quantize(t, name, format=self.format, scale="max", amax=amax)
         node.args = (*node.args[:position], q, *node.args[position + 1 :])
         return 1
 
@@ -93,19 +89,18 @@ class QuantizeKv(Pass):
             program.notes.append(note)
         reader = strip(x, VIEWS)
         latent = node_at(reader, 0) if reader.target is dialect.QUANTIZE else x
-        amax = _cast_amax(node, f"{node.name}_latent")
-        name = f"{node.name}_latent_q"
-        q = edit.call(node.graph, name, dialect.QUANTIZE, latent, amax, format=self.format, scale="max")
+        name = f"{node.name}_latent"
+        amax = self._cast_amax(node, name)
+        q = edit.quantize(latent, name, format=self.format, scale="max", amax=amax)
         edit.replace(latent, q, [user for user in latent.users if user not in (q, amax)])
 
+    def _cast_amax(self, node: Node, name: str) -> Node:
+        """The amax whose scale is 1.0."""
+        scalar, largest = torch.ops.aten.scalar_tensor.default, FORMATS[self.format].largest
+        return edit.call(node.graph, f"{name}_amax", scalar, largest, dtype=torch.float32)
 
-def _cast_amax(node: Node, name: str) -> Node:
-    """The amax whose FP8 scale is 1.0."""
-    scalar = torch.ops.aten.scalar_tensor.default
-    return edit.call(node.graph, f"{name}_amax", scalar, E4M3_MAX, dtype=torch.float32)
 
-
-def _is_cached_fp8(attention: Attention, frontiers: Frontiers) -> bool:
+def _is_cached(attention: Attention, frontiers: Frontiers) -> bool:
     """Whether an attention's keys, or its latent, are quantized already."""
     latent = latent_projection(frontiers, attention)
     cached = attention.k if latent is None else frontiers.matmuls[latent].x
@@ -116,6 +111,6 @@ def _is_cached_fp8(attention: Attention, frontiers: Frontiers) -> bool:
 
 def _is_cache(node: Node) -> bool:
     """Whether a node quantizes keys or values, and not the input of a linear."""
-    return (
-        node.target is dialect.QUANTIZE and node.kwargs["format"] == "fp8" and node.kwargs["scale"] == "max"
-    )
+    if node.target is not dialect.QUANTIZE or quantizes_input(node):
+        return False
+    return FORMATS[str(node.kwargs["format"])].caches

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -19,9 +19,12 @@ from fxq.graph.structure.attention import attentions, latent_projection
 from fxq.graph.structure.groups import head, routers
 from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
 from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
-from fxq.numbers.nvfp4 import BLOCK
-from fxq.pipeline.base import Pass, check_formats, nothing_matched
+from fxq.numbers.formats import FORMATS, InputFormat, WeightFormat, check_pair
+from fxq.pipeline.base import Pass, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, weights_quantized
+
+# Linears with fewer inputs than a block of NVFP4 mix streams or heads, whatever their format would be.
+_FEW_INPUTS = 16
 
 LINEAR = Rule("linear", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w", rank=2)))
 
@@ -42,8 +45,8 @@ class QuantizeLinears(Pass):
     partial: leave a linear whose input dimension does not fit the format, instead of failing.
     """
 
-    weights: Literal["nvfp4", "fp8"] = "nvfp4"
-    inputs: Literal["nvfp4", "fp8", "none"] = "nvfp4"
+    weights: WeightFormat = "nvfp4"
+    inputs: InputFormat = "nvfp4"
     only: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
     partial: bool = False
@@ -54,7 +57,7 @@ class QuantizeLinears(Pass):
     flags: ClassVar[tuple[str, ...]] = ("partial",)
 
     def __post_init__(self) -> None:
-        check_formats(self, self.weights, self.inputs)
+        check_pair(self.weights, self.inputs, self.name)
 
     @classmethod
     def bystander(cls) -> "QuantizeLinears":
@@ -88,10 +91,11 @@ class QuantizeLinears(Pass):
                 reason = "the expansion of a cached latent: engines absorb it, which takes its plain values"
             elif shape_of(result["w"])[0] == 1:
                 reason = "a gate: it has a single output"
-            elif shape_of(result["w"])[1] < BLOCK:
+            elif shape_of(result["w"])[1] < _FEW_INPUTS:
                 reason = f"a mixing matrix: it has {shape_of(result['w'])[1]} inputs, less than a block"
             elif not _is_module_weight(program.hub, str(matmul.parameter.target)):
-                reason = "no linear module's: NVFP4 has names for `<module>.weight` alone"
+                title = FORMATS[self.weights].title
+                reason = f"no linear module's: {title} has names for `<module>.weight` alone"
             elif (left := program.left.get(str(matmul.parameter.target))) is not None:
                 reason = left
             elif not self.only:
@@ -111,25 +115,23 @@ class QuantizeLinears(Pass):
         weights: dict[Node, Node] = {}
         for site in matches:
             w, x = site["w"], site["x"]
-            edit.replace(
-                w,
-                weights.get(w) or weights.setdefault(w, _quantize(w, w.name, self.weights, "max")),
-                [site.node],
-            )
+            if w not in weights:
+                weights[w] = edit.quantize(w, w.name, format=self.weights, scale="max")
+            edit.replace(w, weights[w], [site.node])
             if self.inputs != "none":
-                q = inputs.get(x) or inputs.setdefault(
-                    x, _quantize(x, f"{w.name}_input", self.inputs, dialect.INPUT_SCALES[self.inputs])
-                )
-                edit.replace(x, q, [site.node])
+                if x not in inputs:
+                    scale = FORMATS[self.inputs].input_scale
+                    inputs[x] = edit.quantize(x, f"{w.name}_input", format=self.inputs, scale=scale)
+                edit.replace(x, inputs[x], [site.node])
         return len(matches)
 
     def _fits(self, site: Match, program: Program) -> bool:
         """Whether the format can hold a linear; if not, it is left (`partial`) or a VerifyError."""
-        width = shape_of(site["w"])[-1]
-        fits = self.weights != "nvfp4" or width % BLOCK == 0
+        width, format = shape_of(site["w"])[-1], FORMATS[self.weights]
+        fits = format.holds(width)
         if not fits:
             name = parameter_name(site["w"])
-            reason = f"its input dimension is {width}; NVFP4 needs a multiple of {BLOCK}"
+            reason = f"its input dimension is {width}; {format.title} needs a multiple of {format.block}"
             if not self.partial:
                 module = name.removesuffix(".weight")
                 raise VerifyError(
@@ -163,8 +165,3 @@ def _is_module_weight(hub: Hub, name: str) -> bool:
 
 def _module(parameter: Node) -> str:
     return str(parameter.target).removesuffix(".weight")
-
-
-def _quantize(t: Node, name: str, format: str, scale: str) -> Node:
-    amax = edit.call(t.graph, f"{name}_amax", dialect.AMAX, t)
-    return edit.call(t.graph, f"{name}_q", dialect.QUANTIZE, t, amax, format=format, scale=scale)

@@ -17,7 +17,7 @@ from fxq.pipeline.facts import (
     Fact,
     amaxes_shared,
     quantized_siblings,
-    tensor_mates,
+    tensor_siblings,
     tensors_whole,
     weights_placed,
     weights_quantized,
@@ -34,11 +34,11 @@ class SyncGroups(Pass):
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every quantized weight: with the value or the tensor it shares, or alone."""
-        mates = [members for members in tensor_mates(program).values() if len(members) > 1]
-        together = {quantize for members in mates for quantize, _ in members}
-        for (value, *_), members in quantized_siblings(program).items():
-            for quantize, _ in members:
-                if len(members) > 1 or quantize in together:
+        in_one_tensor = [siblings for siblings in tensor_siblings(program).values() if len(siblings) > 1]
+        together = {quantize for siblings in in_one_tensor for quantize, _ in siblings}
+        for (value, *_), siblings in quantized_siblings(program).items():
+            for quantize, _ in siblings:
+                if len(siblings) > 1 or quantize in together:
                     yield Match("sibling", quantize, {"value": value})
                 else:
                     reason = f"nothing else that is quantized reads %{value.name}"
@@ -49,14 +49,14 @@ class SyncGroups(Pass):
             raise VerifyError(
                 f"sync-groups: {reason}: expected quantize-linears or quantize-experts to have fired before"
             )
-        groups = [*quantized_siblings(program).values(), *tensor_mates(program).values()]
+        groups = [*quantized_siblings(program).values(), *tensor_siblings(program).values()]
         names: dict[Node, str] = {}
-        for quantize, x in (member for members in groups for member in members):
+        for quantize, x in (sibling for siblings in groups for sibling in siblings):
             names.setdefault(quantize, f"{node_at(quantize, 0).name}_group_amax")
             if x is not None:
                 names.setdefault(x, f"{node_at(quantize, 0).name}_group_input_amax")
-        weights = joined([quantize for quantize, _ in members] for members in groups)
-        inputs = joined([x for _, x in members if x is not None] for members in groups)
+        weights = joined([quantize for quantize, _ in siblings] for siblings in groups)
+        inputs = joined([x for _, x in siblings if x is not None] for siblings in groups)
         return sum(_share(nodes, names[nodes[0]]) for nodes in (*weights, *inputs))
 
 

@@ -19,6 +19,7 @@ from fxq.graph.arguments import node_at
 from fxq.graph.hub import TensorInfo
 from fxq.graph.program import Program
 from fxq.graph.structure.matmuls import weight_matmuls
+from fxq.numbers.formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _stored(node: Node, format: ModuleType) -> dict[str, TensorInfo]:
             shape = options["end"] - options["start"], node_at(node_at(node, 1), 0).meta["val"].shape[-1]
         infos = format.weight_infos(key, shape, scheme, transposed=options.get("transposed", False))
     elif node.target is dialect.STORE_KV and node.args[1] is not None:
-        infos = format.kv_infos(node.args[0])
+        infos = format.kv_infos(node.args[0], options["format"])
     elif node.target is dialect.STORE:
         val = node_at(node, 1).meta["val"]
         infos = {str(node.args[0]): TensorInfo.of(tuple(val.shape), val.dtype)}
@@ -95,14 +96,13 @@ def _quantized(node: Node) -> dict[str, Scheme]:
 
 
 def _scheme(store: Node) -> Scheme:
-    has_input = store.args[2] is not None
-    if node_at(store, 1).target is not dialect.PACK_FP8:
-        return Scheme.NVFP4 if has_input else Scheme.W4A16
-    if not has_input:
+    scheme = Scheme(str(node_at(store, 1).kwargs["format"]), inputs=store.args[2] is not None)
+    format = FORMATS[scheme.format]
+    if not scheme.inputs and "none" not in format.inputs:
         raise CheckpointError(
-            f"{store.args[0]}: its weights are FP8, its inputs not; engines know both or none"
+            f"{store.args[0]}: its weights are {format.title}, its inputs not; engines know both or none"
         )
-    return Scheme.FP8
+    return scheme
 
 
 def _options(node: Node) -> dict[str, Any]:

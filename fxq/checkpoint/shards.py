@@ -250,7 +250,7 @@ def _natural(key: str) -> str:
 
 
 def nbytes(info: TensorInfo) -> int:
-    return torch.Size(info.shape).numel() * info.dtype.itemsize
+    return info.nbytes
 
 
 def parts(info: TensorInfo, most: int) -> Iterator[range | None]:

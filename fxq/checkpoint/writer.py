@@ -33,7 +33,8 @@ from fxq.graph import dialect
 from fxq.graph.arguments import int_at, node_at
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
-from fxq.numbers import fp8, nvfp4
+from fxq.numbers.formats import FORMATS as NUMBERS
+from fxq.numbers.formats import Format, Measured, Packed
 from fxq.numbers.quality import STEPS, Traits, traits
 from fxq.run.loader import on_host
 from fxq.run.simulate import amax_value
@@ -47,7 +48,6 @@ SHARD_BYTES = 5_000_000_000
 PIECE_BYTES = 4 << 20
 # Batches that are packed at the same time: on a CPU two, so that no core waits for the end of one.
 PACKERS = {"cpu": 2, "cuda": 1}
-_Measured = nvfp4.Measured | fp8.Measured
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _REPLACED = (
     "config.json",
@@ -182,7 +182,7 @@ class _Writer:
             if node.target is dialect.STORE_KV and node.args[1] is not None:
                 yield from self._cache(node)
         copies = self._copies([node for node in nodes if node.target is dialect.STORE])
-        packs = [node for node in nodes if node.target in dialect.PACKS and not self._is_packed(node)]
+        packs = [node for node in nodes if node.target is dialect.PACK and not self._is_packed(node)]
         threads = PACKERS[self.device.type]
         packed = stage(
             self._packed,
@@ -208,7 +208,8 @@ class _Writer:
         amaxes = [amax_value(node_at(store, i), self.program.values) for i in (1, 2)]
         name = f"{store.args[0]} cache"
         if name not in self.finished:
-            yield Piece(name, self._whole(self.format.kv_tensors(store.args[0], *amaxes)))
+            tensors = self.format.kv_tensors(store.args[0], *amaxes, store.kwargs["format"])
+            yield Piece(name, self._whole(tensors))
 
     def _copies(self, stores: Sequence[Node]) -> Iterator[Piece]:
         """Tensors that are carried through as they are, a part at a time."""
@@ -241,7 +242,7 @@ class _Writer:
     def _note(self, pack: Node, own: Traits) -> None:
         self.written.note(_weight_name(node_at(pack, 0)), node_at(pack, 0).meta["val"].numel(), own)
 
-    def _packed(self, batch: tuple[list[Node], Tensor]) -> tuple[list[Node], Tensor, _Measured]:
+    def _packed(self, batch: tuple[list[Node], Tensor]) -> tuple[list[Node], Tensor, Measured]:
         """(pack nodes, weights [n, out, in], those packed, on the device)."""
         weights, values = batch
         packs = [_pack_of(w) for w in weights]
@@ -263,11 +264,11 @@ class _Writer:
     def _is_later(self, amax: Node) -> bool:
         return amax.target is dialect.VALUE and self.program.is_later(str(amax.args[0]))
 
-    def _packed_pieces(self, packs: list[Node], values: Tensor, measured: _Measured) -> Iterator[Piece]:
+    def _packed_pieces(self, packs: list[Node], values: Tensor, measured: Measured) -> Iterator[Piece]:
         """A piece for each weight of a batch that is packed."""
         _check_scales(packs, measured.scale)
         packed = _in_host_memory(measured)
-        for i, (pack, own) in enumerate(zip(packs, traits(values, measured), strict=True)):
+        for i, (pack, own) in enumerate(zip(packs, traits(values, measured, _format(packs[0])), strict=True)):
             blocks: list[Block] = []
             zeros: list[str] = []
             for store in pack.users:
@@ -281,23 +282,23 @@ class _Writer:
             self._note(pack, own)
             yield Piece(_piece_name(pack), blocks, own)
 
-    def _blocks(self, store: Node, packed: nvfp4.Packed | fp8.Packed) -> list[Block]:
+    def _blocks(self, store: Node, packed: Packed) -> list[Block]:
         """What one store writes."""
-        held = store.args[2]
+        held, format = store.args[2], str(node_at(store, 1).kwargs["format"])
         input_amax = amax_value(held, self.program.values) if isinstance(held, Node) else None
         if store.target is dialect.STORE_LINEAR:
             key = f"{store.args[0]}.weight"
-            tensors = self.format.weight_tensors(key, packed)
-            return self._whole({**tensors, **self.format.scalar_tensors(key, packed, input_amax)})
+            tensors = self.format.weight_tensors(key, packed, format)
+            return self._whole({**tensors, **self.format.scalar_tensors(key, packed, format, input_amax)})
         key, options = str(store.args[0]), cast(dict[str, Any], store.kwargs)
         blocks = []
-        for name, block in self.format.weight_tensors(key, packed).items():
+        for name, block in self.format.weight_tensors(key, packed, format).items():
             turned = block.T if options["transposed"] else block
             rows = range(len(turned)) if options["transposed"] else range(*options["rows"])
             blocks.append(
                 self.shards.rows(name, turned, rows, expert=options["expert"], experts=options["experts"])
             )
-        scalars = self.format.scalar_tensors(key, packed, input_amax)
+        scalars = self.format.scalar_tensors(key, packed, format, input_amax)
         for name, value in self.scalars.setdefault(key, scalars).items():
             if not torch.equal(value, scalars[name]):
                 raise CheckpointError(
@@ -312,7 +313,7 @@ class _Writer:
 
 
 def _pack_of(weight: Node) -> Node:
-    return next(user for user in weight.users if user.target in dialect.PACKS)
+    return next(user for user in weight.users if user.target is dialect.PACK)
 
 
 def _piece_name(pack: Node) -> str:
@@ -323,18 +324,19 @@ def _piece_name(pack: Node) -> str:
     return f"{store.args[0]} expert {store.kwargs['expert']} rows {store.kwargs['rows']}"
 
 
-def _quantized(pack: Node, values: Tensor, amax: Tensor) -> _Measured:
+def _quantized(pack: Node, values: Tensor, amax: Tensor) -> Measured:
     """What a pack node computes, of many weights at once."""
-    if pack.target is dialect.PACK_FP8:
-        return fp8.quantize_measured(values, amax)
-    return nvfp4.quantize_measured(values, amax, str(pack.kwargs["scale"]))
+    return _format(pack).measured(values, amax, str(pack.kwargs["scale"]))
 
 
-def _in_host_memory(packed: _Measured) -> _Measured:
-    tensors: dict[str, Any] = {
-        field.name: on_host(getattr(packed, field.name)) for field in dataclasses.fields(packed)
-    }
-    return dataclasses.replace(packed, **tensors)
+def _format(pack: Node) -> Format:
+    return NUMBERS[str(pack.kwargs["format"])]
+
+
+def _in_host_memory(packed: Any) -> Measured:
+    """A packed weight, a dataclass of tensors, with each of them on the CPU."""
+    tensors = {f.name: on_host(getattr(packed, f.name)) for f in dataclasses.fields(packed)}
+    return cast(Measured, dataclasses.replace(packed, **tensors))
 
 
 def _weight_name(w: Node) -> tuple[str, int | None]:

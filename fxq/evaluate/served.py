@@ -1,7 +1,7 @@
 """The graph of a checkpoint as engines serve it: weights come decoded, and what they multiply and what
 attentions cache is quantized where, and as, the checkpoint says."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fxq.graph.structure.matmuls import Frontiers, WeightMatmul, weight_matmuls
 from fxq.graph.structure.views import VIEWS, strip
 from fxq.graph.text import format_target
 from fxq.model import Model
-from fxq.numbers import fp8, nvfp4
+from fxq.numbers.formats import FORMATS
 from fxq.passes import PASSES
 from fxq.pipeline.run import run_passes
 from fxq.pipeline.spec import parse
@@ -29,11 +29,6 @@ from fxq.sources.fp8_blocks import Activations, InputScale
 _EXPERTS = parse("passes: [{fuse-experts: {partial: true}}]", PASSES, "served")
 _CACHES = parse("passes: [{quantize-kv: {required: false}}]", PASSES, "served")
 _TAKE_INPUTS = (torch.ops.aten.linear.default, dialect.EXPERT_LINEAR)
-# What turns an amax into the scale that a checkpoint holds, and its divisor.
-_SCALES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "nvfp4": (nvfp4.global_scale, 6 * nvfp4.E4M3_MAX),
-    "fp8": (fp8.scale_of, nvfp4.E4M3_MAX),
-}
 
 
 def served(model: Model) -> Program:
@@ -78,7 +73,7 @@ def _quantize_inputs(program: Program, source: Directory, activations: Activatio
         edit.replace(matmul.x, quantized[known], [matmul.node])
     if differing:
         program.notes.append(
-            f"{and_more(differing)}: its input scale differs from its fellows'; engines, and "
+            f"{and_more(differing)}: its input scale differs from its siblings'; engines, and "
             "this simulation, take the largest"
         )
     extra = set(program.hub.extra)
@@ -104,7 +99,8 @@ def _format(scales: Mapping[str, InputScale], matmul: WeightMatmul) -> str:
     first, last = next(iter(scales)), list(scales)[-1]
     formats = {scale.format for scale in scales.values()}
     if len(formats) > 1:
-        raise SourceError(f"{first}: read together with {last}, but one is NVFP4, the other FP8")
+        titles = [format.title for name, format in FORMATS.items() if name in formats]
+        raise SourceError(f"{first}: read together with {last}, but one is {', the other '.join(titles)}")
     if matmul.node.target not in _TAKE_INPUTS:
         raise SourceError(
             f"{first} has an input scale, but the model uses it in %{matmul.node.name} "
@@ -116,7 +112,7 @@ def _format(scales: Mapping[str, InputScale], matmul: WeightMatmul) -> str:
 def _quantize(program: Program, x: Node, name: str, format: str, scale: float) -> Node:
     amax = edit.call(x.graph, f"{name}_amax", dialect.AMAX, x)
     program.values[amax.name] = _amax(torch.tensor(scale), format)
-    kind = dialect.INPUT_SCALES[format]
+    kind = FORMATS[format].input_scale
     return edit.call(x.graph, f"{name}_q", dialect.QUANTIZE, x, amax, format=format, scale=kind)
 
 
@@ -134,8 +130,8 @@ def _scale(source: Directory, scale: InputScale) -> float:
 
 def _amax(scale: Tensor, format: str) -> Tensor:
     """The amax whose scale is this one, or its neighbour where float32 has none."""
-    scale_of, divisor = _SCALES[format]
-    near = scale * divisor
+    scale_of = FORMATS[format].scale_of
+    near = scale * FORMATS[format].largest
     candidates = [near, *(torch.nextafter(near, torch.tensor(end)) for end in (0.0, torch.inf))]
     return min(candidates, key=lambda amax: float((scale_of(amax) - scale).abs()))
 
@@ -146,17 +142,17 @@ def _fill_caches(program: Program, source: Directory, activations: Activations) 
     frontiers = Frontiers(program.graph)
     bare, scaled = list[str](), 0
     for attention in attentions(program.graph):
-        holes = [node_at(t, 1) for t in (attention.k, attention.v) if t.target is dialect.QUANTIZE]
-        if not any(hole.target is dialect.AMAX for hole in holes):
+        caches = [t for t in (attention.k, attention.v) if t.target is dialect.QUANTIZE]
+        if not any(node_at(t, 1).target is dialect.AMAX for t in caches):
             continue
         module = cache_module(program.hub, frontiers, attention.k, attention.v)
         found = _cache_scales(activations.cache_scales, module)
         bare, scaled = (bare, scaled + 1) if found else ([*bare, module], scaled)
-        for hole, kind in zip(holes, "kv", strict=True):
-            key = found.get(kind) or next(iter(found.values()), None)
-            value = _scale(source, InputScale(key, "fp8")) if key is not None else 1.0
-            if hole.target is dialect.AMAX:
-                program.values[hole.name] = _amax(torch.tensor(value), "fp8")
+        for cache, kind in zip(caches, "kv", strict=True):
+            key, format = found.get(kind) or next(iter(found.values()), None), str(cache.kwargs["format"])
+            value = _scale(source, InputScale(key, format)) if key is not None else 1.0
+            if (hole := node_at(cache, 1)).target is dialect.AMAX:
+                program.values[hole.name] = _amax(torch.tensor(value), format)
     if bare and scaled:
         program.notes.append(f"{and_more(bare)}: no KV scale, although others have one; engines take 1.0")
 

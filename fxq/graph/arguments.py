@@ -27,19 +27,14 @@ def int_at(node: Node, position: int) -> int:
 
 
 def joined(sets: Iterable[Sequence[T]]) -> list[list[T]]:
-    """Sets of nodes (or names), those that overlap made one, in order of their first node."""
-    parent: dict[T, T] = {}
+    """Sets of nodes (or names), those that overlap made one; groups and their members in order of first
+    appearance."""
+    from networkx.utils import UnionFind  # 0.4 s, which a program that joins nothing need not wait for
 
-    def head(node: T) -> T:
-        while (above := parent.setdefault(node, node)) is not node:
-            parent[node] = parent[above]
-            node = above
-        return node
-
+    union: UnionFind[T] = UnionFind()
     for nodes in sets:
-        for node in nodes:
-            parent[head(node)] = head(nodes[0])
+        union.union(*nodes)
     groups: dict[T, list[T]] = {}
-    for node in parent:
-        groups.setdefault(head(node), []).append(node)
+    for node in union:
+        groups.setdefault(union[node], []).append(node)
     return list(groups.values())

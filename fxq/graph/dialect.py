@@ -1,41 +1,128 @@
-"""The fxq dialect: the few operators that passes add to an aten graph, registered with torch.library.
+"""The fxq dialect: the few operators that passes add to an aten graph.
 
-Each has an eager implementation, so that every intermediate graph runs, and a shape rule, so that it verifies
-without a dispatch. `store` operators exist only in the lowered checkpoint program, which a writer interprets.
+Each is made by `operator`, in one call that says all about it, and is from then on a target of nodes like
+any of torch's: `SLICE(w, 3)` runs it, and graphs with it print, parse, verify and run. Another package makes
+operators of its own in the same way:
+
+    SCALED = operator(
+        "acme::scaled(Tensor t, Tensor by) -> Tensor",
+        run=lambda t, by: t * by.to(t.dtype),
+        shape=lambda t, by: tensor_type(t.shape, t.dtype),
+        rules=((lambda node: shape_at(node, 1) == (), "expected a scale of shape []"),),
+    )
+    edit.call(graph, "w_scaled", SCALED, w, by)
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from fxq.numbers import fp8, nvfp4
-from fxq.trace import opaque_calls as leaves
+from fxq.graph.arguments import int_at, node_at, nodes_at
+from fxq.numbers.formats import FORMATS
 
-FORMATS = ("nvfp4", "fp8")
-SCALES = ("max", "mse", "dynamic", "static")
-# How each format scales the input of a linear.
-INPUT_SCALES = {"nvfp4": "dynamic", "fp8": "static"}
+# What must hold of a call (if it raises IndexError, TypeError or AttributeError it does not), and the words
+# for its failing.
+Rule = tuple[Callable[[Node], bool], str]
 
-_LIB = torch.library.Library("fxq", "DEF")
-_LIB.define("expert_linear(Tensor x, Tensor w, Tensor expert_ids) -> Tensor")
-_LIB.define("slice(Tensor(a) w, int e) -> Tensor(a)")
-_LIB.define("amax(Tensor t) -> Tensor")
-_LIB.define("sync(Tensor[] amaxes) -> Tensor")
-_LIB.define("quantize(Tensor t, Tensor amax, *, str format, str scale) -> Tensor")
-_LIB.define("stack(Tensor[] slices) -> Tensor")
-_LIB.define("value(str name) -> Tensor")
-_LIB.define("load(str key, *, int[] shape, ScalarType dtype) -> Tensor")
-_LIB.define("pack_nvfp4(Tensor w, Tensor amax, *, str scale) -> Tensor[]")
-_LIB.define("pack_fp8(Tensor w, Tensor amax) -> Tensor[]")
-_LIB.define("store_linear(str name, Tensor[] packed, Tensor? input_amax, *, int start, int end) -> ()")
-_LIB.define(
-    "store_rows(str key, Tensor[] packed, Tensor? input_amax, *, int start, int end, int[] rows, "
-    "int[] shape, int expert, int experts, bool transposed) -> ()"
-)
-_LIB.define("store_kv(str attention, Tensor? k_amax, Tensor? v_amax, *, str format) -> ()")
-_LIB.define("store(str key, Tensor t) -> ()")
-_LIB.define("leaf(str function, Tensor[] tensors, SymInt[] sizes, *, str arguments) -> Tensor[]")
+
+@dataclass(frozen=True)
+class Operator:
+    """What verifying, typing and tidying a graph need to know of a target; see `operator`."""
+
+    schema: str
+    shape: Callable[..., object]
+    rules: tuple[Rule, ...]
+
+    @property
+    def has_result(self) -> bool:
+        """Whether it gives a value; a call without one is there for its effect, used or not."""
+        return not self.schema.endswith("-> ()")
+
+
+_OPERATORS: dict[object, Operator] = {}
+_LIBRARIES: dict[str, torch.library.Library] = {}  # an operator lives as long as the library it is in
+
+
+def operator(
+    schema: str,
+    *,
+    run: Callable[..., object] | None = None,
+    shape: Callable[..., object] | None = None,
+    rules: tuple[Rule, ...] = (),
+) -> Callable[..., Any]:
+    """A new operator; what it returns is the `target` of its nodes, and can be called.
+
+    schema: as torch.library has it, `name(Tensor t, int n) -> Tensor`, in torch's namespace `fxq` unless it
+    begins with `another::`. Without a result, `-> ()`, it is kept in a graph for its effect.
+    run: computes it from tensors; None for what a writer alone can do, which does nothing when run.
+    shape: from the same arguments, tensors being on the meta device, the result's type (`tensor_type` makes
+    one); None without a result.
+    rules: what must hold of a call, besides the schema, in a graph that verifies.
+    Raises RuntimeError, as torch does, for a name that is taken or a schema that cannot be read.
+    """
+    namespace, _, signature = schema.rpartition("::")
+    namespace = namespace or "fxq"
+    name, _, arguments = signature.partition("(")
+    if namespace not in _LIBRARIES:
+        _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    library = _LIBRARIES[namespace]
+    library.define(signature)
+    has_tensors = "Tensor" in arguments.partition("->")[0]
+    # Without a tensor argument torch does not know whose implementation to take, and asks this key.
+    library.impl(name, run or _nothing, "CompositeExplicitAutograd" if has_tensors else "BackendSelect")
+    if shape is not None and has_tensors:
+        library.impl(name, shape, "Meta")
+    target = getattr(getattr(torch.ops, namespace), name).default
+    _OPERATORS[target] = Operator(signature, shape or _nothing, rules)
+    return target  # type: ignore[no-any-return]
+
+
+def find(target: object) -> Operator | None:
+    """The operator whose nodes have this target; None for torch's own and others'."""
+    return _OPERATORS.get(target)
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """What a call for its effect gives outside of a writer."""
+
+
+def tensor_type(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor type, as shape rules give it."""
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def _scalar(*args: object, **kwargs: object) -> Tensor:
+    return tensor_type((), torch.float32)
+
+
+def shape_at(node: Node, position: int) -> tuple[int, ...] | None:
+    """The shape of the tensor that stands at `position`; None if there is none."""
+    return _shape(node.args[position])
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    val = value.meta.get("val") if isinstance(value, Node) else None
+    return tuple(val.shape) if isinstance(val, Tensor) else None
+
+
+def _rank(position: int, rank: int) -> Callable[[Node], bool]:
+    return lambda node: len(shape_at(node, position) or ()) == rank
+
+
+def _is_amax(value: object) -> bool:
+    val = value.meta.get("val") if isinstance(value, Node) else None
+    return isinstance(val, Tensor) and val.dtype == torch.float32 and val.shape == ()
+
+
+_HAS_AMAX: Rule = (lambda node: _is_amax(node.args[1]), "expected an amax of type f32[]")
+
+
+# Experts: what `index > bmm` or `_grouped_mm` computes over a fused weight, one expert of it, and it again.
 
 
 def _expert_linear(x: Tensor, w: Tensor, expert_ids: Tensor) -> Tensor:
@@ -62,27 +149,108 @@ def _rounded(count: int) -> int:
     return -(-count // step) * step
 
 
-def _quantize(t: Tensor, amax: Tensor, *, format: str, scale: str) -> Tensor:
-    """Fake-quantize: `t` rounded to what the format can hold given amax f32 [], same shape and dtype.
-
-    nvfp4 weights ([out, in]) choose block scales once ("max" or "mse"); "dynamic" is what a kernel does to
-    a linear's input. fp8 has one scale a tensor, amax / 448; that of a linear's input is called "static".
-    """
-    if format == "fp8":
-        return fp8.fake_quantize(t, amax)
-    if scale == "dynamic":
-        return nvfp4.fake_quantize_activation(t, amax)
-    return nvfp4.dequantize(nvfp4.quantize_weight(t, amax, scale)).to(t.dtype)
+def _is_index(node: Node) -> bool:
+    val = node_at(node, 2).meta["val"]
+    return len(val.shape) == 1 and val.dtype in (torch.int32, torch.int64)
 
 
-def _pack_nvfp4(w: Tensor, amax: Tensor, *, scale: str) -> list[Tensor]:
-    packed = nvfp4.quantize_weight(w, amax, scale)
-    return [packed.weight, packed.scale, packed.scale_2]
+def _same_shapes(node: Node) -> bool:
+    slices = node.args[0]
+    return isinstance(slices, (list, tuple)) and len({_shape(s) for s in slices}) == 1
 
 
-def _pack_fp8(w: Tensor, amax: Tensor) -> list[Tensor]:
-    packed = fp8.quantize_weight(w, amax)
-    return [packed.weight, packed.scale]
+EXPERT_LINEAR = operator(
+    "expert_linear(Tensor x, Tensor w, Tensor expert_ids) -> Tensor",
+    run=_expert_linear,
+    shape=lambda x, w, expert_ids: tensor_type((x.shape[0], w.shape[1]), x.dtype),
+    rules=(
+        (_rank(0, 2), "expected tokens x [T, in]"),
+        (_rank(1, 3), "expected a fused weight w [E, out, in]"),
+        (_is_index, "expected expert_ids, integers [T]"),
+        (
+            lambda n: (shape_at(n, 0) or (0, -1))[1] == (shape_at(n, 1) or (0, 0, 0))[2],
+            "x and w disagree on `in`",
+        ),
+    ),
+)
+SLICE = operator(
+    "slice(Tensor(a) w, int e) -> Tensor(a)",
+    run=lambda w, e: w.select(0, e),
+    shape=lambda w, e: tensor_type(w.shape[1:], w.dtype),
+    rules=(
+        (_rank(0, 3), "expected a fused weight w [E, out, in]"),
+        (lambda n: 0 <= int_at(n, 1) < (shape_at(n, 0) or (0,))[0], "the expert index is out of range"),
+    ),
+)
+STACK = operator(
+    "stack(Tensor[] slices) -> Tensor",
+    run=lambda slices: torch.stack(list(slices)),
+    shape=lambda slices: tensor_type((len(slices), *slices[0].shape), slices[0].dtype),
+    rules=((_same_shapes, "the slices differ in shape"),),
+)
+
+
+# Statistics, and the rounding that they scale.
+
+
+def _format_is_known(node: Node) -> bool:
+    return node.kwargs.get("format") in FORMATS
+
+
+def _scale_is_known(node: Node) -> bool:
+    format = FORMATS[str(node.kwargs.get("format"))]
+    return node.kwargs.get("scale") in (*format.scales, format.input_scale)
+
+
+def _has_whole_blocks(name: str) -> Rule:
+    format = FORMATS[name]
+    return (
+        lambda n: n.kwargs.get("format") != name or format.holds((shape_at(n, 0) or (1,))[-1]),
+        f"{name} needs a last dimension that is a multiple of {format.block}",
+    )
+
+
+_FORMAT_RULES: tuple[Rule, ...] = (
+    (_format_is_known, f"format is one of {', '.join(FORMATS)}"),
+    (
+        _scale_is_known,
+        "scale is one of "
+        + "; of ".join(f"{', '.join((*f.scales, f.input_scale))} for {f.name}" for f in FORMATS.values()),
+    ),
+    *(_has_whole_blocks(format.name) for format in FORMATS.values() if format.block is not None),
+)
+
+
+def _pack_shape(w: Tensor, amax: Tensor, *, format: str, scale: str) -> list[Tensor]:
+    return [tensor_type(part.shape(tuple(w.shape)), part.dtype) for part in FORMATS[format].parts]
+
+
+def _pack(w: Tensor, amax: Tensor, *, format: str, scale: str) -> list[Tensor]:
+    packed = FORMATS[format].quantize(w, amax, scale)
+    return [*FORMATS[format].rows(packed).values(), *FORMATS[format].scalars(packed).values()]
+
+
+AMAX = operator("amax(Tensor t) -> Tensor", run=lambda t: t.abs().amax().to(torch.float32), shape=_scalar)
+SYNC = operator(
+    "sync(Tensor[] amaxes) -> Tensor",
+    run=lambda amaxes: torch.stack(list(amaxes)).amax(0),
+    shape=_scalar,
+    rules=(
+        (lambda n: bool(n.args[0]) and all(map(_is_amax, nodes_at(n, 0))), "expected amaxes, f32[] each"),
+    ),
+)
+# What remains of `t` in a format, given amax f32 []: its own shape and dtype, so that a graph with it
+# simulates the deployed model. A weight's scales are chosen by one of the format's `scales`, those of a
+# linear's input by its `input_scale`.
+QUANTIZE = operator(
+    "quantize(Tensor t, Tensor amax, *, str format, str scale) -> Tensor",
+    run=lambda t, amax, *, format, scale: FORMATS[format].fake_quantize(t, amax, scale),
+    shape=lambda t, amax, *, format, scale: tensor_type(t.shape, t.dtype),
+    rules=(_HAS_AMAX, *_FORMAT_RULES),
+)
+
+
+# The checkpoint program: load, pack and store, which a writer interprets.
 
 
 def _value(name: str) -> Tensor:
@@ -97,83 +265,51 @@ def _load(key: str, *, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     )
 
 
-def _store(*args: object, **kwargs: object) -> None:
-    """Nothing to do outside a writer."""
+def _option(node: Node, name: str) -> Any:
+    return node.kwargs[name]
 
 
-_EAGER: dict[str, Callable[..., object]] = {
-    "expert_linear": _expert_linear,
-    "slice": lambda w, e: w.select(0, e),
-    "amax": lambda t: t.abs().amax().to(torch.float32),
-    "sync": lambda amaxes: torch.stack(list(amaxes)).amax(0),
-    "quantize": _quantize,
-    "stack": lambda slices: torch.stack(list(slices)),
-    "value": _value,
-    "load": _load,
-    "pack_nvfp4": _pack_nvfp4,
-    "pack_fp8": _pack_fp8,
-    "store_linear": _store,
-    "store_rows": _store,
-    "store_kv": _store,
-    "store": _store,
-    "leaf": lambda function, tensors, sizes, *, arguments: leaves.run(function, tensors, sizes, arguments),
-}
+def _fits_tensor(node: Node) -> bool:
+    """Whether rows [start, end) of a packed weight fit range(*rows) of one expert of the stored tensor."""
+    *tall, width = _option(node, "shape")
+    experts = _option(node, "experts")
+    sizes = [math.prod(tall) // experts, width]
+    out, columns = reversed(sizes) if _option(node, "transposed") else sizes
+    rows, inputs = node_at(node_at(node, 1), 0).meta["val"].shape
+    fits = columns == inputs and range(*_option(node, "rows"))[-1] < out
+    return bool(fits and _option(node, "end") <= rows and math.prod(tall) % experts == 0)
 
 
-def _meta(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, device="meta")
-
-
-def _scalar() -> Tensor:
-    return _meta((), torch.float32)
-
-
-SHAPES: dict[str, Callable[..., object]] = {
-    "expert_linear": lambda x, w, expert_ids: _meta((x.shape[0], w.shape[1]), x.dtype),
-    "slice": lambda w, e: _meta(w.shape[1:], w.dtype),
-    "amax": lambda t: _scalar(),
-    "sync": lambda amaxes: _scalar(),
-    "quantize": lambda t, amax, *, format, scale: _meta(t.shape, t.dtype),
-    "stack": lambda slices: _meta((len(slices), *slices[0].shape), slices[0].dtype),
-    "value": lambda name: _scalar(),
-    "load": lambda key, *, shape, dtype: _meta(shape, dtype),
-    "pack_nvfp4": lambda w, amax, *, scale: [
-        _meta((*w.shape[:-1], w.shape[-1] // 2), torch.uint8),
-        _meta((*w.shape[:-1], w.shape[-1] // nvfp4.BLOCK), torch.float8_e4m3fn),
-        _meta(w.shape[:-2], torch.float32),
-    ],
-    "pack_fp8": lambda w, amax: [_meta(w.shape, torch.float8_e4m3fn), _meta(w.shape[:-2], torch.float32)],
-    "store_linear": lambda *args, **kwargs: None,
-    "store_rows": lambda *args, **kwargs: None,
-    "store_kv": lambda *args, **kwargs: None,
-    "store": lambda *args, **kwargs: None,
-    "leaf": lambda function, tensors, sizes, *, arguments: leaves.shapes(function, tensors, sizes, arguments),
-}
-
-for _name, _function in _EAGER.items():
-    _LIB.impl(
-        _name, _function, "BackendSelect" if _name in ("load", "value") else "CompositeExplicitAutograd"
-    )
-    if not _name.startswith(("store", "load", "value")):
-        _LIB.impl(_name, SHAPES[_name], "Meta")
-
-EXPERT_LINEAR = torch.ops.fxq.expert_linear.default
-SLICE = torch.ops.fxq.slice.default
-AMAX = torch.ops.fxq.amax.default
-SYNC = torch.ops.fxq.sync.default
-QUANTIZE = torch.ops.fxq.quantize.default
-STACK = torch.ops.fxq.stack.default
-VALUE = torch.ops.fxq.value.default
-LOAD = torch.ops.fxq.load.default
-PACK_NVFP4 = torch.ops.fxq.pack_nvfp4.default
-PACK_FP8 = torch.ops.fxq.pack_fp8.default
-PACKS = frozenset({PACK_NVFP4, PACK_FP8})
-STORE_LINEAR = torch.ops.fxq.store_linear.default
+VALUE = operator("value(str name) -> Tensor", run=_value, shape=_scalar)
+LOAD = operator(
+    "load(str key, *, int[] shape, ScalarType dtype) -> Tensor",
+    run=_load,
+    shape=lambda key, *, shape, dtype: tensor_type(shape, dtype),
+)
+# The parts of a weight [out, in] in a format, as `Format.parts` lists them.
+PACK = operator(
+    "pack(Tensor w, Tensor amax, *, str format, str scale) -> Tensor[]",
+    run=_pack,
+    shape=_pack_shape,
+    rules=(_HAS_AMAX, *_FORMAT_RULES),
+)
+STORE_LINEAR = operator(
+    "store_linear(str name, Tensor[] packed, Tensor? input_amax, *, int start, int end) -> ()"
+)
 # A weight that shares a tensor of the checkpoint with others: rows [start, end) of `packed` become rows
 # range(*rows) of expert `expert` of the tensor `key`. That tensor has `shape` before packing, seen as
 # [experts, out, in], or as [experts, in, out] if `transposed`; all that is stored into it has one amax.
-STORE_ROWS = torch.ops.fxq.store_rows.default
-STORE_KV = torch.ops.fxq.store_kv.default
-STORE = torch.ops.fxq.store.default
-LEAF = torch.ops.fxq.leaf.default
-STORES = frozenset({STORE_LINEAR, STORE_ROWS, STORE_KV, STORE})
+STORE_ROWS = operator(
+    "store_rows(str key, Tensor[] packed, Tensor? input_amax, *, int start, int end, int[] rows, "
+    "int[] shape, int expert, int experts, bool transposed) -> ()",
+    rules=(
+        (lambda n: 0 <= _option(n, "expert") < _option(n, "experts"), "the expert index is out of range"),
+        (
+            lambda n: len(range(*_option(n, "rows"))) == _option(n, "end") - _option(n, "start"),
+            "expected as many rows of the tensor as of the weight",
+        ),
+        (_fits_tensor, "the rows lie outside of the tensor"),
+    ),
+)
+STORE_KV = operator("store_kv(str attention, Tensor? k_amax, Tensor? v_amax, *, str format) -> ()")
+STORE = operator("store(str key, Tensor t) -> ()")

@@ -9,7 +9,9 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from fxq.errors import VerifyError
-from fxq.graph.dialect import STORES
+from fxq.graph import dialect
+from fxq.graph.arguments import node_at
+from fxq.graph.structure.views import VIEWS, shape_of, swaps_matrix
 from fxq.graph.text import meta
 from fxq.graph.verify import infer
 
@@ -33,6 +35,31 @@ def _shared(val: Any) -> Any:
     if type(val) is torch.Tensor and val.is_meta and val.is_contiguous():
         return meta(tuple(val.shape), val.dtype)
     return val
+
+
+def quantize(t: Node, name: str, *, format: str, scale: str, amax: Node | None = None) -> Node:
+    """A new node `name_q` that stands for `t` in a format, scaled by `amax` or by its own,
+    `name_amax`."""
+    if amax is None:
+        amax = call(t.graph, f"{name}_amax", dialect.AMAX, t)
+    return call(t.graph, f"{name}_q", dialect.QUANTIZE, t, amax, format=format, scale=scale)
+
+
+def transposed(w: Node) -> Node:
+    """A weight with its last two dimensions exchanged, the same node for all who ask; undoes a transpose
+    rather than stacking a second one.
+
+    %w_t : bf16[8,32,64] = aten.transpose.int(%w, 1, 2)   of %w this, of %w_t %w
+    """
+    if w.target in VIEWS and swaps_matrix(w):
+        return node_at(w, 0)
+    views = (user for user in w.users if user.target in VIEWS and swaps_matrix(user))
+    rank = len(shape_of(w))
+    return next(views, None) or (
+        call(w.graph, f"{w.name}_t", torch.ops.aten.t.default, w)
+        if rank == 2
+        else call(w.graph, f"{w.name}_t", torch.ops.aten.transpose.int, w, rank - 2, rank - 1)
+    )
 
 
 def replace(old: Node, new: Node, users: Iterable[Node] | None = None) -> None:
@@ -64,7 +91,10 @@ def tidy(graph: Graph) -> None:
 
 
 def _is_unused(node: Node) -> bool:
-    return not node.users and node.op in ("call_function", "get_attr") and node.target not in STORES
+    if node.users or node.op not in ("call_function", "get_attr"):
+        return False
+    known = dialect.find(node.target)
+    return known is None or known.has_result
 
 
 def _place(node: Node, placed: dict[Node, None]) -> None:

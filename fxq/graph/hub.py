@@ -1,5 +1,6 @@
 """The checkpoint's view of a model: which tensors it holds, and where in them each parameter lies."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,6 +16,11 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @staticmethod
     @lru_cache(maxsize=4096)

@@ -1,7 +1,6 @@
-"""Every rule a graph must keep between passes: order, known operators, and types that the operators
-really give."""
+"""Every rule a graph must keep between passes: order, known operators, the operators' own rules, and types
+that they really give."""
 
-import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -13,12 +12,7 @@ from torch.fx.node import map_arg
 
 from fxq.errors import VerifyError
 from fxq.graph import dialect
-from fxq.graph.arguments import int_at, node_at, nodes_at
 from fxq.graph.text import format_node, format_target, format_type, is_operator
-
-_FXQ_SHAPES: dict[object, Callable[..., object]] = {
-    getattr(torch.ops.fxq, name).default: rule for name, rule in dialect.SHAPES.items()
-}
 
 # Operators whose result's size or value only the data knows: its recorded example is all there is.
 _DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -82,7 +76,8 @@ def _same_objects(a: Sequence[object], b: Sequence[object] | None) -> bool:
 def _verify_call(node: Node) -> None:
     if not is_operator(node.target):
         raise _broken(node, f"expected an operator of torch.ops, operator or math, found {node.target!r}")
-    for holds, rule in RULES.get(node.target, ()):
+    known = dialect.find(node.target)
+    for holds, rule in known.rules if known is not None else ():
         try:
             good = holds(node)
         except (IndexError, TypeError, AttributeError):
@@ -99,97 +94,13 @@ def _broken(node: Node, reason: str) -> VerifyError:
     return VerifyError(f"%{node.name}: {reason}\n  {format_node(node)[:200]}")
 
 
-def _is_amax(node: object) -> bool:
-    val = node.meta.get("val") if isinstance(node, Node) else None
-    return isinstance(val, torch.Tensor) and val.dtype == torch.float32 and val.shape == ()
-
-
-def _rank(position: int, rank: int) -> Callable[[Node], bool]:
-    return lambda node: (
-        _shape(node.args[position]) is not None and len(_shape(node.args[position]) or ()) == rank
-    )
-
-
-def _shape(node: object) -> tuple[int, ...] | None:
-    val = node.meta.get("val") if isinstance(node, Node) else None
-    return tuple(val.shape) if isinstance(val, torch.Tensor) else None
-
-
-def _is_index(node: Node) -> bool:
-    val = node_at(node, 2).meta["val"]
-    return len(val.shape) == 1 and val.dtype in (torch.int32, torch.int64)
-
-
-def _same_shapes(node: Node) -> bool:
-    slices = node.args[0]
-    return isinstance(slices, (list, tuple)) and len({_shape(s) for s in slices}) == 1
-
-
-def _option(node: Node, name: str) -> Any:
-    return node.kwargs[name]
-
-
-def _fits_tensor(node: Node) -> bool:
-    """Whether rows [start, end) of a packed weight fit range(*rows) of one expert of the stored tensor."""
-    *tall, width = _option(node, "shape")
-    experts = _option(node, "experts")
-    sizes = [math.prod(tall) // experts, width]
-    out, columns = reversed(sizes) if _option(node, "transposed") else sizes
-    weight = node_at(node, 1).meta["val"][0].shape
-    fits = columns == 2 * weight[1] and range(*_option(node, "rows"))[-1] < out
-    return fits and _option(node, "end") <= weight[0] and math.prod(tall) % experts == 0
-
-
-RULES: dict[object, tuple[tuple[Callable[[Node], bool], str], ...]] = {
-    dialect.EXPERT_LINEAR: (
-        (_rank(0, 2), "expected tokens x [T, in]"),
-        (_rank(1, 3), "expected a fused weight w [E, out, in]"),
-        (_is_index, "expected expert_ids, integers [T]"),
-        (
-            lambda n: (_shape(n.args[0]) or (0, -1))[1] == (_shape(n.args[1]) or (0, 0, 0))[2],
-            "x and w disagree on `in`",
-        ),
-    ),
-    dialect.SLICE: (
-        (_rank(0, 3), "expected a fused weight w [E, out, in]"),
-        (lambda n: 0 <= int_at(n, 1) < (_shape(n.args[0]) or (0,))[0], "the expert index is out of range"),
-    ),
-    dialect.SYNC: (
-        (lambda n: bool(n.args[0]) and all(map(_is_amax, nodes_at(n, 0))), "expected amaxes, f32[] each"),
-    ),
-    dialect.QUANTIZE: (
-        (lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),
-        (
-            lambda n: n.kwargs.get("format") in dialect.FORMATS,
-            f"format is one of {', '.join(dialect.FORMATS)}",
-        ),
-        (lambda n: n.kwargs.get("scale") in dialect.SCALES, f"scale is one of {', '.join(dialect.SCALES)}"),
-        (
-            lambda n: n.kwargs.get("format") != "nvfp4" or (_shape(n.args[0]) or (1,))[-1] % 16 == 0,
-            "nvfp4 needs a last dimension that is a multiple of 16",
-        ),
-    ),
-    dialect.STACK: ((_same_shapes, "the slices differ in shape"),),
-    dialect.PACK_NVFP4: ((lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),),
-    dialect.PACK_FP8: ((lambda n: _is_amax(n.args[1]), "expected an amax of type f32[]"),),
-    dialect.STORE_ROWS: (
-        (lambda n: 0 <= _option(n, "expert") < _option(n, "experts"), "the expert index is out of range"),
-        (
-            lambda n: len(range(*_option(n, "rows"))) == _option(n, "end") - _option(n, "start"),
-            "expected as many rows of the tensor as of the weight",
-        ),
-        (_fits_tensor, "the rows lie outside of the tensor"),
-    ),
-}
-
-
 def infer(node: Node) -> object:
     """The value's type (meta tensors, numbers) that the node's operator gives for its inputs' types."""
     args: Any = map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Any = map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
-        if (rule := _FXQ_SHAPES.get(node.target)) is not None:
-            return rule(*args, **kwargs)
+        if (known := dialect.find(node.target)) is not None:
+            return known.shape(*args, **kwargs)
         if node.target is operator.getitem:
             return args[0][args[1]]
         if node.target is torch.ops.aten.where.default or _DATA & set(getattr(node.target, "tags", ())):

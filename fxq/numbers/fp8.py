@@ -42,20 +42,21 @@ def codes(t: Tensor, scale: Tensor) -> Tensor:
     return (t.to(torch.float32) / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def quantize_weight(w: Tensor, amax: Tensor) -> Packed:
-    """Quantize weights `[..., rows, K]` given each one's (or its group's) amax f32 `[...]`.
+def quantize_weight(w: Tensor, amax: Tensor, scale: str = "max") -> Packed:
+    """Quantize weights `[..., rows, K]` given each one's (or its group's) amax f32 `[...]`. It alone says
+    the scale: "max" is the one way to choose it.
 
     Raises SourceError if a weight or an amax is infinite or NaN: the caller knows its name.
     """
-    scale = scale_of(amax)
-    if not (torch.isfinite(w).all() and torch.isfinite(scale).all()):
+    step = scale_of(amax)
+    if not (torch.isfinite(w).all() and torch.isfinite(step).all()):
         raise SourceError("expected finite weights and amaxes, found an infinite one or NaN")
-    return Packed(codes(w, scale[..., None, None]), scale)
+    return Packed(codes(w, step[..., None, None]), step)
 
 
-def quantize_measured(w: Tensor, amax: Tensor) -> Measured:
+def quantize_measured(w: Tensor, amax: Tensor, scale: str = "max") -> Measured:
     """`quantize_weight` with errors and energies."""
-    packed = quantize_weight(w, amax)
+    packed = quantize_weight(w, amax, scale)
     exact = w.to(torch.float64)
     error = (dequantize(packed).to(torch.float64) - exact).square().sum((-2, -1))
     return Measured(packed.weight, packed.scale, error, exact.square().sum((-2, -1)))
@@ -66,7 +67,8 @@ def dequantize(packed: Packed) -> Tensor:
     return packed.weight.to(torch.float32) * packed.scale[..., None, None]
 
 
-def fake_quantize(t: Tensor, amax: Tensor) -> Tensor:
-    """What remains of `t` under one FP8 scale, its own shape and dtype."""
-    scale = scale_of(amax)
-    return (codes(t, scale).to(torch.float32) * scale).to(t.dtype)
+def fake_quantize(t: Tensor, amax: Tensor, scale: str = "max") -> Tensor:
+    """What remains of `t` under one FP8 scale, its own shape and dtype; weights ("max") and inputs ("static")
+    alike."""
+    step = scale_of(amax)
+    return (codes(t, step).to(torch.float32) * step).to(t.dtype)

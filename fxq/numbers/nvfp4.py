@@ -17,12 +17,14 @@ from fxq.numbers.kernels.eager import BLOCK, E2M1_MAX, E4M3_MAX, e4m3_values, pa
 
 __all__ = [
     "BLOCK",
+    "E2M1_MAX",
     "E4M3_MAX",
     "UNSEEN_INPUT_AMAX",
     "Measured",
     "Packed",
     "dequantize",
     "e4m3_values",
+    "fake_quantize",
     "fake_quantize_activation",
     "global_scale",
     "max_scales",
@@ -30,10 +32,13 @@ __all__ = [
     "pack",
     "quantize_measured",
     "quantize_weight",
+    "reaching_scales",
     "round_e2m1",
 ]
 
 _RECIPROCAL = torch.tensor(1 / (E2M1_MAX * E4M3_MAX), dtype=torch.float32)
+# The smallest positive e4m3 value.
+_LEAST_SCALE = 2.0**-9
 # An all-zero tensor decodes to zeros under any scale; engines want a positive one.
 _ZERO_AMAX = 1.0
 # Without any data an input amax of 448 puts the FP8 block scales mid-range: blocks up to 448 do not clip,
@@ -94,6 +99,13 @@ def mse_scales(w: Tensor, scale_2: Tensor) -> Tensor:
     return _quantize(w, scale_2, "mse", pack=False)[0]
 
 
+def reaching_scales(block_amax: Tensor, scale_2: Tensor) -> Tensor:
+    """The block scales of `max_scales` for blocks of these maxima: float8_e4m3fn [n, blocks] of f32
+    [n, blocks] and f32 [n]."""
+    reach = block_amax / (E2M1_MAX * scale_2[:, None])
+    return reach.clamp(_LEAST_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
 def pack(w: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     """e2m1 codes of `w / (scale * scale_2)`, two a byte along K (even k in the low nibble): uint8 [...,
     rows, K/2].
@@ -144,6 +156,14 @@ def dequantize(packed: Packed) -> Tensor:
     codes = torch.stack([packed.weight & 15, packed.weight >> 4], -1).flatten(-2)
     step = packed.scale.to(torch.float32) * packed.scale_2[..., None, None]
     return (_blocks(grid[codes.int()]) * step[..., None]).flatten(-2)
+
+
+def fake_quantize(t: Tensor, amax: Tensor, scale: str) -> Tensor:
+    """What remains of `t`, its own shape and dtype, given amax f32 []: of a weight [rows, K] whose block
+    scales are chosen by "max" or "mse", of activations [..., K] whose are "dynamic"."""
+    if scale == "dynamic":
+        return fake_quantize_activation(t, amax)
+    return dequantize(quantize_weight(t, amax, scale)).to(t.dtype)
 
 
 def fake_quantize_activation(x: Tensor, amax: Tensor) -> Tensor:

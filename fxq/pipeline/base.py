@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from fxq.errors import SpecError, VerifyError
+from fxq.errors import VerifyError
 from fxq.graph.hub import WeightSource
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
@@ -117,15 +117,6 @@ def with_flags(step: Pass, flags: Mapping[str, object]) -> Pass:
     """The pass with those of the command line's options that it declares."""
     own = {name: value for name, value in flags.items() if name in step.flags}
     return cast(Pass, dataclasses.replace(cast(Any, step), **own))
-
-
-def check_formats(step: Pass, weights: str, inputs: str) -> None:
-    """SpecError for a pair of formats that no engine multiplies."""
-    if (weights == "fp8") != (inputs == "fp8"):
-        raise SpecError(
-            f"{step.name}: weights: {weights} and inputs: {inputs} do not go together; "
-            "engines know nvfp4 with nvfp4 or none, and fp8 with fp8"
-        )
 
 
 def nothing_matched(step: Pass, program: Program, expected: str, hint: str = "") -> VerifyError:

@@ -53,13 +53,13 @@ def groups_whole(program: Program) -> str | None:
         for matmul in (frontiers.matmuls[node] for node in group):
             names.setdefault(_formats(matmul), []).append(str(matmul.parameter.target))
         if len(names) > 1 and (plain := names.pop("", None)) is not None:
-            quantized = [name for members in names.values() for name in members]
+            quantized = [name for siblings in names.values() for name in siblings]
             return (
                 f"engines fuse {kind}, so all or none must be quantized: "
                 f"{', '.join(quantized)} would be, {', '.join(plain)} not; change `only` or `skip`"
             )
         if len(names) > 1:
-            found = " and ".join(f"{', '.join(members)} {formats}" for formats, members in names.items())
+            found = " and ".join(f"{', '.join(siblings)} {formats}" for formats, siblings in names.items())
             return (
                 f"engines fuse {kind}, so all must be quantized alike, found {found}; change `only` or `skip`"
             )
@@ -77,14 +77,15 @@ def _formats(matmul: WeightMatmul) -> str:
 def amaxes_shared(program: Program) -> str | None:
     """Quantized weights that read one value, or lie in one tensor of the checkpoint, have one weight amax
     and one input amax."""
-    groups = [("reads the same value as", members) for members in quantized_siblings(program).values()]
+    groups = [("reads the same value as", siblings) for siblings in quantized_siblings(program).values()]
     groups += [
-        (f"lies in the checkpoint's {key} like", members) for key, members in tensor_mates(program).items()
+        (f"lies in the checkpoint's {key} like", siblings)
+        for key, siblings in tensor_siblings(program).items()
     ]
-    for why, members in groups:
-        first = members[0]
-        for member in members[1:]:
-            for what, mine, theirs in zip(("a weight", "an input"), member, first, strict=True):
+    for why, siblings in groups:
+        first = siblings[0]
+        for sibling in siblings[1:]:
+            for what, mine, theirs in zip(("a weight", "an input"), sibling, first, strict=True):
                 if mine is not None and theirs is not None and mine.args[1] is not theirs.args[1]:
                     return f"%{mine.name} {why} %{theirs.name} but has {what} amax of its own"
     return None
@@ -168,13 +169,12 @@ def is_weight_quantize(node: Node) -> bool:
     return node.target is dialect.QUANTIZE and root(node_at(node, 0)) is not None
 
 
-Member = tuple[Node, Node | None]  # a weight's quantize node, and its input's
-Siblings = dict[tuple[Node, int | None, str], list[Member]]
+Sibling = tuple[Node, Node | None]  # a weight's quantize node, and its input's
 
 
-def quantized_siblings(program: Program) -> Siblings:
+def quantized_siblings(program: Program) -> dict[tuple[Node, int | None, str], list[Sibling]]:
     """(input value, expert or None, format) -> (weight quantize, input quantize or None) of what reads it."""
-    siblings: Siblings = {}
+    found: dict[tuple[Node, int | None, str], list[Sibling]] = {}
     for matmul in weight_matmuls(program.graph):
         w, x_quantize = strip(matmul.w, VIEWS), input_quantize(matmul.x)
         slices = nodes_at(w, 0) if w.target is dialect.STACK else [w]
@@ -182,21 +182,21 @@ def quantized_siblings(program: Program) -> Siblings:
             if quantize.target is dialect.QUANTIZE:
                 among = expert if matmul.node.target is dialect.EXPERT_LINEAR else None
                 key = (value_of(matmul.x), among, str(quantize.kwargs["format"]))
-                siblings.setdefault(key, []).append((quantize, x_quantize))
-    return siblings
+                found.setdefault(key, []).append((quantize, x_quantize))
+    return found
 
 
-def tensor_mates(program: Program) -> dict[str, list[Member]]:
+def tensor_siblings(program: Program) -> dict[str, list[Sibling]]:
     """Tensor of the checkpoint -> the quantized weights that lie in it and so have one global scale: all
     experts of a fused tensor, linears whose rows it joins. An expert with a tensor of its own has none.
 
     A weight that layers share brings no input: theirs may depend on each other.
     """
-    members = [member for group in quantized_siblings(program).values() for member in group]
-    uses = Counter(quantize for quantize, _ in members)
-    mates: dict[str, list[Member]] = {}
-    for quantize, x in members:
+    quantized = [sibling for siblings in quantized_siblings(program).values() for sibling in siblings]
+    uses = Counter(quantize for quantize, _ in quantized)
+    found: dict[str, list[Sibling]] = {}
+    for quantize, x in quantized:
         stored = program.hub.names.get(parameter_name(quantize))
         for part in stored.parts if stored is not None and not stored.stacked else ():
-            mates.setdefault(part.keys[0], []).append((quantize, x if uses[quantize] == 1 else None))
-    return mates
+            found.setdefault(part.keys[0], []).append((quantize, x if uses[quantize] == 1 else None))
+    return found

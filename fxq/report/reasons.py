@@ -12,7 +12,7 @@ from fxq.graph.arguments import node_at
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import as_weight_matmul
-from fxq.graph.structure.views import PICKS, VIEWS, shape_of
+from fxq.graph.structure.views import PICKS, VIEWS, is_opaque_call, shape_of
 from fxq.graph.text import format_target
 from fxq.report.summary import fold
 
@@ -119,7 +119,7 @@ def _reason(
         return "a vector: norm, bias or scale"
     if any("conv" in str(reader.target) for reader in readers):
         return "a convolution"
-    if (leaf := next((r for r in readers if r.target is dialect.LEAF), None)) is not None:
+    if (leaf := next((r for r in readers if is_opaque_call(r)), None)) is not None:
         return f"inside the opaque call {str(leaf.args[0]).partition(':')[2]}"
     matmuls = [matmul for reader in readers if (matmul := as_weight_matmul(reader)) is not None]
     if any(map(multiplies_experts, matmuls)):

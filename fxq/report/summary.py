@@ -14,7 +14,7 @@ from fxq.graph import dialect
 from fxq.graph.arguments import node_at
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert, multiplies_experts
-from fxq.graph.structure.matmuls import weight_matmuls
+from fxq.graph.structure.matmuls import quantizes_input, weight_matmuls
 from fxq.graph.structure.views import parameter_name, root
 from fxq.numbers.nvfp4 import UNSEEN_INPUT_AMAX
 from fxq.pipeline.facts import is_weight_quantize
@@ -120,7 +120,7 @@ class Report:
         for node in graph.nodes:
             if node.target is dialect.QUANTIZE:
                 self.quantize_nodes += 1
-                if node.kwargs["scale"] in dialect.INPUT_SCALES.values():
+                if quantizes_input(node):
                     self.input_nodes += 1
                 elif not is_weight_quantize(node):
                     self.kv_nodes += 1

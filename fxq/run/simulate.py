@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fxq.graph import dialect
 from fxq.graph.arguments import node_at, nodes_at
-from fxq.numbers import nvfp4
+from fxq.numbers.formats import FORMATS
 from fxq.run.streaming import Streaming
 
 
@@ -35,10 +35,11 @@ class Simulate(Streaming):
 
     def _quantize(self, w: Tensor, quantizes: Sequence[Node]) -> Tensor:
         amax = torch.stack([amax_value(node_at(q, 1), self.program.values) for q in quantizes])
-        packed = nvfp4.quantize_weight(w, amax.to(w.device), str(quantizes[0].kwargs["scale"]))
+        format = FORMATS[str(quantizes[0].kwargs["format"])]
+        packed = format.quantize(w, amax.to(w.device), str(quantizes[0].kwargs["scale"]))
         out = torch.empty_like(w)
         for e in range(len(w)):
-            out[e] = nvfp4.dequantize(nvfp4.Packed(packed.weight[e], packed.scale[e], packed.scale_2[e]))
+            out[e] = format.dequantize(packed.part(e, slice(None)))
         return out
 
 
@@ -60,12 +61,11 @@ def _quantized_alike(stack: Node) -> Sequence[Node]:
     if stack.target is not dialect.STACK:
         return ()
     pieces = nodes_at(stack, 0)
-    alike = all(
-        q.target is dialect.QUANTIZE
-        and q.kwargs["format"] == "nvfp4"
-        and q.kwargs["scale"] == pieces[0].kwargs["scale"] != "dynamic"
-        and list(q.users) == [stack]
-        for q in pieces
+    options = pieces[0].kwargs
+    format = FORMATS.get(str(options.get("format")))
+    in_blocks = format is not None and format.block is not None and options["scale"] in format.scales
+    alike = in_blocks and all(
+        q.target is dialect.QUANTIZE and q.kwargs == options and list(q.users) == [stack] for q in pieces
     )
     return pieces if alike else ()
 

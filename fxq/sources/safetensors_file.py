@@ -105,13 +105,13 @@ def _entries(text: bytes, size: int) -> dict[str, Entry]:
     data = 8 + len(text)
     entries = {key: _entry(key, value, data) for key, value in header.items()}
     end, before = data, "the header"
-    for key, entry in sorted(entries.items(), key=lambda item: (item[1].offset, _nbytes(item[1].info))):
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].info.nbytes)):
         if entry.offset != end:
             how = "overlaps" if entry.offset < end else "leaves a hole behind"
             raise _Malformed(
                 f"{key} begins at byte {entry.offset} of the file, which {how} {before}, ending at {end}"
             )
-        end, before = entry.offset + _nbytes(entry.info), key
+        end, before = entry.offset + entry.info.nbytes, key
     if end != size:
         raise _Malformed(f"its tensors end at byte {end}, the file has {size}")
     return entries
@@ -153,16 +153,12 @@ def _entry(key: str, value: Any, data: int) -> Entry:
     if math.prod(max(n, 1) for n in shape) * info.dtype.itemsize >= 2**63:  # zero rows of 2**62 columns
         raise _Malformed(f"{key} has shape {str(shape)[:60]}, larger than any memory")
     begin, end = offsets
-    if end - begin != _nbytes(info):
+    if end - begin != info.nbytes:
         raise _Malformed(
-            f"{key} is {name} {shape}, {_nbytes(info)} bytes, but its data_offsets span {end - begin}"
+            f"{key} is {name} {shape}, {info.nbytes} bytes, but its data_offsets span {end - begin}"
         )
     return Entry(info, data + begin)
 
 
 def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
-
-
-def _nbytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * info.dtype.itemsize

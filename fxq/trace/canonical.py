@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from fxq.graph import edit
 from fxq.graph.arguments import node_at
-from fxq.graph.structure.views import root, shape_of, swaps_matrix
+from fxq.graph.structure.views import root, shape_of
 
 aten = torch.ops.aten
 
@@ -20,7 +20,7 @@ def linears(graph: Graph) -> None:
         operands = _operands(node)
         if operands is not None:
             x, w, bias = operands
-            args = (x, _transposed(w)) if bias is None else (x, _transposed(w), bias)
+            args = (x, edit.transposed(w)) if bias is None else (x, edit.transposed(w), bias)
             edit.replace(node, edit.call(graph, f"{node.name}_linear", aten.linear.default, *args))
     edit.tidy(graph)
 
@@ -37,10 +37,3 @@ def _operands(node: Node) -> tuple[Node, Node, Node | None] | None:
         return None
     is_weight = root(w) is not None and len(shape_of(w)) == 2 and root(x) is None and len(shape_of(x)) > 1
     return (x, w, bias) if is_weight else None
-
-
-def _transposed(w: Node) -> Node:
-    """`w` [in, out] as [out, in]; undoes a transpose rather than stacking a second one."""
-    if w.op == "call_function" and swaps_matrix(w):
-        return node_at(w, 0)
-    return edit.call(w.graph, f"{w.name}_t", aten.t.default, w)

@@ -22,9 +22,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from fxq.errors import TraceError
-from fxq.graph import dialect
 from fxq.graph.program import Program
-from fxq.graph.structure.views import root, shape_of
+from fxq.graph.structure.views import is_opaque_call, root, shape_of
 from fxq.trace.canonical import linears
 from fxq.trace.fake_model import FakeModel, first_line, quiet
 from fxq.trace.opaque_calls import is_module, opaque
@@ -107,7 +106,7 @@ def trace(fake: FakeModel, *, padded: bool = False, repeats: bool = True) -> Pro
         hiding = {
             str(node.args[0])
             for node in program.graph.nodes
-            if node.target is dialect.LEAF
+            if is_opaque_call(node)
             and not is_module(str(node.args[0]))
             and any(map(_is_matrix, node.all_input_nodes))
         }

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxq.graph.dialect import operator
 from fxq.trace.symbols import examples, size_at
 
 Function = Callable[..., Any]
@@ -43,7 +44,7 @@ def function(name: str) -> Function:
 def run(name: str, tensors: Sequence[Tensor], sizes: Sequence[int], arguments: str) -> list[Tensor]:
     """Make an opaque call; its tensor results in order."""
     if name not in _FUNCTIONS:
-        raise RuntimeError(f"fxq.leaf({name!r}): no model traced in this process has that function")
+        raise RuntimeError(f"fxq.opaque({name!r}): no model traced in this process has that function")
     plan = json.loads(arguments)
     args, kwargs = _filled(plan["call"], tensors, sizes)
     values = pytree.tree_leaves(_FUNCTIONS[name](*args, **kwargs))
@@ -162,7 +163,7 @@ def _opaque_call(
     plan: _Plan | None = _tracing.plans[seen]
     if plan is None:
         raise _Unplanned
-    results = iter(torch.ops.fxq.leaf(key, tensors, sizes, arguments=plan.arguments))
+    results = iter(OPAQUE(key, tensors, sizes, arguments=plan.arguments))
     return pytree.tree_unflatten(
         [next(results) if isinstance(x, Tensor) else x for x in plan.values], plan.spec
     )
@@ -288,3 +289,11 @@ def _source(
             if size_at(dim, first) == a and size_at(dim, second) == b:
                 return f"{t}.{d}"
     return None
+
+
+# A call that a trace left whole. The core knows it by name: `fxq.graph.structure.views.is_opaque_call`.
+OPAQUE = operator(
+    "opaque(str function, Tensor[] tensors, SymInt[] sizes, *, str arguments) -> Tensor[]",
+    run=lambda function, tensors, sizes, *, arguments: run(function, tensors, sizes, arguments),
+    shape=lambda function, tensors, sizes, *, arguments: shapes(function, tensors, sizes, arguments),
+)

@@ -44,14 +44,14 @@ __all__ = ["zoo"]
 PROGRAM = """\
 %a : f32[] = fxq.value('a')
 %q : bf16[32,32] = @q.weight
-%q_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack_nvfp4(%q, %a, scale='mse')
+%q_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack(%q, %a, format='nvfp4', scale='mse')
 %q_store : none = fxq.store_linear('q', %q_packed, %a, start=0, end=32)
 %w0 : bf16[16,32] = @w0
-%p0 : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack_nvfp4(%w0, %a, scale='max')
+%p0 : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%w0, %a, format='nvfp4', scale='max')
 %s0 : none = fxq.store_rows('w', %p0, %a, start=0, end=16, rows=[0, 32, 2], shape=[1, 32, 32], expert=0, \
 experts=1, transposed=False)
 %w1 : bf16[16,32] = @w1
-%p1 : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack_nvfp4(%w1, %a, scale='max')
+%p1 : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%w1, %a, format='nvfp4', scale='max')
 %s1 : none = fxq.store_rows('w', %p1, %a, start=0, end=16, rows=[1, 33, 2], shape=[1, 32, 32], expert=0, \
 experts=1, transposed=False)
 %kv : none = fxq.store_kv('attn', %a, %a, format='fp8')

@@ -409,11 +409,11 @@ def test_rows_are_written_in_place_once_and_all(tmp_path: Path) -> None:
 TWO_EXPERTS = """\
 %a : f32[] = fxq.value('a')
 %w0 : bf16[16,32] = @w0
-%p0 : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack_nvfp4(%w0, %a, scale='max')
+%p0 : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%w0, %a, format='nvfp4', scale='max')
 %s0 : none = fxq.store_rows('w', %p0, None, start=0, end=16, rows=[0, 16, 1], shape=[2, 16, 32], expert=0, \
 experts=2, transposed=False)
 %w1 : bf16[16,32] = @w1
-%p1 : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack_nvfp4(%w1, %a, scale='max')
+%p1 : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%w1, %a, format='nvfp4', scale='max')
 %s1 : none = fxq.store_rows('w', %p1, None, start=0, end=16, rows=[0, 16, 1], shape=[2, 16, 32], expert=1, \
 experts=2, transposed=False)
 return ()
@@ -429,7 +429,7 @@ def test_rows_of_a_tensor_are_planned_as_one() -> None:
         "w_weight_scale": (2, 16, 2),
         "w_weight_scale_2": (),
     }
-    assert found.linears == {"w": Scheme.W4A16}
+    assert found.linears == {"w": Scheme("nvfp4", inputs=False)}
 
 
 @pytest.mark.parametrize(

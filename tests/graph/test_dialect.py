@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxq.graph import dialect
+from fxq.errors import VerifyError
+from fxq.graph import dialect, edit
+from fxq.graph.text import dump, parse
+from fxq.graph.verify import verify
 from fxq.numbers import fp8, nvfp4
 
 E, OUT, IN = 5, 32, 48
@@ -134,7 +137,7 @@ def test_quantize_of_inputs_and_caches() -> None:
 def test_pack_is_weight_scales_and_scale() -> None:
     w = _random(OUT, IN)
     packed = nvfp4.quantize_weight(w, w.abs().amax(), "mse")
-    weight, scale, scale_2 = dialect.PACK_NVFP4(w, w.abs().amax(), scale="mse")
+    weight, scale, scale_2 = dialect.PACK(w, w.abs().amax(), format="nvfp4", scale="mse")
     assert torch.equal(weight, packed.weight)
     assert torch.equal(scale_2, packed.scale_2)
     assert torch.equal(scale.view(torch.uint8), packed.scale.view(torch.uint8))
@@ -158,8 +161,8 @@ CALLS: dict[str, Callable[[str], Any]] = {
         _random(1, 2, 3, 16).to(d), SCALAR.to(d), format="fp8", scale="max"
     ),
     "stack": lambda d: dialect.STACK([_random(OUT, IN).to(d)] * 3),
-    "pack_fp8": lambda d: dialect.PACK_FP8(_random(OUT, IN).to(d), SCALAR.to(d)),
-    "pack_nvfp4": lambda d: dialect.PACK_NVFP4(_random(OUT, IN).to(d), SCALAR.to(d), scale="max"),
+    "pack fp8": lambda d: dialect.PACK(_random(OUT, IN).to(d), SCALAR.to(d), format="fp8", scale="max"),
+    "pack nvfp4": lambda d: dialect.PACK(_random(OUT, IN).to(d), SCALAR.to(d), format="nvfp4", scale="max"),
 }
 
 
@@ -181,3 +184,56 @@ def test_shape_rules_say_what_the_operator_returns(name: str) -> None:
 def test_operators_of_the_checkpoint_program_say_who_runs_them(call: Callable[[], object]) -> None:
     with pytest.raises(RuntimeError, match="interpreter"):
         call()
+
+
+SCALED = dialect.operator(
+    "acme::scaled(Tensor t, Tensor by) -> Tensor",
+    run=lambda t, by: t * by.to(t.dtype),
+    shape=lambda t, by: dialect.tensor_type(t.shape, t.dtype),
+    rules=((lambda node: dialect.shape_at(node, 1) == (), "expected a scale of shape []"),),
+)
+LOGGED = dialect.operator("acme::logged(str name, Tensor t) -> ()")
+FOREIGN = """\
+%x : bf16[4,32] = placeholder()
+%by : f32[] = @by
+%y : bf16[4,32] = acme.scaled(%x, %by)
+%seen : none = acme.logged('y', %y)
+return [%y]
+"""
+
+
+def test_an_operator_of_another_package_prints_parses_verifies_and_runs() -> None:
+    graph = parse(FOREIGN)
+    assert dump(graph) == FOREIGN
+    verify(graph)
+    x, by = _random(4, 32).bfloat16(), torch.tensor(0.5)
+    assert torch.equal(SCALED(x, by), x * 0.5)
+    assert SCALED(x.to("meta"), by.to("meta")).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("scaled(%x, %by)", "scaled(%x, %x)", "%y: expected a scale of shape []"),
+        ("scaled(%x, %by)", "scaled(%x)", "%y: "),
+        ("%y : bf16[4,32]", "%y : f32[4,32]", "%y: expected type bf16[4,32], found f32[4,32]"),
+    ],
+)
+def test_the_rules_of_an_operator_of_another_package_hold(old: str, new: str, message: str) -> None:
+    with pytest.raises(VerifyError) as caught:
+        verify(parse(FOREIGN.replace(old, new)))
+    assert str(caught.value).startswith(message)
+
+
+def test_an_operator_without_a_result_is_kept_for_its_effect() -> None:
+    graph = parse(FOREIGN.replace("return [%y]", "return [%x]"))
+    edit.tidy(graph)
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [SCALED, LOGGED]
+    unused = "%y2 : bf16[4,32] = acme.scaled(%y, %by)\nreturn [%y]"
+    edit.tidy(graph := parse(FOREIGN.replace("return [%y]", unused)))
+    assert [node.name for node in graph.nodes if node.op == "call_function"] == ["y", "seen"]
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    with pytest.raises(RuntimeError):
+        dialect.operator("slice(Tensor t) -> Tensor", run=lambda t: t, shape=lambda t: t)

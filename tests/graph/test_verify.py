@@ -8,6 +8,7 @@ from torch.fx import Graph, Node
 
 from fxq.errors import VerifyError
 from fxq.graph import edit
+from fxq.graph.arguments import joined
 from fxq.graph.text import parse
 from fxq.graph.verify import infer, verify
 
@@ -27,7 +28,7 @@ GOOD = """\
 %half : bf16[4,8] = aten.slice.Tensor(%y, 1, 0, 8)
 %parts : (bf16[4,1], i64[4,1]) = aten.topk(%half, 1)
 %best : i64[4,1] = operator.getitem(%parts, 1)
-%packed : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack_nvfp4(%w_e0, %amax, scale='max')
+%packed : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%w_e0, %amax, format='nvfp4', scale='max')
 %stored : none = fxq.store_linear('experts.0', %packed, None, start=0, end=16)
 return [%half, %best]
 """
@@ -92,7 +93,7 @@ def test_a_graph_with_every_operator_verifies() -> None:
         ("expert_linear(%x, %w_q, %ids)", "expert_linear(%x, %w_q, %x)", "y", ""),
         ("aten.topk(%half, 1)", "aten.topk(%half, 1, 7)", "parts", "aten.topk rejects its arguments"),
         ("getitem(%parts, 1)", "getitem(%parts, 2)", "best", ""),
-        ("pack_nvfp4(%w_e0, %amax", "pack_nvfp4(%w_e0, %w_e0", "packed", "expected an amax of type f32[]"),
+        ("pack(%w_e0, %amax", "pack(%w_e0, %w_e0", "packed", "expected an amax of type f32[]"),
     ],
 )
 def test_a_broken_rule_names_the_node(old: str, new: str, node: str, reason: str) -> None:
@@ -118,6 +119,34 @@ def test_nvfp4_needs_whole_blocks() -> None:
     verify(parse(text.replace("FORMAT", "fp8")))
     with pytest.raises(VerifyError, match="%q: nvfp4 needs a last dimension that is a multiple of 16"):
         verify(parse(text.replace("FORMAT", "nvfp4")))
+
+
+def test_rows_of_any_format_fit_a_tensor_of_their_width() -> None:
+    text = textwrap.dedent("""\
+        %a : f32[] = fxq.value('a')
+        %w : bf16[16,32] = @w
+        %p : PACKED = fxq.pack(%w, %a, format='FORMAT', scale='max')
+        %s : none = fxq.store_rows('both', %p, None, start=0, end=16, rows=[16, 32, 1], shape=[32, WIDTH], \
+expert=0, experts=1, transposed=False)
+        return ()
+        """)
+    packed = {"nvfp4": "[u8[16,16], f8e4m3[16,2], f32[]]", "fp8": "[f8e4m3[16,32], f32[]]"}
+    for format, type_ in packed.items():
+        filled = text.replace("PACKED", type_).replace("FORMAT", format)
+        verify(parse(filled.replace("WIDTH", "32")))
+        with pytest.raises(VerifyError, match="%s: the rows lie outside of the tensor"):
+            verify(parse(filled.replace("WIDTH", "64")))
+
+
+@pytest.mark.parametrize(("format", "scale"), [("fp8", "mse"), ("fp8", "dynamic"), ("nvfp4", "static")])
+def test_a_format_has_scales_of_its_own(format: str, scale: str) -> None:
+    text = "%w : bf16[16,32] = @w\n%a : f32[] = fxq.amax(%w)\n"
+    for target, type_ in [("quantize", "bf16[16,32]"), ("pack", "[bf16[16,32]]")]:
+        call = f"%q : {type_} = fxq.{target}(%w, %a, format='{format}', scale='{scale}')\nreturn [%q]\n"
+        with pytest.raises(
+            VerifyError, match="%q: scale is one of max, mse, dynamic for nvfp4; of max, static"
+        ):
+            verify(parse(text + call))
 
 
 def test_a_node_must_come_before_its_users() -> None:
@@ -212,6 +241,21 @@ def test_an_edit_is_typed_when_it_is_made() -> None:
     assert edit.call(graph, "a", torch.ops.fxq.amax.default, w).meta["val"].shape == ()
     with pytest.raises(VerifyError, match=r"%b: aten\.mm rejects its arguments"):
         edit.call(graph, "b", torch.ops.aten.mm.default, w, w)
+
+
+def test_sets_that_overlap_are_joined_in_order_of_first_appearance() -> None:
+    assert joined([]) == []
+    assert joined(["ab", "cd", "e", "ce", "fb", ""]) == [["a", "b", "f"], ["c", "d", "e"]]
+    assert joined(["zy", "xw", "wz"]) == [["z", "y", "x", "w"]]
+
+
+def test_a_weight_is_transposed_once_and_back_again() -> None:
+    graph = parse("%w : bf16[16,32] = @w\n%e : bf16[2,16,32] = @e\nreturn [%w, %e]\n")
+    for w, shape in zip(list(graph.nodes)[:2], ([32, 16], [2, 32, 16]), strict=True):
+        turned = edit.transposed(w)
+        assert list(turned.meta["val"].shape) == shape
+        assert edit.transposed(w) is turned
+        assert edit.transposed(turned) is w
 
 
 def test_tidy_orders_nodes_and_drops_every_unused_one() -> None:

@@ -396,12 +396,12 @@ def test_the_simulator_quantizes_a_fused_weight_in_one_launch(monkeypatch: pytes
     w = source.tensors["w"]
     program.values.update({f"w_e{e}_amax": m for e, m in enumerate(_amax(w))} | {"x_amax": torch.tensor(1.5)})
     launched: list[tuple[int, ...]] = []
-    quantize_weight = nvfp4.quantize_weight
+    quantize = kernels.quantize
 
-    def counted(w: Tensor, amax: Tensor, scale: str) -> nvfp4.Packed:
+    def counted(w: Tensor, *args: Any, **kwargs: Any) -> Any:
         launched.append(tuple(w.shape))
-        return quantize_weight(w, amax, scale)
+        return quantize(w, *args, **kwargs)
 
-    monkeypatch.setattr(nvfp4, "quantize_weight", counted)
+    monkeypatch.setattr(kernels, "quantize", counted)
     Simulate(program, source, torch.device("cpu")).run_batches(test_streaming.BATCHES)
     assert launched == [tuple(w.shape)]

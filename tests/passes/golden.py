@@ -36,6 +36,7 @@ from fxq.graph.text import dump, parse, parse_type
 from fxq.passes import PASSES
 from fxq.pipeline.base import Pass, Session
 from fxq.pipeline.run import run_passes
+from fxq.trace import opaque_calls as _opaque_calls  # noqa: F401 (its operator can then be parsed)
 
 FOLDER = Path(__file__).parent
 KEYS = {"pass", "options", "rewrites", "hub", "values", "weights", "inputs", "batches"}

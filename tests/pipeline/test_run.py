@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxq.errors import SpecError, VerifyError
-from fxq.graph import edit
+from fxq.graph import dialect, edit
 from fxq.graph.hub import Hub, Part, Stored
 from fxq.graph.pattern import Bind, Call, Match, Miss, Rule
 from fxq.graph.program import Program
@@ -309,8 +309,9 @@ def test_every_shipped_spec_runs_over_a_small_graph_without_weights(spec: str) -
     copied = {str(node.args[0]) for node in program.graph.nodes if str(node.target) == "fxq.store.default"}
     assert {"embed_tokens.weight", "lm_head.weight", "layers.0.mlp.gate.weight"} <= copied
     assert not {f"{linear}.weight" for linear in stored} & copied, "nothing is stored twice"
-    packs = [node for node in program.graph.nodes if str(node.target).startswith("fxq.pack_nvfp4")]
-    modes = {node.kwargs["scale"] for node in packs}  # FP8 weights have no block scales to search
+    packs = [node for node in program.graph.nodes if node.target is dialect.PACK]
+    blocks = [node for node in packs if node.kwargs["format"] == "nvfp4"]
+    modes = {node.kwargs["scale"] for node in blocks}  # FP8 weights have no block scales to search
     assert modes == {"mse" if "mse" in spec else "max"}
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fxq
+from fxq.numbers.formats import NVFP4
 from fxq.numbers.nvfp4 import quantize_measured
 from fxq.numbers.quality import MOST_STEPS, STEPS, Traits, traits
 from fxq.report.files import DIRECTORY, WORST, Details, content, write
@@ -86,7 +87,7 @@ def test_a_live_model_is_named_by_its_class(zoo: Zoo, tmp_path: Path) -> None:
 def test_plain_maxima_are_no_steps_away_and_searched_ones_are_the_search_s() -> None:
     w = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     amax = w.abs().amax((1, 2)).float()
-    plain, searched = (traits(w, quantize_measured(w, amax, scale)) for scale in ("max", "mse"))
+    plain, searched = (traits(w, quantize_measured(w, amax, scale), NVFP4) for scale in ("max", "mse"))
     for m in plain:
         assert sum(m.steps) == m.steps[MOST_STEPS] == 40 * 4
     for m, was in zip(searched, plain, strict=True):
@@ -98,7 +99,7 @@ def test_plain_maxima_are_no_steps_away_and_searched_ones_are_the_search_s() -> 
 def test_crest_and_spread_are_those_of_the_blocks() -> None:
     w = torch.ones(1, 2, 32)
     w[0, 0, 0] = 8.0
-    (m,) = traits(w, quantize_measured(w, torch.tensor([8.0]), "max"))
+    (m,) = traits(w, quantize_measured(w, torch.tensor([8.0]), "max"), NVFP4)
     rms = math.sqrt((64 + 15) / 16)
     assert m.crest == pytest.approx((8 / rms + 3) / 4, rel=1e-5)
     assert m.spread == pytest.approx(8.0, rel=1e-5)
@@ -106,7 +107,7 @@ def test_crest_and_spread_are_those_of_the_blocks() -> None:
 
 def test_zero_weights_count_nowhere() -> None:
     w = torch.zeros(1, 16, 32)
-    (m,) = traits(w, quantize_measured(w, torch.tensor([0.0]), "mse"))
+    (m,) = traits(w, quantize_measured(w, torch.tensor([0.0]), "mse"), NVFP4)
     assert (sum(m.steps), m.crest, m.spread, m.sqnr_db) == (0, 0.0, 0.0, None)
 
 

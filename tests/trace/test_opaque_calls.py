@@ -17,9 +17,9 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import fxq
-from fxq.graph import dialect
 from fxq.graph.program import Program
 from fxq.graph.structure.matmuls import weight_matmuls
+from fxq.graph.structure.views import is_opaque_call
 from fxq.model import open_model
 from fxq.run.streaming import Streaming
 from fxq.trace.opaque_calls import function, is_module, opaque, run
@@ -115,7 +115,7 @@ def exported(layer: nn.Module, **options: Any) -> ExportedProgram:
 
 
 def called(graph: Graph) -> list[str]:
-    return [str(node.args[0]) for node in graph.nodes if node.target is dialect.LEAF]
+    return [str(node.args[0]) for node in graph.nodes if is_opaque_call(node)]
 
 
 def test_a_scan_is_known_by_its_loop_or_its_chunks_and_never_by_its_name() -> None:

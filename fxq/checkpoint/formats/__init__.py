@@ -1,15 +1,23 @@
 """What output formats put on disk, a file each.
 
-Each has `weight_infos`, `weight_tensors` and `scalar_tensors` for a quantized tensor of the checkpoint,
-`kv_infos` and `kv_tensors` for a cache's scales, and `config_files`.
+Each has tables from a number format's name to names and config entries, and `tensor_names`,
+`weight_infos`, `weight_tensors` and `scalar_tensors` for a quantized tensor of the checkpoint, `kv_infos`
+and `kv_tensors` for a cache's scales, and `config_files`. What its tables have no entry for it refuses with
+CheckpointError.
 """
 
-from enum import StrEnum
+from typing import NamedTuple
+
+from fxq.numbers.formats import FORMATS
 
 
-class Scheme(StrEnum):
-    """How a weight and what it multiplies are quantized; the values are ModelOpt's names."""
+class Scheme(NamedTuple):
+    """How a weight and what it multiplies are quantized: the weight's number format, and whether inputs are
+    quantized to it too."""
 
-    NVFP4 = "NVFP4"
-    W4A16 = "W4A16_NVFP4"
-    FP8 = "FP8"
+    format: str
+    inputs: bool
+
+    def __str__(self) -> str:
+        title = FORMATS[self.format].title
+        return title if self.inputs else f"{title} with plain inputs"

@@ -17,19 +17,24 @@ from torch import Tensor
 from fxq.checkpoint.formats import Scheme
 from fxq.errors import CheckpointError
 from fxq.graph.hub import TensorInfo
-from fxq.numbers import fp8, nvfp4
-from fxq.numbers.nvfp4 import BLOCK, global_scale
+from fxq.numbers.formats import FORMATS, NVFP4, Packed
 
 _FP4 = {
     "num_bits": 4,
     "type": "float",
     "symmetric": True,
     "strategy": "tensor_group",
-    "group_size": BLOCK,
+    "group_size": NVFP4.block,
     "dynamic": False,
     "scale_dtype": "torch.float8_e4m3fn",
 }
-_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+# Scheme -> the entries of its config group; number format -> the name of each part of a packed weight.
+_GROUPS: dict[Scheme, dict[str, Any]] = {
+    Scheme("nvfp4", inputs=True): {"weights": _FP4, "input_activations": {**_FP4, "dynamic": "local"}},
+    Scheme("nvfp4", inputs=False): {"weights": _FP4, "input_activations": None},
+}
+_PARTS = {"nvfp4": {"weight": "weight_packed", "scale": "weight_scale", "scale_2": "weight_global_scale"}}
+_CACHES = {"fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}}
 _SCALAR = TensorInfo((1,), torch.float32)
 
 
@@ -50,58 +55,56 @@ def weight_infos(
 ) -> dict[str, TensorInfo]:
     """The tensors of one linear [out, in]; CheckpointError for anything else."""
     names = tensor_names(key)
-    if scheme is Scheme.FP8:
+    if scheme not in _GROUPS:
         raise CheckpointError(
-            f"{key}: fxq writes FP8 weights as ModelOpt does, not as compressed-tensors; use "
-            "--format modelopt"
+            f"{key}: fxq writes {FORMATS[scheme.format].title} weights as ModelOpt does, not as "
+            "compressed-tensors; use --format modelopt"
         )
     if len(shape) != 2 or transposed:
         raise CheckpointError(
             f"{key}: compressed-tensors packs matrices [out, in] alone, found {list(shape)}"
             f"{' as [in, out]' if transposed else ''}; use --format modelopt"
         )
-    out, width = shape
-    infos = {
-        names["weight_packed"]: TensorInfo.of((out, width // 2), torch.uint8),
-        names["weight_scale"]: TensorInfo.of((out, width // BLOCK), torch.float8_e4m3fn),
-        names["weight_global_scale"]: _SCALAR,
-    }
-    if scheme is Scheme.NVFP4:
+    infos = {}
+    for part in FORMATS[scheme.format].parts:
+        info = TensorInfo.of(part.shape(tuple(shape)), part.dtype) if part.per is not None else _SCALAR
+        infos[names[_PARTS[scheme.format][part.name]]] = info
+    if scheme.inputs:
         infos[names["input_global_scale"]] = _SCALAR
     return infos
 
 
-def weight_tensors(key: str, packed: nvfp4.Packed | fp8.Packed) -> dict[str, Tensor]:
+def weight_tensors(key: str, packed: Packed, format: str) -> dict[str, Tensor]:
     """The packed weight and its block scales under their names, [out, in/2] and [out, in/16]."""
-    names = tensor_names(key)
-    return {names["weight_packed"]: packed.weight, names["weight_scale"]: packed.scale}
+    names, parts = tensor_names(key), FORMATS[format].rows(packed)
+    return {names[_PARTS[format][part]]: tensor for part, tensor in parts.items()}
 
 
-def scalar_tensors(
-    key: str, packed: nvfp4.Packed | fp8.Packed, input_amax: Tensor | None
-) -> dict[str, Tensor]:
+def scalar_tensors(key: str, packed: Packed, format: str, input_amax: Tensor | None) -> dict[str, Tensor]:
     """The global scales as divisors, float32 [1]."""
-    assert isinstance(packed, nvfp4.Packed)
-    names = tensor_names(key)
-    tensors = {names["weight_global_scale"]: _divisor(packed.scale_2)}
+    names, parts = tensor_names(key), FORMATS[format].scalars(packed)
+    tensors = {names[_PARTS[format][part]]: scale for part, scale in parts.items()}
     if input_amax is not None:
-        tensors[names["input_global_scale"]] = _divisor(global_scale(input_amax))
-    return tensors
+        tensors[names["input_global_scale"]] = FORMATS[format].scale_of(input_amax)
+    return {name: _divisor(scale) for name, scale in tensors.items()}
 
 
 def _divisor(multiplier: Tensor) -> Tensor:
     return multiplier.reciprocal().reshape(1)
 
 
-def kv_infos(attention: str) -> dict[str, TensorInfo]:
-    """The two scales of one attention's FP8 cache."""
+def kv_infos(attention: str, format: str) -> dict[str, TensorInfo]:
+    """The two scales of one attention's cache."""
+    if format not in _CACHES:
+        raise CheckpointError(f"{attention}: compressed-tensors has no name for a cache in {format}")
     return {f"{attention}.{t}_scale": _SCALAR for t in "kv"}
 
 
-def kv_tensors(attention: str, k_amax: Tensor, v_amax: Tensor) -> dict[str, Tensor]:
-    """amax / 448 each, as multipliers; never zero."""
+def kv_tensors(attention: str, k_amax: Tensor, v_amax: Tensor, format: str) -> dict[str, Tensor]:
+    """Of FP8 amax / 448 each, as multipliers; never zero."""
     amaxes = {"k": k_amax, "v": v_amax}
-    return {f"{attention}.{t}_scale": fp8.scale_of(amax).reshape(1) for t, amax in amaxes.items()}
+    scale_of = FORMATS[format].scale_of
+    return {f"{attention}.{t}_scale": scale_of(amax).reshape(1) for t, amax in amaxes.items()}
 
 
 def config_files(
@@ -116,17 +119,16 @@ def config_files(
     used = sorted(set(schemes.values()))
     if len(used) > 1:
         raise CheckpointError(
-            f"{' and '.join(used)} in one model: fxq writes such a mixture as ModelOpt does, not as "
-            "compressed-tensors; use --format modelopt"
+            f"{' and '.join(map(str, used))} in one model: fxq writes such a mixture as ModelOpt does, not "
+            "as compressed-tensors; use --format modelopt"
         )
-    inputs = {**_FP4, "dynamic": "local"} if used == [Scheme.NVFP4] else None
-    group = {"targets": ["Linear"], "weights": _FP4, "input_activations": inputs, "output_activations": None}
+    group = {"targets": ["Linear"], **_GROUPS[used[0]], "output_activations": None}
     quantization = {
         "quant_method": "compressed-tensors",
         "format": "nvfp4-pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {**group, "format": "nvfp4-pack-quantized"}},
         "ignore": list(excluded),
-        "kv_cache_scheme": _FP8 if kv_format == "fp8" else None,
+        "kv_cache_scheme": None if kv_format is None else _CACHES[kv_format],
     }
     return {"config.json": {**source, "quantization_config": quantization}}

@@ -1,26 +1,34 @@
 """ModelOpt's NVFP4 and FP8, as vLLM, SGLang and TensorRT-LLM read it: tensor names, scales as multipliers,
 two config files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxq.checkpoint.formats import Scheme
+from fxq.errors import CheckpointError
 from fxq.graph.hub import TensorInfo
-from fxq.numbers import fp8, nvfp4
-from fxq.numbers.nvfp4 import BLOCK, global_scale
+from fxq.numbers.formats import FORMATS, Packed
 
 # Engines read the producer's format by this name; the version is that of the layout written here.
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-_FP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
-_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
-_GROUPS: dict[Scheme, dict[str, Any]] = {
-    Scheme.NVFP4: {"input_activations": _FP4, "weights": _FP4},
-    Scheme.W4A16: {"input_activations": None, "weights": _FP4},
-    Scheme.FP8: {"input_activations": _FP8, "weights": _FP8},
+# Number format -> its entry in a group of the config, and the name of each part of a packed weight.
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "nvfp4": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": FORMATS["nvfp4"].block},
+    "fp8": {"dynamic": False, "num_bits": 8, "type": "float"},
 }
+_PARTS = {
+    "nvfp4": {"weight": "weight", "scale": "weight_scale", "scale_2": "weight_scale_2"},
+    "fp8": {"weight": "weight", "scale": "weight_scale"},
+}
+_ALGORITHMS = {
+    Scheme("nvfp4", inputs=True): "NVFP4",
+    Scheme("nvfp4", inputs=False): "W4A16_NVFP4",
+    Scheme("fp8", inputs=True): "FP8",
+}
+_CACHE_ALGORITHMS = {"fp8": "FP8"}
 
 
 def tensor_names(key: str) -> dict[str, str]:
@@ -36,62 +44,54 @@ def weight_infos(
 ) -> dict[str, TensorInfo]:
     """The tensors of one quantized tensor of the checkpoint: [..., out, in], or [..., in, out] if
     `transposed`; blocks lie along `in`."""
+    if scheme not in _ALGORITHMS:
+        raise CheckpointError(f"{key}: ModelOpt has no name for {scheme}; it has {_known()}")
     names, axis = tensor_names(key), -2 if transposed else -1
     scalar = TensorInfo.of((), torch.float32)
-
-    def over(n: int) -> tuple[int, ...]:
+    infos = {}
+    for part in FORMATS[scheme.format].parts:
         sizes = list(shape)
-        sizes[axis] //= n
-        return tuple(sizes)
-
-    if scheme is Scheme.FP8:
-        infos = {
-            names["weight"]: TensorInfo.of(tuple(shape), torch.float8_e4m3fn),
-            names["weight_scale"]: scalar,
-        }
-    else:
-        infos = {
-            names["weight"]: TensorInfo.of(over(2), torch.uint8),
-            names["weight_scale"]: TensorInfo.of(over(BLOCK), torch.float8_e4m3fn),
-            names["weight_scale_2"]: scalar,
-        }
-    if scheme is not Scheme.W4A16:
+        if part.per is not None:
+            sizes[axis] //= part.per
+        info = scalar if part.per is None else TensorInfo.of(tuple(sizes), part.dtype)
+        infos[names[_PARTS[scheme.format][part.name]]] = info
+    if scheme.inputs:
         infos[names["input_scale"]] = scalar
     return infos
 
 
-def weight_tensors(key: str, packed: nvfp4.Packed | fp8.Packed) -> dict[str, Tensor]:
-    """What has rows, under its names: the quantized weight, [out, in/2] or of FP8 [out, in], and NVFP4's
-    block scales, [out, in/16]."""
-    names = tensor_names(key)
-    if isinstance(packed, fp8.Packed):
-        return {names["weight"]: packed.weight}
-    return {names["weight"]: packed.weight, names["weight_scale"]: packed.scale}
+def _known() -> str:
+    return ", ".join(map(str, _ALGORITHMS))
 
 
-def scalar_tensors(
-    key: str, packed: nvfp4.Packed | fp8.Packed, input_amax: Tensor | None
-) -> dict[str, Tensor]:
+def weight_tensors(key: str, packed: Packed, format: str) -> dict[str, Tensor]:
+    """What has rows, under its names: the codes, [out, in/2] or of FP8 [out, in], and NVFP4's block scales,
+    [out, in/16]."""
+    names, parts = tensor_names(key), FORMATS[format].rows(packed)
+    return {names[_PARTS[format][part]]: tensor for part, tensor in parts.items()}
+
+
+def scalar_tensors(key: str, packed: Packed, format: str, input_amax: Tensor | None) -> dict[str, Tensor]:
     """The global scales, decode multipliers all: amax / 2688, for FP8 amax / 448."""
-    names, is_fp8 = tensor_names(key), isinstance(packed, fp8.Packed)
-    if isinstance(packed, fp8.Packed):
-        tensors = {names["weight_scale"]: packed.scale}
-    else:
-        tensors = {names["weight_scale_2"]: packed.scale_2}
+    names, parts = tensor_names(key), FORMATS[format].scalars(packed)
+    tensors = {names[_PARTS[format][part]]: scale for part, scale in parts.items()}
     if input_amax is not None:
-        tensors[names["input_scale"]] = (fp8.scale_of if is_fp8 else global_scale)(input_amax)
+        tensors[names["input_scale"]] = FORMATS[format].scale_of(input_amax)
     return tensors
 
 
-def kv_infos(attention: str) -> dict[str, TensorInfo]:
-    """The two scales of one attention's FP8 cache."""
+def kv_infos(attention: str, format: str) -> dict[str, TensorInfo]:
+    """The two scales of one attention's cache."""
+    if format not in _CACHE_ALGORITHMS:
+        raise CheckpointError(f"{attention}: ModelOpt has no name for a cache in {format}")
     return {f"{attention}.{t}_proj.{t}_scale": TensorInfo.of((), torch.float32) for t in "kv"}
 
 
-def kv_tensors(attention: str, k_amax: Tensor, v_amax: Tensor) -> dict[str, Tensor]:
-    """amax / 448 each, as multipliers; never zero."""
+def kv_tensors(attention: str, k_amax: Tensor, v_amax: Tensor, format: str) -> dict[str, Tensor]:
+    """Of FP8 amax / 448 each, as multipliers; never zero."""
     amaxes = {"k": k_amax, "v": v_amax}
-    return {f"{attention}.{t}_proj.{t}_scale": fp8.scale_of(amax) for t, amax in amaxes.items()}
+    scale_of = FORMATS[format].scale_of
+    return {f"{attention}.{t}_proj.{t}_scale": scale_of(amax) for t, amax in amaxes.items()}
 
 
 def config_files(
@@ -107,20 +107,25 @@ def config_files(
     """
     quantized = [key.removesuffix(".weight") for key in schemes]
     entries = sorted({_unambiguous(module, quantized) for module in excluded})
-    used = sorted(set(schemes.values()))
-    algorithm = used[0].value if len(used) == 1 else "MIXED_PRECISION"
+    used = set(schemes.values())
+    only = next(iter(used)) if len(used) == 1 else None
+    algorithm = "MIXED_PRECISION" if only is None else _ALGORITHMS[only]
     flat: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm}
-    if len(used) == 1:
-        flat["config_groups"] = {"group_0": {**_GROUPS[used[0]], "targets": ["Linear"]}}
+    if only is not None:
+        weights = _CONFIGS[only.format]
+        inputs = weights if only.inputs else None
+        flat["config_groups"] = {
+            "group_0": {"input_activations": inputs, "weights": weights, "targets": ["Linear"]}
+        }
     flat |= {"ignore": entries, "producer": _PRODUCER}
     nested: dict[str, Any] = {
         "quant_algo": algorithm,
-        "kv_cache_quant_algo": "FP8" if kv_format == "fp8" else None,
-        "group_size": None if used == [Scheme.FP8] else BLOCK,
+        "kv_cache_quant_algo": None if kv_format is None else _CACHE_ALGORITHMS[kv_format],
+        "group_size": _group_size(used),
         "exclude_modules": entries,
     }
-    if kv_format == "fp8":
-        flat["kv_cache_scheme"] = _FP8
+    if kv_format is not None:
+        flat["kv_cache_scheme"] = _CONFIGS[kv_format]
     if len(used) > 1:
         layers = {key.removesuffix(".weight"): _layer(scheme) for key, scheme in schemes.items()}
         flat["quantized_layers"] = nested["quantized_layers"] = layers
@@ -130,9 +135,14 @@ def config_files(
     }
 
 
+def _group_size(schemes: Collection[Scheme]) -> int | None:
+    """The block of those that have one."""
+    return next((block for s in sorted(schemes) if (block := FORMATS[s.format].block) is not None), None)
+
+
 def _layer(scheme: Scheme) -> dict[str, Any]:
-    size = {} if scheme is Scheme.FP8 else {"group_size": BLOCK}
-    return {"quant_algo": scheme.value, **size}
+    block = FORMATS[scheme.format].block
+    return {"quant_algo": _ALGORITHMS[scheme], **({} if block is None else {"group_size": block})}
 
 
 def _unambiguous(module: str, quantized: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """Attentions: fused ones, and a softmax between two products of activations; latent ones (MLA).
 
-%s : f32[2,4,8,8]   = aten.bmm(%q, %k_t)       queries by keys, then scales, caps, masks
-%p : f32[2,4,8,8]   = aten.softmax.int(%s, -1)
-%o : bf16[2,4,8,16] = aten.bmm(%p, %v)         Attention(node=%o, q=%q, k_at=(%s, 1), v_at=(%o, 1))
+%s : bf16[2,4,8,8] = aten.matmul(%q, %k_t)      queries by keys; scales, caps and masks may follow
+%p : bf16[2,4,8,8] = aten.softmax.int(%s, -1)
+%o : bf16[2,4,8,16] = aten.matmul(%p, %v)       Attention(node=%o, q=%q, k_at=(%s, 1), v_at=(%o, 1))
 """
 
 from collections import deque
@@ -48,7 +48,10 @@ _BETWEEN = frozenset(
 
 @dataclass(frozen=True)
 class Attention:
-    """A softmax attention: `node` makes its output, keys and values enter at `(node, argument)` each."""
+    """A softmax attention: `node` makes its output, keys and values enter at `(node, argument)` each.
+
+    %o : bf16[2,4,8,16] = aten.scaled_dot_product_attention(%q, %k, %v)   k_at=(%o, 1), v_at=(%o, 2)
+    """
 
     node: Node
     q: Node
@@ -79,7 +82,10 @@ def attentions(graph: Graph) -> Iterator[Attention]:
 
 
 def other_softmaxes(graph: Graph) -> Iterator[tuple[Node, str]]:
-    """Every softmax that is no attention's, and why."""
+    """Every softmax that is no attention's, and why.
+
+    %p : f32[8,4] = aten.softmax.int(%router_logits, -1)   "what it weighs is no product of two activations"
+    """
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _SOFTMAXES:
             if _nearest_product(node, up=True) is None:
@@ -112,6 +118,9 @@ def latent_projection(frontiers: Frontiers, attention: Attention) -> Node | None
     """The matmul that expands a cached latent into keys and values (multi-head latent attention), or None.
 
     K and V share it, and what it reads is not what the queries are made from: engines cache its input.
+
+    %latent : bf16[2,8,16] = aten.mul.Tensor(%norm, %kv_low)   kv_low: of kv_a_proj, with the queries' input
+    %kv : bf16[2,8,192] = aten.linear(%latent, %kv_b)          this one; K and V are parts of its result
     """
     q, k, v = (frontiers.of(node) for node in (attention.q, attention.k, attention.v))
     shared = [node for node in k if node in v and node not in q]

@@ -1,8 +1,8 @@
 """Experts: stacks of matrices of which each token multiplies the one that was picked for it.
 
-%p : bf16[8,64,32] = aten.index(%w, [%ids])        a matrix a token, picked from w [E, out, in]
-%y : bf16[8,64,1]  = aten.bmm(%p, %column)         multiplies_experts: yes
-%z : bf16[4,8,16]  = aten.bmm(%heads, %w_by_head)  block-diagonal, each sees features of its own: no
+%p : bf16[8,64,32] = aten.index.Tensor(%w, [%ids])   a matrix a token, picked from w [E, out, in]
+%y : bf16[8,64,1] = aten.bmm(%p, %x)                 multiplies_experts: yes
+%z : bf16[3,8,16] = aten.bmm(%blocks, %v)            3 matrices, each for features of its own: no
 """
 
 from collections import deque
@@ -41,7 +41,10 @@ _ROUTES = frozenset(
 
 
 def is_expert(node: Node) -> bool:
-    """True for a weight operand that is, or was picked from, a stack of matrices [E, ., .]."""
+    """True for a weight operand that is, or was picked from, a stack of matrices [E, ., .].
+
+    %w_e3 : bf16[64,32] = fxq.slice(%w, 3)   yes, w is bf16[16,64,32]
+    """
     return any(len(shape_of(step)) == 3 for step in weight_path(node))
 
 
@@ -51,6 +54,9 @@ def multiplies_experts(matmul: WeightMatmul) -> bool:
 
     A stack whose matrices each see features of their own is block-diagonal, and one whose first dimension is
     summed over is a linear by heads: neither is experts.
+
+    %x : bf16[4,8,32] = aten.expand(%tokens, [4, -1, -1])
+    %y : bf16[4,8,64] = aten.bmm(%x, %w)   yes: 4 matrices, which all see the same 8 tokens
     """
     if not is_expert(matmul.w):
         return False

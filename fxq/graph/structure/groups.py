@@ -1,8 +1,8 @@
 """Groups: linears that engines merge into one, routers, and the output head.
 
-%q : bf16[8,64] = aten.linear(%x, %w_q)        q/k/v: one input, and they meet in an attention
-%m : bf16[8,96] = aten.mul(%silu_gate, %up)    gate/up: one input, and they meet in a product
-%i : i64[8,2]   = aten.topk(%logits, 2)        a router: a choice is made by its result
+%q : bf16[8,64] = aten.linear(%x, %w_q)                q/k/v: one input, and they meet in an attention
+%m : bf16[8,96] = aten.mul.Tensor(%silu_gate, %up)     gate/up: one input, and they meet in a product
+%top : (f32[8,2], i64[8,2]) = aten.topk(%logits, 2)    a router: a choice is made by its result
 """
 
 import operator
@@ -30,7 +30,12 @@ def _is_choice(node: Node) -> bool:
 
 def routers(graph: Graph, frontiers: Frontiers) -> dict[Node, Node]:
     """Weight matmuls whose result is what a top-k (or sort, argmax, max with indices) chooses by -> that
-    choice."""
+    choice.
+
+    %logits : bf16[8,4] = aten.linear(%x, %w)              {%logits: %top}
+    %scores : f32[8,4] = aten.softmax.int(%logits, -1)
+    %top : (f32[8,2], i64[8,2]) = aten.topk(%scores, 2)
+    """
     found: dict[Node, Node] = {}
     for node in graph.nodes:
         if _is_choice(node):
@@ -40,7 +45,11 @@ def routers(graph: Graph, frontiers: Frontiers) -> dict[Node, Node]:
 
 
 def head(graph: Graph, frontiers: Frontiers) -> Node | None:
-    """The single weight matmul that makes the model's output, or None."""
+    """The single weight matmul that makes the model's output, or None.
+
+    %logits : bf16[2,8,1024] = aten.linear(%normed, %lm_head)   this one
+    return [%logits]
+    """
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     found = frontiers.of(*output.all_input_nodes)
     return found[0] if len(found) == 1 else None
@@ -48,7 +57,13 @@ def head(graph: Graph, frontiers: Frontiers) -> Node | None:
 
 def fused_by_engines(graph: Graph, frontiers: Frontiers) -> Iterator[tuple[str, tuple[Node, ...]]]:
     """Linears that serving engines merge into one: q/k/v of an attention (with a latent one level up: q_a
-    and kv_a), and two that meet in a product (gate and up)."""
+    and kv_a), and two that meet in a product (gate and up).
+
+    %gate : bf16[8,96] = aten.linear(%x, %w_gate)          ("gate/up", (%gate, %up))
+    %up : bf16[8,96] = aten.linear(%x, %w_up)
+    %silu : bf16[8,96] = aten.silu(%gate)
+    %m : bf16[8,96] = aten.mul.Tensor(%silu, %up)
+    """
     for attention in attentions(graph):
         operands = [attention.q, attention.k, attention.v]
         if latent_projection(frontiers, attention) is None:

@@ -1,8 +1,8 @@
 """Matmuls by a weight, and the nearest of them upstream of a node.
 
-%y : bf16[8,64] = aten.linear(%x, %w)      WeightMatmul(node=%y, x=%x, w=%w, parameter=%w)
+%y : bf16[8,64] = aten.linear(%x, %w)         WeightMatmul(node=%y, x=%x, w=%w, parameter=%w)
 %g : bf16[8,64] = aten.silu(%y)
-%z : bf16[8,64] = aten.mul(%g, %u)         Frontiers.of(%z): the linears behind %g and %u
+%z : bf16[8,64] = aten.mul.Tensor(%g, %u)     Frontiers.of(%z): %y and the matmuls behind %u
 """
 
 from collections import deque
@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from fxq.graph import dialect
 from fxq.graph.arguments import nodes_at
 from fxq.graph.structure.views import VIEWS, root, shape_of, strip, value_of
+from fxq.numbers.formats import FORMATS
 
 _ATEN = torch.ops.aten
 MATMULS = frozenset(
@@ -37,7 +38,11 @@ _MOST = 8
 @dataclass(frozen=True)
 class WeightMatmul:
     """A matmul one of whose operands is a parameter: `node(x, w)` with `parameter` the `@fqn` node behind
-    `w`."""
+    `w`.
+
+    %t : bf16[64,32] = aten.t(%p)
+    %y : bf16[8,32] = aten.mm(%x, %t)   WeightMatmul(node=%y, x=%x, w=%t, parameter=%p)
+    """
 
     node: Node
     x: Node
@@ -69,9 +74,24 @@ def as_weight_matmul(node: Node) -> WeightMatmul | None:
 
 
 def input_quantize(x: Node) -> Node | None:
-    """The node that quantizes a linear's input on the way to it; None if only a cache upstream is."""
+    """The node that quantizes a linear's input on the way to it; None if only a cache upstream is.
+
+    %x_q : bf16[2,8,64] = fxq.quantize(%x, %x_amax, format='nvfp4', scale='dynamic')
+    %flat : bf16[16,64] = aten.view(%x_q, [-1, 64])   input_quantize(%flat) is %x_q
+    """
     x = strip(x, VIEWS)
-    return x if x.target is dialect.QUANTIZE and x.kwargs["scale"] in dialect.INPUT_SCALES.values() else None
+    return x if quantizes_input(x) else None
+
+
+def quantizes_input(node: Node) -> bool:
+    """Whether a node quantizes what a linear reads; that of a weight or a cache chooses its scale otherwise.
+
+    %x_q : bf16[8,64] = fxq.quantize(%x, %x_amax, format='nvfp4', scale='dynamic')   yes
+    %w_q : bf16[64,64] = fxq.quantize(%w, %w_amax, format='nvfp4', scale='max')      no
+    """
+    if node.target is not dialect.QUANTIZE:
+        return False
+    return node.kwargs["scale"] == FORMATS[str(node.kwargs["format"])].input_scale
 
 
 class Frontiers:

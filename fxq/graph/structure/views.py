@@ -1,8 +1,8 @@
 """Views: what a value or a weight is behind operators that move numbers without changing them.
 
-%t   : bf16[32,64] = aten.t(%w)            root(%t) is %w, swaps_matrix(%t)
-%e3  : bf16[64,32] = fxq.slice(%stack, 3)  a pick: root(%e3) is the parameter behind %stack
-%x_q : bf16[8,32]  = fxq.quantize(%x, %a)  value_of(%x_q) is %x
+%t : bf16[32,64] = aten.t(%w)                 root(%t) is %w, swaps_matrix(%t)
+%w_e3 : bf16[64,32] = fxq.slice(%experts, 3)  a pick: root(%w_e3) is the parameter behind %experts
+%x_q : bf16[8,32] = fxq.quantize(%x, %x_amax, format='nvfp4', scale='dynamic')   value_of(%x_q) is %x
 """
 
 from collections.abc import Iterator
@@ -48,6 +48,14 @@ def shape_of(node: Node) -> tuple[int, ...]:
     return tuple(val.shape) if isinstance(val, torch.Tensor) else ()
 
 
+def is_opaque_call(node: Node) -> bool:
+    """Whether a trace left a call whole, so that nothing is known of its inside.
+
+    %z : [bf16[4,32]] = fxq.opaque('module:layers.0.moe', [%x, %w], [], arguments='...')
+    """
+    return node.op == "call_function" and str(node.target) == "fxq.opaque.default"
+
+
 def strip(node: Node, past: frozenset[object]) -> Node:
     """The node behind any chain of `past` operators (through their first argument)."""
     while node.op == "call_function" and node.target in past and node.args and isinstance(node.args[0], Node):
@@ -57,7 +65,12 @@ def strip(node: Node, past: frozenset[object]) -> Node:
 
 def swaps_matrix(view: Node) -> bool | None:
     """Whether one view swaps the last two dimensions and does nothing else; False if it leaves the matrix
-    as it is, None if it does more."""
+    as it is, None if it does more.
+
+    %a : bf16[4,32,64] = aten.transpose.int(%w, 1, 2)   True
+    %b : bf16[4,64,32] = aten.clone(%w)                 False
+    %c : bf16[4,2048] = aten.view(%w, [4, 2048])        None
+    """
     before, after = shape_of(node_at(view, 0)), shape_of(view)
     if view.target in (_ATEN.t.default, _ATEN.numpy_T.default) and len(before) == 2:
         return True
@@ -81,7 +94,12 @@ def value_of(node: Node) -> Node:
 
 
 def weight_path(node: Node) -> Iterator[Node]:
-    """The nodes from a weight operand down to what it is a view, pick, stack or fake-quantization of."""
+    """The nodes from a weight operand down to what it is a view, pick, stack or fake-quantization of.
+
+    %w_e0 : bf16[64,32] = fxq.slice(%w, 0)                 of %w_q: %w_q, %w_e0_q, %w_e0, %w
+    %w_e0_q : bf16[64,32] = fxq.quantize(%w_e0, %w_e0_amax, format='nvfp4', scale='max')
+    %w_q : bf16[4,64,32] = fxq.stack([%w_e0_q, %w_e1_q, %w_e2_q, %w_e3_q])
+    """
     while True:
         yield node
         if node.target is dialect.STACK:

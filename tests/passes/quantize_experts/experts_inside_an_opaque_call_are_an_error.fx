@@ -12,7 +12,7 @@ hub:
 %a : bf16[2,16,32] = @a.experts.up_proj
 %y : bf16[4,16] = fxq.expert_linear(%x, %a, %ids)
 %b : bf16[2,16,32] = @b.experts.up_proj
-%z : [bf16[4,32]] = fxq.leaf('module:b', [%x, %b], [], arguments='{"call": {}, "results": [{"shape": ["0.0", 32], "dtype": "bfloat16"}]}')
+%z : [bf16[4,32]] = fxq.opaque('module:b', [%x, %b], [], arguments='{"call": {}, "results": [{"shape": ["0.0", 32], "dtype": "bfloat16"}]}')
 %z0 : bf16[4,32] = operator.getitem(%z, 0)
 return [%y, %z0]
 --- error

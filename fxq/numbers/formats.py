@@ -1,0 +1,167 @@
+"""Number formats as values: all that graphs, passes and checkpoints ask of NVFP4 and FP8 is a field of them.
+
+A new format is one more `Format` in `FORMATS` and the functions it names. Passes, verify rules, the JSON
+schema of specs and the plan of a checkpoint follow; its names on disk stand in `fxq.checkpoint.formats`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fxq.errors import SpecError
+from fxq.numbers import fp8, nvfp4
+
+
+class Packed(Protocol):
+    """A quantized weight, or many of one shape: each part of its format (`Format.parts`) is an attribute."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes, [..., rows, K / codes a byte]."""
+        ...
+
+    @property
+    def scale(self) -> Tensor:
+        """The block scales [..., rows, K / block], or where there are none the tensor's scale [...]."""
+        ...
+
+    def part(self, index: int, rows: slice) -> "Packed":
+        """Some rows of one of the weights."""
+        ...
+
+
+class Measured(Packed, Protocol):
+    """A quantized weight and what it lost: sum (w - w')**2 and sum w**2 over the last two dimensions,
+    float64 [...]."""
+
+    @property
+    def error(self) -> Tensor: ...
+
+    @property
+    def energy(self) -> Tensor: ...
+
+
+class Part(NamedTuple):
+    """One tensor of a packed weight [..., rows, K]: [..., rows, K / per], or a number a tensor, [...], if
+    `per` is None."""
+
+    name: str
+    dtype: torch.dtype
+    per: int | None
+
+    def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
+        """Its shape for weights of the given shape."""
+        return weight[:-2] if self.per is None else (*weight[:-1], weight[-1] // self.per)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format.
+
+    name: how specs and graphs spell it. title: how messages do.
+    parts: what a packed weight consists of: its codes, block scales if any, the scale of the tensor.
+    block: how many weights along a row share a scale; None if a tensor has one scale alone.
+    scales: how a weight's scales can be chosen, as `fxq.quantize` spells it.
+    inputs: what engines multiply such weights with: formats, and `none` for inputs as they are.
+    input_scale: how the input of a linear is scaled, as `fxq.quantize` spells it.
+    caches: whether engines hold keys and values in it.
+    largest: the magnitude that a packed weight reaches at scale 1: the scale of a tensor is `amax / largest`,
+    scale_of: which is amax f32 [...] -> f32 [...], positive, rounded as the tools of engines do.
+    quantize, measured: (weights [..., rows, K], amax f32 [...], one of `scales`) -> Packed, Measured; they
+    raise SourceError if a weight or an amax is infinite or NaN.
+    dequantize: Packed -> f32 [..., rows, K].
+    fake_quantize: (values, amax f32 [], one of `scales` or `input_scale`) -> what remains of them, same shape
+    and dtype.
+    reach: (block maxima f32 [n, blocks], tensor scales f32 [n]) -> the block scales that reach them, of the
+    dtype of `Packed.scale`, whose bytes are in the order of their values; None without blocks.
+    """
+
+    name: str
+    title: str
+    parts: tuple[Part, ...]
+    block: int | None
+    scales: tuple[str, ...]
+    inputs: tuple[str, ...]
+    input_scale: str
+    caches: bool
+    largest: float
+    scale_of: Callable[[Tensor], Tensor]
+    quantize: Callable[[Tensor, Tensor, str], Packed]
+    measured: Callable[[Tensor, Tensor, str], Measured]
+    dequantize: Callable[..., Tensor]
+    fake_quantize: Callable[[Tensor, Tensor, str], Tensor]
+    reach: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def rows(self, packed: Packed) -> dict[str, Tensor]:
+        """The parts of a packed weight that have its rows, by name: codes and block scales."""
+        return {p.name: getattr(packed, p.name) for p in self.parts if p.per is not None}
+
+    def scalars(self, packed: Packed) -> dict[str, Tensor]:
+        """The parts that are a number a tensor, by name."""
+        return {p.name: getattr(packed, p.name) for p in self.parts if p.per is None}
+
+    def holds(self, width: int) -> bool:
+        """Whether rows of so many weights are whole blocks."""
+        return self.block is None or width % self.block == 0
+
+
+NVFP4 = Format(
+    name="nvfp4",
+    title="NVFP4",
+    parts=(
+        Part("weight", torch.uint8, 2),
+        Part("scale", torch.float8_e4m3fn, nvfp4.BLOCK),
+        Part("scale_2", torch.float32, None),
+    ),
+    block=nvfp4.BLOCK,
+    scales=("max", "mse"),
+    inputs=("nvfp4", "none"),
+    input_scale="dynamic",
+    caches=False,
+    largest=nvfp4.E2M1_MAX * nvfp4.E4M3_MAX,
+    scale_of=nvfp4.global_scale,
+    quantize=nvfp4.quantize_weight,
+    measured=nvfp4.quantize_measured,
+    dequantize=nvfp4.dequantize,
+    fake_quantize=nvfp4.fake_quantize,
+    reach=nvfp4.reaching_scales,
+)
+FP8 = Format(
+    name="fp8",
+    title="FP8",
+    parts=(Part("weight", torch.float8_e4m3fn, 1), Part("scale", torch.float32, None)),
+    block=None,
+    scales=("max",),
+    inputs=("fp8",),
+    input_scale="static",
+    caches=True,
+    largest=nvfp4.E4M3_MAX,
+    scale_of=fp8.scale_of,
+    quantize=fp8.quantize_weight,
+    measured=fp8.quantize_measured,
+    dequantize=fp8.dequantize,
+    fake_quantize=fp8.fake_quantize,
+)
+FORMATS: Mapping[str, Format] = {format.name: format for format in (NVFP4, FP8)}
+
+if TYPE_CHECKING:
+    WeightFormat = str
+    InputFormat = str
+    CacheFormat = str
+else:  # the types of a pass's options: what they list, specs take and their JSON schema shows
+    WeightFormat = Literal[tuple(FORMATS)]
+    InputFormat = Literal[(*FORMATS, "none")]
+    CacheFormat = Literal[tuple(format.name for format in FORMATS.values() if format.caches)]
+
+
+def check_pair(weights: str, inputs: str, where: str) -> None:
+    """SpecError for weights and inputs of formats that no engine multiplies; `where` names the pass."""
+    if inputs not in FORMATS[weights].inputs:
+        known = [f"{f.name} with {' or '.join(f.inputs)}" for f in FORMATS.values()]
+        raise SpecError(
+            f"{where}: weights: {weights} and inputs: {inputs} do not go together; "
+            f"engines know {', and '.join(known)}"
+        )
