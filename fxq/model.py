@@ -32,6 +32,9 @@ from fxq.trace.fake_model import (
     load_tokenizer,
 )
 
+# A model as users give it: a Hugging Face directory, or a live model.
+AnyModel = str | Path | PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Model:
@@ -101,7 +104,7 @@ def _is_valid(generation: Mapping[str, Any]) -> bool:
 
 
 def open_model(
-    model: str | Path | PreTrainedModel,
+    model: AnyModel,
     *,
     follow_links: bool = False,
     trust_remote_code: bool = False,
@@ -154,7 +157,7 @@ def _comparable(model: PreTrainedModel) -> dict[str, Any]:
     return copy.deepcopy(model.config).to_dict()
 
 
-def directory_of(model: str | Path | PreTrainedModel) -> Path | None:
+def directory_of(model: AnyModel) -> Path | None:
     """The model's directory: the path itself, or where a live model was loaded from, if it is still there."""
     if not isinstance(model, PreTrainedModel):
         return Path(model).expanduser()

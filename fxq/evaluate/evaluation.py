@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fxq.errors import SourceError, SpecError
 from fxq.evaluate.served import served
 from fxq.graph.program import Program
-from fxq.model import Model, device_of, open_model, samples_of
+from fxq.model import AnyModel, Model, device_of, open_model, samples_of
 from fxq.pipeline.base import Progress, no_progress
 from fxq.run import likelihood
 from fxq.run.batches import predicted_batches
@@ -61,10 +60,10 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | Path | PreTrainedModel,
+    model: AnyModel,
     text: object,
     *,
-    base: str | Path | PreTrainedModel | None = None,
+    base: AnyModel | None = None,
     samples: int = 64,
     seq_len: int = 512,
     device: str | torch.device = "cpu",
@@ -137,8 +136,8 @@ def _divergence(base: str, losses: Tensor, kl: Tensor, same: Tensor) -> Divergen
     return Divergence(base, likelihood.perplexity(losses), {"mean": float(kl.mean()), **found}, agreement)
 
 
-def _name(model: str | Path | PreTrainedModel, held: Model) -> str:
-    return type(held.fake.model).__name__ if isinstance(model, PreTrainedModel) else str(model)
+def _name(model: AnyModel, held: Model) -> str:
+    return str(model) if isinstance(model, (str, Path)) else type(held.fake.model).__name__
 
 
 def _vocabulary(model: Model) -> int:
