@@ -1,6 +1,5 @@
 """`fxq.compile`: a model and a spec in, a calibrated program out; `save` writes it."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,14 +13,14 @@ from torch.fx import Graph
 
 from fxq.checkpoint import writer as checkpoint
 from fxq.checkpoint.workdir import Work, check_output, working
-from fxq.errors import CheckpointError, SpecError, choices
+from fxq.errors import CheckpointError, SpecError
 from fxq.evaluate.perplexity import perplexities
 from fxq.gc_paused import gc_paused
 from fxq.graph.program import Program
 from fxq.model import AnyModel, Model, device_of, directory_of, open_model, run_of, samples_of
 from fxq.numbers import kernels
 from fxq.passes import table
-from fxq.pipeline.base import Pass, Progress, Session, bystanders, no_progress, with_flags
+from fxq.pipeline.base import Pass, Progress, Session, bystanders, no_progress
 from fxq.pipeline.run import needs_data, run_passes
 from fxq.pipeline.spec import Spec, load
 from fxq.report.measured import WritingReport, measure_memory, timed
@@ -64,7 +63,8 @@ def compile(
     written.
     """
     known = table(passes)
-    chosen = with_options(spec if isinstance(spec, Spec) else load(spec, known), format, allow_partial)
+    chosen = spec if isinstance(spec, Spec) else load(spec, known)
+    chosen = chosen.with_flags(format=format, partial=allow_partial or None)
     where = device_of(device)
     if samples < 1 or seq_len < 1:
         raise SpecError(f"samples and seq_len are at least 1; found {samples} and {seq_len}")
@@ -195,12 +195,3 @@ class Compiled:
             found = perplexities(self.program, source, session.device, batches, session.progress)
         self.report.perplexity_before, self.report.perplexity_after = found
         return found
-
-
-def with_options(spec: Spec, format: str | None, allow_partial: bool) -> Spec:
-    """The spec with what the command line says about its passes."""
-    if format is not None and format not in checkpoint.FORMATS:
-        raise SpecError(f"no output format is called {format!r}; there are {choices(checkpoint.FORMATS)}")
-    flags: dict[str, object] = {"format": format} if format is not None else {}
-    flags |= {"partial": True} if allow_partial else {}
-    return dataclasses.replace(spec, passes=tuple(with_flags(step, flags) for step in spec.passes))

@@ -11,7 +11,6 @@ import pytest
 from transformers import Qwen3MoeConfig
 
 import fxq
-from fxq.compile import with_options
 from fxq.errors import SpecError, VerifyError
 from fxq.graph.program import Program
 from fxq.graph.text import parse
@@ -227,7 +226,7 @@ def test_allowed_partial_coverage_is_listed_and_warned_of(narrow: Path, tmp_path
     quantized = set(written.quantized_linears())
     assert {name.split(".")[2] for name in quantized if ".mlp." in name} == {"0"}
     assert {f"model.layers.{n}.self_attn.o_proj" for n in (0, 1)} <= quantized
-    chosen = with_options(spec.load(WEIGHT_ONLY, PASSES), None, True)
+    chosen = spec.load(WEIGHT_ONLY, PASSES).with_flags(partial=True)
     found = preview(open_model(narrow), chosen)
     assert found.output_bytes == compiled.report.output_bytes
     assert found.linears == len(quantized)
@@ -235,14 +234,16 @@ def test_allowed_partial_coverage_is_listed_and_warned_of(narrow: Path, tmp_path
 
 
 def test_where_nothing_of_experts_can_be_quantized_a_spec_for_experts_is_refused(narrow: Path) -> None:
-    chosen = with_options(spec.load(EXPERTS_ONLY, PASSES), None, True)
+    chosen = spec.load(EXPERTS_ONLY, PASSES).with_flags(partial=True)
     with pytest.raises(VerifyError, match=r"rewrote nothing.*input dimension is 24"):
         preview(open_model(narrow), chosen)
 
 
 def test_options_reach_the_passes_that_have_them() -> None:
-    chosen = with_options(spec.load(DEFAULT, PASSES), "modelopt", True)
+    chosen = spec.load(DEFAULT, PASSES).with_flags(format="modelopt", partial=True)
     partial = {step.name for step in chosen.passes if getattr(step, "partial", False)}
     assert partial == {"fuse-experts", "quantize-experts", "quantize-linears"}
-    with pytest.raises(SpecError, match=r"no output format is called 'gguf'.*modelopt"):
-        with_options(chosen, "gguf", False)
+    with pytest.raises(
+        SpecError, match=r"lower: format is one of modelopt, compressed-tensors; found 'gguf'"
+    ):
+        chosen.with_flags(format="gguf")

@@ -86,11 +86,10 @@ def preview_one(arguments: argparse.Namespace) -> None:
     from fxq.pipeline import spec
 
     chosen = spec.load(arguments.name, table(arguments.passes))  # its mistakes come before anything is traced
-    from fxq.compile import with_options
     from fxq.model import open_model
     from fxq.preview import preview
 
-    chosen = with_options(chosen, None, arguments.allow_partial)
+    chosen = chosen.with_flags(partial=arguments.allow_partial or None)
     model = open_model(
         arguments.model,
         follow_links=arguments.follow_links,
@@ -106,14 +105,14 @@ def preview_one(arguments: argparse.Namespace) -> None:
 def preview_all(arguments: argparse.Namespace) -> None:
     """What each shipped spec would do to the model, or why it does not apply."""
     from fxq.cli import tables
-    from fxq.compile import with_options
     from fxq.model import open_model
     from fxq.passes import table
     from fxq.pipeline import spec
     from fxq.preview import previews
 
     known = table(arguments.passes)
-    specs = [with_options(spec.load(n, known), None, arguments.allow_partial) for n in spec.shipped()]
+    loaded = [spec.load(name, known) for name in spec.shipped()]
+    specs = [chosen.with_flags(partial=arguments.allow_partial or None) for chosen in loaded]
     model = open_model(
         arguments.model,
         follow_links=arguments.follow_links,

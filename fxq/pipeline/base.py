@@ -1,10 +1,9 @@
 """What a pass is, and what it runs with."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -111,12 +110,6 @@ def bystanders(passes: Iterable[Pass], table: Mapping[str, type[Pass]]) -> list[
     used = {type(step) for step in passes}
     found = (cls.bystander() for cls in table.values() if cls not in used)
     return [step for step in found if step is not None]
-
-
-def with_flags(step: Pass, flags: Mapping[str, object]) -> Pass:
-    """The pass with those of the command line's options that it declares."""
-    own = {name: value for name, value in flags.items() if name in step.flags}
-    return cast(Pass, dataclasses.replace(cast(Any, step), **own))
 
 
 def nothing_matched(step: Pass, program: Program, expected: str, hint: str = "") -> VerifyError:

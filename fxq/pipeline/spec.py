@@ -37,6 +37,22 @@ class Spec:
     description: str
     passes: tuple[Pass, ...]
 
+    def with_flags(self, **flags: object) -> "Spec":
+        """The spec with options set in every pass that declares them as `flags`; None leaves one as it is.
+
+        Raises SpecError for a value that the option does not take.
+        """
+        passes = []
+        for step in self.passes:
+            hints = typing.get_type_hints(type(step))
+            own = {
+                name: _checked(value, hints[name], f"{step.name}: {name}")
+                for name, value in flags.items()
+                if value is not None and name in step.flags
+            }
+            passes.append(dataclasses.replace(cast(Any, step), **own))
+        return dataclasses.replace(self, passes=tuple(passes))
+
 
 class _Loader(yaml.SafeLoader):
     """YAML without aliases, by which a small file can stand for one without end."""
