@@ -160,9 +160,8 @@ def _converted(
 
 def _check_shape(name: str, key: str, found: Sequence[int], expected: Sequence[int]) -> None:
     if tuple(found) != tuple(expected):
-        raise SourceError(
-            f"{key}: expected shape {list(expected)}{_of(name, key)}, as config.json has it, found {list(found)}"
-        )
+        shape = f"shape {list(expected)}{_of(name, key)}, as config.json has it"
+        raise SourceError(f"{key}: expected {shape}, found {list(found)}")
 
 
 def _of(name: str, key: str) -> str:
