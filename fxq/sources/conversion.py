@@ -138,7 +138,7 @@ def _stored(model: PreTrainedModel, infos: Infos, own: Infos) -> tuple[dict[str,
 
 def _only(name: str, keys: Sequence[str]) -> str:
     if len(keys) > 1:
-        raise SourceError(f"{keys[1]}: {keys[0]} is already all of {name}; which of the two counts?")
+        raise SourceError(f"{keys[1]}: expected one tensor for {name}, found {keys[0]} as well")
     return keys[0]
 
 
@@ -160,7 +160,13 @@ def _converted(
 
 def _check_shape(name: str, key: str, found: Sequence[int], expected: Sequence[int]) -> None:
     if tuple(found) != tuple(expected):
-        raise SourceError(f"{key}: config.json makes {name} {list(expected)}, the checkpoint {list(found)}")
+        shape = f"shape {list(expected)}{_of(name, key)}, as config.json has it"
+        raise SourceError(f"{key}: expected {shape}, found {list(found)}")
+
+
+def _of(name: str, key: str) -> str:
+    """Which parameter a tensor makes, where it is called otherwise."""
+    return "" if name == key else f" of parameter {name}"
 
 
 def _check_kind(name: str, own: TensorInfo, keys: Sequence[str], infos: Infos) -> None:
@@ -168,7 +174,7 @@ def _check_kind(name: str, own: TensorInfo, keys: Sequence[str], infos: Infos) -
     for key in keys:
         if infos[key].dtype.is_floating_point != own.dtype.is_floating_point:
             expected, found = (str(dtype).removeprefix("torch.") for dtype in (own.dtype, infos[key].dtype))
-            raise SourceError(f"{key}: {name} is {expected}, the checkpoint holds {found}")
+            raise SourceError(f"{key}: expected {expected}{_of(name, key)}, found {found}")
 
 
 def _full_names(name: str, converter: WeightConverter) -> list[str]:
@@ -246,7 +252,9 @@ def _stack(experts: Sequence[_Rows]) -> _Rows:
     first = experts[0]
     for key, expert in zip(keys, experts, strict=True):
         if expert.shape != first.shape:
-            raise SourceError(f"{key}: shape {list(expert.shape)} differs from its siblings'")
+            raise SourceError(
+                f"{key}: expected shape {list(first.shape)} of {keys[0]}, found {list(expert.shape)}"
+            )
     return _Rows((Part(keys, first.parts[0].rows),), (len(experts), *first.shape), stacked=True)
 
 
@@ -259,8 +267,8 @@ def _concatenate(operation: Concatenate, tensors: Sequence[_Rows]) -> _Rows:
     for tensor, sizes in zip(tensors, others, strict=True):
         if sizes != others[0]:
             raise SourceError(
-                f"{tensor.parts[0].keys[0]}: shape {list(tensor.shape)} does not go with "
-                f"{first.parts[0].keys[0]}'s {list(first.shape)}"
+                f"{tensor.parts[0].keys[0]}: expected a shape that joins {list(first.shape)} of "
+                f"{first.parts[0].keys[0]}, found {list(tensor.shape)}"
             )
     return first.with_rows([part for tensor in tensors for part in tensor.parts])
 

@@ -238,7 +238,7 @@ def _by_tensor(
         return found
     for key, name in listed.items():
         if key not in found or found[key].path.name != name:
-            raise SourceError(f"{path / name}: {INDEX} puts {key} there, but there it is not")
+            raise SourceError(f"{path / name}: {INDEX} says that it holds {key}, and it does not")
     for key, file in found.items():
         if key not in listed:
             raise SourceError(f"{file.path}: holds {key}, which {INDEX} does not list")

@@ -47,7 +47,7 @@ def check_links(directory: Path, *, follow: bool = False) -> None:
     for path in _visible(directory):
         if not path.is_symlink():
             if not path.is_dir() and not path.is_file():
-                raise SourceError(f"{path}: a pipe, socket or device is no part of a model")
+                raise SourceError(f"{path}: expected a file, found a pipe, socket or device")
             continue
         try:
             target = path.resolve(strict=True)

@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 from fxq.errors import SourceError, TraceError
 
 _LARGEST_BUFFERS = 1 << 31  # bytes of non-persistent buffers
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "tekken.json", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,12 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _no_tokenizer(directory: Path, reason: str) -> SourceError:
-    return SourceError(
-        f"{directory}: there is no tokenizer to encode text with; give lines of input_ids instead ({reason})"
+    """The error for text without a tokenizer; the reason counts where there are files to make one of."""
+    held = any(any(directory.glob(pattern)) for pattern in _TOKENIZER_FILES)
+    found = (
+        f"there is no tokenizer that transformers can load ({reason})" if held else "there is no tokenizer"
     )
+    return SourceError(f"{directory}: {found}; text needs one, lines of input_ids do not")
 
 
 def _is_empty(tokenizer: Any) -> bool:

@@ -10,7 +10,7 @@ sizes guards the trace as ever; it is only spared the tracing. Whatever could te
 an operator (a tensor or an object from elsewhere, state kept on a module, an input changed in place) makes a
 layer be traced as if there were no other.
 
-A trace of 48 layers takes a seventh of the time that way. What it costs is private names of torch:
+In full, 16 layers of Qwen3-30B-A3B take four times as long. What it costs is private names of torch:
 
 | name | what for | freed when torch.export |
 |---|---|---|

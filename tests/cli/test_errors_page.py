@@ -29,8 +29,8 @@ command line prints the message, and a traceback only with `--debug`; its exit s
 1 for the others.
 
 Links are followed only within the model's directory, or into the blobs of the Hugging Face cache that it is
-part of. `config.json`, `model.safetensors.index.json` and shards are data: nothing of a model directory is
-executed without `--trust-remote-code`.
+part of; with `--follow-links` also to files elsewhere. `config.json`, `model.safetensors.index.json` and
+shards are data: nothing of a model directory is executed without `--trust-remote-code`.
 
 | input | error |
 |---|---|
@@ -167,6 +167,7 @@ CASES = [
     Case("a calibration line without a sample", _calib(b'{"prompt": "hello"}\n')),
     Case("a token that is a float", _calib(b'{"input_ids": [3, 4.0]}\n')),
     Case("a token outside the vocabulary", _calib(json.dumps({"input_ids": [VOCABULARY]}).encode())),
+    Case("text without a tokenizer", _calib(b'{"text": "hello"}\n')),
     Case("no such directory", lambda path: {"model": path / "nothing"}),
     Case("no config.json", lambda path: (path / "config.json").unlink()),
     Case("a config.json that is a list", _write("config.json", b"[]")),

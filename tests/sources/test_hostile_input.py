@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import fxq
+from fxq.compile import open_model
 from fxq.errors import SourceError
-from fxq.model import open_model
+from fxq.graph.hub import TensorInfo
 from fxq.passes import PASSES
 from fxq.pipeline import spec
 from fxq.sources.files import INDEX, check_depth, read_config, shards
@@ -183,8 +184,7 @@ def test_stored_formats_are_understood_or_refused(
 ) -> None:
     keys = ["m.weight", "m.weight_scale_inv", "n.scale"]
     raw = {
-        key: fxq.program.TensorInfo(tuple(shape), dtype)
-        for key, shape, dtype in zip(keys, shapes, dtypes, strict=True)
+        key: TensorInfo(tuple(shape), dtype) for key, shape, dtype in zip(keys, shapes, dtypes, strict=True)
     }
     try:
         encoding = fp8_encoding({"quantization_config": quantization}, raw, tmp_path)
