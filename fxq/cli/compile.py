@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval", metavar="FILE", type=Path, help="also measure perplexity before and after on this text")
     shared.add_partial(parser)
     shared.add_json(parser, "print the summary as JSON")
-    shared.add_trust(parser)
+    shared.add_reading(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="output format (default text); html is a page with every stage, to be searched and compared",
     )
-    shared.add_trust(parser)
+    shared.add_reading(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

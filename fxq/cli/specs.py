@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--schema", action="store_true", help="print the JSON schema of specs, for editors")
     shared.add_partial(parser)
     shared.add_json(parser, "print it as JSON (with --model)")
-    shared.add_trust(parser)
+    shared.add_reading(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
