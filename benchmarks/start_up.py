@@ -27,7 +27,7 @@ SAMPLES, LENGTH = 8, 512
 # Run in the fresh process; the second argument is when it was launched.
 _CHILD = """
 import sys, time
-import fxq.cli
+from fxq.cli.main import main
 launched, command = float(sys.argv[1]), sys.argv[2:]
 
 def first_read(self, *args):
@@ -37,7 +37,7 @@ def first_read(self, *args):
 
 from fxq.sources import directory
 directory.Directory._raw = first_read
-raise SystemExit(fxq.cli.main(command))
+raise SystemExit(main(command))
 """
 
 

@@ -9,20 +9,11 @@ def add_model(parser: ArgumentParser, about: str = "Hugging Face directory with 
     parser.add_argument("model", metavar="MODEL", type=Path, help=about)
 
 
-def add_trust(parser: ArgumentParser) -> None:
-    """What a model directory may do beyond being read."""
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="allow the model directory's own python code to run"
-    )
-
-
-def add_links(parser: ArgumentParser) -> None:
-    """Where a model's files may lie."""
-    parser.add_argument(
-        "--follow-links",
-        action="store_true",
-        help="read files that are symbolic links out of the model directory (shards kept elsewhere)",
-    )
+def add_reading(parser: ArgumentParser) -> None:
+    """What a model directory may do beyond being read: both are off unless asked for."""
+    add = parser.add_argument
+    add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
+    add("--follow-links", action="store_true", help="follow links that lead out of the model directory")
 
 
 def add_passes(parser: ArgumentParser) -> None:

@@ -48,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="output format (default text); html is a page with every stage, to be searched and compared",
     )
     shared.add_passes(parser)
-    shared.add_links(parser)
-    shared.add_trust(parser)
+    shared.add_reading(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

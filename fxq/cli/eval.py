@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
     add("--device", default="cpu", metavar="cpu|cuda", help="where the models run (default cpu)")
     shared.add_json(parser)
-    shared.add_links(parser)
-    shared.add_trust(parser)
+    shared.add_reading(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_partial(parser)
     shared.add_json(parser, "print it as JSON (with --model)")
     shared.add_passes(parser)
-    shared.add_links(parser)
-    shared.add_trust(parser)
+    shared.add_reading(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ import fxq
 from fxq.compile import open_model
 from fxq.errors import SourceError
 from fxq.graph.hub import TensorInfo
+from fxq.model import open_model
 from fxq.passes import PASSES
 from fxq.pipeline import spec
 from fxq.sources.files import INDEX, check_depth, read_config, shards
