@@ -16,7 +16,7 @@ from fxq.numbers import fp8, nvfp4
 
 
 class Packed(Protocol):
-    """A quantized weight, or many of one shape: each part of its format (`Format.parts`) is an attribute."""
+    """A quantized weight, or many of one shape; each part of its format (`Format.parts`) is an attribute."""
 
     @property
     def weight(self) -> Tensor:
@@ -68,8 +68,9 @@ class Format:
     inputs: what engines multiply such weights with: formats, and `none` for inputs as they are.
     input_scale: how the input of a linear is scaled, as `fxq.quantize` spells it.
     caches: whether engines hold keys and values in it.
-    largest: the magnitude that a packed weight reaches at scale 1: the scale of a tensor is `amax / largest`,
-    scale_of: which is amax f32 [...] -> f32 [...], positive, rounded as the tools of engines do.
+    largest: the magnitude that a packed weight reaches if the scale of its tensor is 1.
+    scale_of: amax f32 [...] -> the scale of a tensor, f32 [...]: `amax / largest`, rounded as the tools of
+    engines do, and never zero.
     quantize, measured: (weights [..., rows, K], amax f32 [...], one of `scales`) -> Packed, Measured; they
     raise SourceError if a weight or an amax is infinite or NaN.
     dequantize: Packed -> f32 [..., rows, K].

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import fxq
-from fxq.compile import open_model
 from fxq.errors import SourceError
 from fxq.graph.hub import TensorInfo
 from fxq.model import open_model

@@ -182,7 +182,7 @@ def test_patches_are_undone_after_a_failure() -> None:
 
 
 def test_an_unknown_opaque_call_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"fxq\.leaf\('elsewhere:scan'\)"):
+    with pytest.raises(RuntimeError, match=r"fxq\.opaque\('elsewhere:scan'\)"):
         run("elsewhere:scan", [], [], "{}")
 
 
