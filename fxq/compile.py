@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.fx import Graph
-from transformers import PreTrainedModel
 
 from fxq.checkpoint import writer as checkpoint
 from fxq.checkpoint.workdir import Work, check_output, working
@@ -20,7 +19,7 @@ from fxq.errors import CheckpointError, SpecError, choices
 from fxq.evaluate.perplexity import perplexities
 from fxq.gc_paused import gc_paused
 from fxq.graph.program import Program
-from fxq.model import Model, device_of, directory_of, open_model, run_of, samples_of
+from fxq.model import AnyModel, Model, device_of, directory_of, open_model, run_of, samples_of
 from fxq.numbers import kernels
 from fxq.passes import PASSES
 from fxq.passes.calibrate_bootstrap import CalibrateBootstrap
@@ -37,7 +36,7 @@ from fxq.run.bootstrap import Bootstrap
 
 
 def compile(
-    model: str | Path | PreTrainedModel,
+    model: AnyModel,
     spec: str | Path | Spec,
     *,
     calib: object = None,

@@ -26,6 +26,8 @@ from fxq.sources.live import called_otherwise
 from fxq.trace.export import trace
 from fxq.trace.fake_model import Twin, load_config, load_tokenizer, twin_of_config, twin_of_model
 
+AnyModel = str | Path | PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Model:
@@ -94,9 +96,7 @@ def _is_valid(generation: Mapping[str, Any]) -> bool:
     return True
 
 
-def open_model(
-    model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False, quantized: bool = False
-) -> Model:
+def open_model(model: AnyModel, *, trust_remote_code: bool = False, quantized: bool = False) -> Model:
     """A directory or live model, checked: config, twin, and where each parameter lies; no weight is read.
 
     quantized: whether an NVFP4 checkpoint is opened, decoded, instead of being refused.
@@ -143,7 +143,7 @@ def _comparable(model: PreTrainedModel) -> dict[str, Any]:
     return copy.deepcopy(model.config).to_dict()
 
 
-def directory_of(model: str | Path | PreTrainedModel) -> Path | None:
+def directory_of(model: AnyModel) -> Path | None:
     """The model's directory: the path itself, or where a live model was loaded from, if it is still there."""
     if not isinstance(model, PreTrainedModel):
         return Path(model).expanduser()
