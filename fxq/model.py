@@ -24,7 +24,7 @@ from fxq.sources import samples as calibration
 from fxq.sources.fp8_blocks import without_encoding
 from fxq.sources.live import called_otherwise
 from fxq.trace.export import trace
-from fxq.trace.fake_model import Twin, load_config, load_tokenizer, twin_of_config, twin_of_model
+from fxq.trace.fake_model import Twin, load_config, load_tokenizer, quiet, twin_of_config, twin_of_model
 
 AnyModel = str | Path | PreTrainedModel
 
@@ -90,7 +90,8 @@ def _json(path: Path) -> Any:
 def _is_valid(generation: Mapping[str, Any]) -> bool:
     """Whether transformers would save this generation config."""
     try:
-        GenerationConfig.from_dict(copy.deepcopy(dict(generation))).validate(strict=True)
+        with quiet():
+            GenerationConfig.from_dict(copy.deepcopy(dict(generation))).validate(strict=True)
     except Exception:  # whatever odd values make its checks raise
         return False
     return True
