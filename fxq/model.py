@@ -30,6 +30,7 @@ from fxq.trace.fake_model import (
     fake_model_of_live,
     load_config,
     load_tokenizer,
+    quiet,
 )
 
 # A model as users give it: a Hugging Face directory, or a live model.
@@ -97,7 +98,8 @@ def _json(path: Path) -> Any:
 def _is_valid(generation: Mapping[str, Any]) -> bool:
     """Whether transformers would save this generation config."""
     try:
-        GenerationConfig.from_dict(copy.deepcopy(dict(generation))).validate(strict=True)
+        with quiet():
+            GenerationConfig.from_dict(copy.deepcopy(dict(generation))).validate(strict=True)
     except Exception:  # whatever odd values make its checks raise
         return False
     return True

@@ -1,4 +1,4 @@
-"""What an interrupted run had done: a file of lines that is only ever appended to.
+"""Journal: what an interrupted run had done, in a file of lines that is only ever appended to.
 
 Each line is the CRC-32 of a JSON value, then the value. A line that a crash tore, or that reads back
 otherwise than it was written, counts as never written; so nothing has to reach the disk in any order.

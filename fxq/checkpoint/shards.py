@@ -245,7 +245,8 @@ def _split(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]
 
 
 def _natural(key: str) -> str:
-    """A name with its numbers in digits enough to be compared as text."""
+    """A name with its numbers in digits enough to be compared as text. (natsort would also take the numbers
+    inside of `w10` and `w2` apart, and cut the shards of some models elsewhere.)"""
     return "\0".join(part.zfill(20) if part.isdigit() else part for part in key.split("."))
 
 

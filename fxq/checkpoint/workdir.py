@@ -1,4 +1,4 @@
-"""The directory beside OUT where a run works: one run at a time, kept when it is interrupted, OUT in the end.
+"""Work directory: lies beside OUT, for one run at a time; kept when that is interrupted, OUT in the end.
 
 .OUT.partial/lock       held by the process that works here; the lock dies with it
 .OUT.partial/journal    what the run is, and what it has done
@@ -219,6 +219,8 @@ def _make(directory: Path) -> list[Path]:
     return new
 
 
+# Not filelock: its 3.x releases empty the file of a lock that they fail to get, and with it the number of the
+# process that holds it, and where a file system has no flock it leaves a file that outlives a killed process.
 def _lock(out: Path, path: Path) -> int:
     """Make and lock the work directory; CheckpointError if another run, here or elsewhere, holds it."""
     while True:

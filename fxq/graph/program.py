@@ -1,4 +1,4 @@
-"""What passes work on: a graph, where its parameters lie in the checkpoint, what calibration found."""
+"""Program: a graph, where its parameters lie in the checkpoint, and what calibration found."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,5 @@
-"""What logits say of a text: the loss of each token, and how far two models' predictions lie apart.
+"""Likelihood: what logits say of a text, the loss of each token and how far two models' predictions lie
+apart.
 
 Logits [B, S, V] predict token s + 1 at position s; the last position predicts nothing. They are widened to
 float32 some rows at a time.

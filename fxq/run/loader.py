@@ -37,8 +37,7 @@ class Request(Generic[Item]):
 
 @dataclass(frozen=True)
 class _Part(Generic[Item]):
-    """Rows [start, end) of a requested tensor, which `value` will hold; `nbytes` of all of it, counted once,
-    with its first rows."""
+    """Rows [start, end) of a requested tensor, which `value` will hold."""
 
     request: Request[Item]
     value: Tensor
@@ -46,8 +45,8 @@ class _Part(Generic[Item]):
     end: int
 
     @property
-    def nbytes(self) -> int:
-        return 0 if self.start else self.request.nbytes
+    def rows(self) -> Tensor:
+        return self.value[self.start : self.end]
 
     @property
     def is_last(self) -> bool:
@@ -66,7 +65,7 @@ def loaded(
     parts = (part for request in requests for part in to.parts(request))
     threads = READERS[device.type] if concurrent else 1
     with closing(
-        stage(to.load, parts, threads=threads, ahead=AHEAD[device.type], size=lambda part: part.nbytes)
+        stage(to.load, parts, threads=threads, ahead=AHEAD[device.type], size=lambda part: part.rows.nbytes)
     ) as done:
         yield from map(to.hand_over, filter(attrgetter("is_last"), done))
 
@@ -102,7 +101,7 @@ class _Gpu:
             yield _Part(request, value, start, min(start + step, len(value)))
 
     def load(self, part: _Part[Item]) -> _Part[Item]:
-        rows = part.value[part.start : part.end]
+        rows = part.rows
         host = self._memory(rows.nbytes).view(rows.dtype).view(rows.shape)
         for fill, row in zip(part.request.fills[part.start : part.end], host, strict=True):
             fill(row)

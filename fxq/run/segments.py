@@ -1,5 +1,4 @@
-"""The order in which a graph is run over many batches: segment by segment, every batch through one before
-the next.
+"""Segments: a graph is run over many batches segment by segment, every batch through one before the next.
 
 Segments end where little flows on; between the blocks of a model that is the residual stream. So the weights
 of a block are read once for all batches, and no more than the stream is kept of each batch meanwhile.
@@ -52,7 +51,7 @@ def segments(graph: Graph, wanted: Container[Node], scale: float) -> list[Segmen
         reached = place[varying[end]] if end < len(varying) else len(nodes)
         now = [n for n in unused if place[n] < reached]
         unused = unused[len(now) :]
-        shared = sorted(_cone([*part, *now], varies), key=place.__getitem__)
+        shared = sorted(_needed([*part, *now], varies), key=place.__getitem__)
         kept = {n for n in kept.union(part) if flows.last[n] >= end}
         ends = _shared_ends(shared, part)
         for i, node in enumerate(part, start):
@@ -70,7 +69,7 @@ def _varying(graph: Graph) -> set[Node]:
     return varies
 
 
-def _cone(roots: list[Node], varies: Container[Node]) -> set[Node]:
+def _needed(roots: list[Node], varies: Container[Node]) -> set[Node]:
     """All shared nodes that the roots need, or are."""
     found: set[Node] = {n for n in roots if n not in varies}
     stack = list(roots)

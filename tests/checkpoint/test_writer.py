@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from fxq.graph.hub import TensorInfo
 from fxq.graph.program import Program
 from fxq.graph.text import parse
 from fxq.graph.verify import verify
+from fxq.model import open_model
 from fxq.sources.safetensors_file import SafetensorsFile
 from tests import oracle, reader, tiny
 from tests.families import Zoo, load, samples, zoo
@@ -63,7 +65,7 @@ def test_the_output_keeps_the_contract(out: Path, source: Path) -> None:
     assert reader.check(out, source) == []
 
 
-SIDE_FILES = ["generation_config.json", "tokenizer_config.json", "chat_template.jinja", "modeling_mine.py"]
+SIDE_FILES = ["tokenizer_config.json", "chat_template.jinja", "modeling_mine.py"]
 
 
 @pytest.mark.parametrize("name", [*SIDE_FILES, "additional_chat_templates/tools.jinja"])
@@ -71,10 +73,46 @@ def test_side_files_are_copied_byte_for_byte(name: str, out: Path, source: Path)
     assert (out / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_a_generation_config_that_transformers_would_not_save_is_kept_and_loads(out: Path) -> None:
-    assert (out / "generation_config.json").read_text() == GENERATION
+def test_a_generation_config_that_transformers_would_not_save_samples_in_the_output(
+    source: Path, compiled: fxq.Compiled, out: Path, tmp_path: Path
+) -> None:
     loaded = GenerationConfig.from_pretrained(out)
-    assert (loaded.do_sample, loaded.temperature, loaded.eos_token_id) == (False, 0.6, [1, 2])
+    loaded.validate(strict=True)
+    loaded.save_pretrained(tmp_path)
+    assert (loaded.do_sample, loaded.temperature, loaded.top_p, loaded.eos_token_id) == (
+        True,
+        0.6,
+        0.95,
+        [1, 2],
+    )
+    assert (source / "generation_config.json").read_text() == GENERATION
+    assert [w for w in compiled.report.warnings if "generation_config.json" in w and "do_sample" in w]
+    assert any("do_sample" in w for w in json.loads((out / "fxq-report/report.json").read_text())["warnings"])
+
+
+def test_the_same_of_a_live_model(source: Path, tmp_path: Path) -> None:
+    model = load(source)
+    before = copy.deepcopy(model.generation_config)
+    fxq.compile(model, WEIGHT_ONLY, out=tmp_path / "out")
+    GenerationConfig.from_pretrained(tmp_path / "out").validate(strict=True)
+    assert model.generation_config == before
+    assert (source / "generation_config.json").read_text() == GENERATION
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"do_sample": true,  "temperature": 0.6}',
+        '{"eos_token_id": 2}',
+        "[1]",
+        "not JSON",
+        '{"do_sample": false, "temperature": 0.6, "num_return_sequences": -1, "max_new_tokens": 0}',
+    ],
+)
+def test_any_other_generation_config_is_copied_byte_by_byte(content: str, zoo: Zoo, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(zoo("llama"), tmp_path / "model"))
+    (model / "generation_config.json").write_text(content)
+    assert open_model(model).replaced_files() == ({}, [])
 
 
 def test_unknown_keys_of_the_config_survive(out: Path, source: Path) -> None:

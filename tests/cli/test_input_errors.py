@@ -323,8 +323,7 @@ def test_a_broken_expert_is_named(
     value: float, word: str, projection: str, refused: Refuse, model: Model
 ) -> None:
     directory = _poison(model("qwen3_moe"), f"model.layers.1.mlp.experts.5.{projection}.weight", value)
-    parameter = "gate_up_proj" if projection == "up_proj" else projection
-    words = ("model.layers.1.mlp.experts", parameter, "expert 5", word)
+    words = (f"model.layers.1.mlp.experts.5.{projection}.weight", word)
     refused(fxq.SourceError, words, directory, WEIGHT_ONLY)
 
 
@@ -334,7 +333,7 @@ def test_a_broken_expert_is_named_while_calibrating(
     value: float, word: str, refused: Refuse, model: Model
 ) -> None:
     directory = _poison(model("qwen3_moe"), "model.layers.1.mlp.experts.5.up_proj.weight", value)
-    words = ("model.layers.1.mlp.experts", "expert 5", word)
+    words = ("model.layers.1.mlp.experts.5.up_proj.weight", word)
     refused(fxq.SourceError, words, directory, EXPERTS_ONLY, calib=samples(6))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -195,3 +196,15 @@ def test_a_live_model_that_calls_otherwise_is_told_so(zoo: Zoo) -> None:
     assert notes(lambda model: None) == []
     assert len(notes(lambda m: m.model.layers[0].mlp.register_forward_hook(lambda a, b, c: c * 2))) == 1
     assert len(notes(lambda m: setattr(m.model.layers[1].mlp, "forward", lambda x: x * 0))) == 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["nvfp4_weight_only", "nvfp4_weight_only_mse", "nvfp4_default-fp8_kv", "nvfp4_default_mse-fp8_cast_kv"],
+)
+def test_nan_is_named_by_the_tensor_of_the_checkpoint(spec: str, zoo: Zoo, tmp_path: Path) -> None:
+    """Gate and up of all experts are one parameter in memory; the user knows the files."""
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    model = _edited(zoo("qwen3_moe"), tmp_path / "model", lambda t: t[name][3, 5].fill_(float("nan")))
+    with pytest.raises(fxq.SourceError, match=rf"^{re.escape(name)}: .*NaN"):
+        fxq.compile(model, spec, calib=samples(6), out=tmp_path / "out")

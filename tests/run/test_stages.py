@@ -55,12 +55,11 @@ def test_an_error_comes_where_the_result_would_have() -> None:
             raise OSError("item 3")
         return item
 
-    found = []
     results = stage(work, range(10), threads=2, ahead=4, size=lambda item: 1)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="item 3"):
-        for result in results:
-            found.append(result)
-    assert found == [0, 1, 2]
+        next(results)
+    assert list(results) == []
 
 
 def test_what_feeds_a_stage_is_closed_with_it_and_no_thread_stays() -> None:

@@ -20,6 +20,7 @@ from fxq.run.bootstrap import Bootstrap
 from fxq.run.simulate import Simulate, Unquantized
 from fxq.run.statistics import Max
 from fxq.run.streaming import Streaming
+from fxq.run.weights import WeightExpressions
 
 CPU = torch.device("cpu")
 DEPTH, EXPERTS = 6, 4
