@@ -9,7 +9,7 @@ every run of the same inputs):
 version, fxq, spec, title   1; fxq's version; the spec's name; the model's directory name or class
 summary                     the fields of `fxq.report.Report` that are counts and errors
 weights                     a parameter each: name; layer (its first number) and projection (the rest); per
-                            expert (or once) sqnr_db (null: exact), crest and spread (`fxq.traits`)
+                            expert (or once) sqnr_db (null: exact), crest and spread (`fxq.numbers.quality`)
 tokens                      a layer of experts each: name, layer, tokens calibration routed to each
 scales                      steps and counts: sampled blocks by how many FP8 codes their scale lies above the
                             one that reaches their maximum
@@ -52,7 +52,7 @@ class Details:
     """What the report shows beside the counts of `Report`.
 
     weights: (parameter, expert or None) -> what packing did to it. tokens: fused weight -> tokens of each
-    expert. groups, excluded: as `fxq.outcome` yields them. sizes: bytes of weights, scales,
+    expert. groups, excluded: as `fxq.report.reasons` yields them. sizes: bytes of weights, scales,
     untouched. steps: blocks by where the search put their scales.
     """
 

@@ -119,8 +119,8 @@ def _reason(
         return "a vector: norm, bias or scale"
     if any("conv" in str(reader.target) for reader in readers):
         return "a convolution"
-    if (leaf := next((r for r in readers if is_opaque_call(r)), None)) is not None:
-        return f"inside the opaque call {str(leaf.args[0]).partition(':')[2]}"
+    if (call := next((r for r in readers if is_opaque_call(r)), None)) is not None:
+        return f"inside the opaque call {str(call.args[0]).partition(':')[2]}"
     matmuls = [matmul for reader in readers if (matmul := as_weight_matmul(reader)) is not None]
     if any(map(multiplies_experts, matmuls)):
         return "experts, and no pass of the spec quantizes experts"
