@@ -1,6 +1,6 @@
 """SHA-256 of every file that a commit writes, for every shipped spec, and what differs from another commit's.
 
-    python benchmarks/same_bytes.py hashes.json [--model DIR CALIB] ... [--spec NAME ...] [--device cuda]
+    python benchmarks/same_bytes.py hashes.json [--model DIR CALIB] ... [--spec NAME ...] [--family NAME ...] [--device cuda]
     python benchmarks/same_bytes.py --compare before.json after.json
 
 Models: the demo, tiny random ones of a dozen families of all forms that experts, attentions and linears have,
@@ -84,6 +84,7 @@ def main() -> int:
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--model", nargs=2, action="append", default=[], metavar=("DIR", "CALIB"))
     parser.add_argument("--spec", nargs="+", default=sorted(path.stem for path in ROOT.glob("specs/*.yaml")))
+    parser.add_argument("--family", nargs="*", default=FAMILIES, metavar="NAME")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=64)
@@ -95,7 +96,7 @@ def main() -> int:
         models = [("demo", ROOT / "demo/model", ROOT / "demo/calib.jsonl")]
         models += [(Path(directory).name, Path(directory), calib) for directory, calib in options.model]
         for family in families():
-            if family.name in FAMILIES:
+            if family.name in options.family:
                 place = Path(scratch, family.model_type)
                 tiny_model(family).save_pretrained(place)
                 models.append((family.name, place, text_ids(4, 24).tolist()))
