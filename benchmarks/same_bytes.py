@@ -1,6 +1,6 @@
 """SHA-256 of every file that a commit writes, for every shipped spec, and what differs from another commit's.
 
-    python benchmarks/same_bytes.py hashes.json [--model DIR CALIB] ... [--spec NAME ...] [--family NAME ...] [--device cuda]
+    python benchmarks/same_bytes.py OUT.json [--model DIR CALIB] ... [--spec NAME ...] [--family NAME ...]
     python benchmarks/same_bytes.py --compare before.json after.json
 
 Models: the demo, tiny random ones of a dozen families of all forms that experts, attentions and linears have,
