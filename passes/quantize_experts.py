@@ -1,7 +1,6 @@
 """quantize-experts: one quantize node per expert slice, and one per projection input; every expert or an
 error."""
 
-import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,7 @@ from torch.fx import Node
 from fxq.errors import VerifyError
 from fxq.graph import dialect, edit
 from fxq.graph.arguments import int_at, joined, node_at
-from fxq.graph.hub import Hub
+from fxq.graph.hub import NUMBER, Hub
 from fxq.graph.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.graph.places import named
 from fxq.graph.program import Program
@@ -32,7 +31,6 @@ ONE_EXPERT = Rule(
 )
 RULES = EXPERTS + ONE_EXPERT
 _PICKED = frozenset({torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default})
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -164,8 +162,8 @@ def _lists(opaque: Node) -> list[str]:
     for node in opaque.all_input_nodes:
         if node.op == "get_attr" and len(shape_of(node)) == 2:
             name = str(node.target)
-            pattern = _NUMBER.sub("*", name.removeprefix(f"{inside}."))
-            alike.setdefault((pattern, shape_of(node)), {})[name] = None
+            owner, _, own = name.removeprefix(f"{inside}.").rpartition(".")
+            alike.setdefault((f"{NUMBER.sub('*', owner)}.{own}", shape_of(node)), {})[name] = None
     return [name for names in alike.values() if len(names) > 1 for name in names]
 
 

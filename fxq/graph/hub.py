@@ -1,6 +1,7 @@
 """The checkpoint's view of a model: which tensors it holds, and where in them each parameter lies."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -77,6 +78,16 @@ class Stored:
     def keys(self) -> tuple[tuple[str, ...], ...]:
         """The tensors of each part."""
         return tuple(part.keys for part in self.parts)
+
+
+# A number in a dotted name: of a layer, of an expert.
+NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """A sort key of dotted names by which layer 2 comes before layer 10. (natsort would also take apart what
+    has a number at its end, such as `w10`.)"""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def row_axis(shape: Sequence[int]) -> int:

@@ -23,7 +23,6 @@ measured                    seconds by stage, peak_host_bytes, peak_device_bytes
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any
 from torch import Tensor
 
 from fxq import __version__
+from fxq.graph.hub import NUMBER, natural_order
 from fxq.numbers.quality import STEPS, Traits
 from fxq.report.pages import page
 from fxq.report.summary import Report
@@ -43,7 +43,6 @@ WORST = 10
 # A weight stands out from its fellows if a property is so many times theirs.
 STANDS_OUT = 1.15
 _MEASURED = ("seconds", "peak_host_bytes", "peak_device_bytes", "out", "warnings", "spec")
-_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _Weights = Mapping[tuple[str, int | None], Traits]
 
 
@@ -123,12 +122,8 @@ def _by_parameter(weights: _Weights) -> Iterable[tuple[str, list[Traits]]]:
     found: dict[str, dict[int, Traits]] = {}
     for (name, expert), own in weights.items():
         found.setdefault(name, {})[expert or 0] = own
-    order = sorted(found, key=_key)
+    order = sorted(found, key=natural_order)
     return ((name, [found[name][e] for e in sorted(found[name])]) for name in order)
-
-
-def _key(name: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def _weight(name: str, experts: Sequence[Traits]) -> dict[str, Any]:
@@ -144,15 +139,15 @@ def _weight(name: str, experts: Sequence[Traits]) -> dict[str, Any]:
 
 def _layer(name: str) -> int | str:
     """The first number of a name, which every model's layers have; "" without one."""
-    match = _NUMBER.search(name)
-    return int(match[1]) if match else ""
+    match = NUMBER.search(name)
+    return int(match[0]) if match else ""
 
 
 def _projection(name: str) -> str:
     """What follows the layer, without `.weight`; other numbers as `*`."""
-    match = _NUMBER.search(name)
+    match = NUMBER.search(name)
     rest = name[match.end() + 1 :] if match else name
-    return _NUMBER.sub(lambda m: m[0].replace(m[1], "*"), rest.removesuffix(".weight"))
+    return NUMBER.sub("*", rest.removesuffix(".weight"))
 
 
 def _tokens(tokens: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -160,7 +155,7 @@ def _tokens(tokens: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     modules = {name.rpartition(".")[0]: counts for name, counts in tokens.items()}
     return [
         {"name": name, "layer": _layer(name), "tokens": modules[name].tolist()}
-        for name in sorted(modules, key=_key)
+        for name in sorted(modules, key=natural_order)
     ]
 
 

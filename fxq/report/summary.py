@@ -12,6 +12,7 @@ from torch.fx import Graph
 
 from fxq.graph import dialect
 from fxq.graph.arguments import node_at
+from fxq.graph.hub import NUMBER
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import quantizes_input, weight_matmuls
@@ -21,7 +22,6 @@ from fxq.pipeline.facts import is_weight_quantize
 
 # Correct NVFP4 weights are at 18 to 22 dB, FP8 above 25.
 LEAST_SQNR_DB = 18
-_NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 _NODE_NUMBER = re.compile(r"(%\w*?)(_\d+)+\b")
 
 
@@ -217,7 +217,7 @@ def _listed(names: Sequence[str], program: Program) -> str:
 
 def fold(names: Iterable[str]) -> list[tuple[str, int]]:
     """(name, how many) with the numbers of layers and experts as `*`, and nodes without theirs; in order."""
-    return list(Counter(_NODE_NUMBER.sub(r"\1", _NUMBER.sub("*", name)) for name in names).items())
+    return list(Counter(_NODE_NUMBER.sub(r"\1", NUMBER.sub("*", name)) for name in names).items())
 
 
 def _shared_scales(lowered: Graph) -> int:

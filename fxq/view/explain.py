@@ -1,15 +1,13 @@
 """Reasons of a pass: where it fires, where not and why; and what changed between two stages."""
 
 import difflib
-import re
 from collections.abc import Iterable
 
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.structure.matmuls import as_weight_matmul
 from fxq.graph.structure.views import root
+from fxq.view.folded import NODE, NUMBER
 
-_NUMBER = re.compile(r"\d+")
-_NODE = re.compile(r"%\w+")
 _NO_SITES = "no candidate: nothing in this graph is of the kind the pass looks at\n"
 
 
@@ -23,7 +21,7 @@ def explain(sites: Iterable[Match | Miss]) -> str:
         text, reason = _place(site), ""
         if isinstance(site, Miss):
             reason = f": {site.reason}"
-        kind = _NUMBER.sub("#", _NODE.sub("%", site.rule + reason))
+        kind = NUMBER.sub("#", NODE.sub("%", site.rule + reason))
         kinds.setdefault((isinstance(site, Miss), kind), []).append(text + reason)
     lines = [
         f"{'misses' if missed else 'fires':7}{len(members):6} x  {members[0]}\n"

@@ -14,8 +14,8 @@ from fxq.graph.structure.matmuls import MATMULS
 from fxq.graph.structure.views import VIEWS, shape_of
 from fxq.graph.text import format_argument, format_node, format_target, format_type
 
-_NUMBER = re.compile(r"\d+")
-_NODE = re.compile(r"%\w+")
+NUMBER = re.compile(r"\d+")
+NODE = re.compile(r"%\w+")
 _LONGEST_INLINE = 72
 # Spelt out on a line of their own; everything else that has one user is written into its user's line.
 _LANDMARKS = MATMULS | {
@@ -89,7 +89,7 @@ def _inline(node: Node, inlined: dict[Node, str]) -> str:
     text = f"{name}({parts})"
     return (
         text
-        if len(_NUMBER.sub("", _NODE.sub("%node", text))) <= _LONGEST_INLINE
+        if len(NUMBER.sub("", NODE.sub("%node", text))) <= _LONGEST_INLINE
         else f"{name}({', '.join(dict.fromkeys(_sources(tensors, inlined)))})"
     )
 
@@ -171,7 +171,7 @@ def _key(item: Fold | str | int) -> Any:
     if isinstance(item, int):
         return item
     head, _, rest = item.partition(" = ")
-    return (_NODE.sub("%", head), _NUMBER.sub("#", _NODE.sub("%", rest)))
+    return (NODE.sub("%", head), NUMBER.sub("#", NODE.sub("%", rest)))
 
 
 def _render(items: Iterable[Fold | str], indent: str) -> Iterable[str]:

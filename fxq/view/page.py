@@ -17,11 +17,9 @@ from torch.fx import Graph
 
 from fxq.graph.text import format_node
 from fxq.report.pages import page
-from fxq.view.folded import Fold, folded
+from fxq.view.folded import NODE, NUMBER, Fold, folded
 from fxq.view.select import select
 
-_NUMBER = re.compile(r"\d+")
-_NODE = re.compile(r"%\w+")
 # A list of nodes is alike whatever its length is made of: experts differ in how many reached a stack.
 _LIST = re.compile(r"%(?:, %)+")
 
@@ -76,7 +74,7 @@ class Viewer:
 def _alike(line: str) -> str:
     """Lines of one kind: without the names of nodes, and without numbers but those of types."""
     head, _, rest = line.partition(" = ")
-    return _NODE.sub("%", head) + " = " + _NUMBER.sub("#", _LIST.sub("%", _NODE.sub("%", rest)))
+    return NODE.sub("%", head) + " = " + NUMBER.sub("#", _LIST.sub("%", NODE.sub("%", rest)))
 
 
 def _runs(order: Sequence[int]) -> list[int]:
