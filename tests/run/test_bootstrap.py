@@ -15,6 +15,7 @@ import torch
 
 import fxq
 from fxq.checkpoint.shards import Shards
+from fxq.graph import dialect
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
 from fxq.passes import PASSES
@@ -64,7 +65,7 @@ def test_a_weight_with_an_amax_of_its_own_is_read_once_if_it_is_written_at_once(
 
 def test_when_an_amax_is_found_changes_neither_scales_nor_bytes(zoo: Zoo, tmp_path: Path) -> None:
     at_once = fxq.compile(zoo("qwen3_moe"), WEIGHT_ONLY, out=tmp_path / "at_once")
-    own = [node.name for node in at_once.graph.nodes if node.target is fxq.dialect.AMAX and is_own(node)]
+    own = [node.name for node in at_once.graph.nodes if node.target is dialect.AMAX and is_own(node)]
     assert len(own) == LAYERS * (2 * EXPERTS + 1)
     assert not set(own) & at_once.program.values.keys()
     before = fxq.compile(zoo("qwen3_moe"), WEIGHT_ONLY)
