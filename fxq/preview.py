@@ -12,7 +12,6 @@ from typing import Any
 from torch.fx import Graph
 
 from fxq.checkpoint.plan import plan
-from fxq.checkpoint.shards import nbytes
 from fxq.checkpoint.writer import FORMATS
 from fxq.errors import FxqError
 from fxq.graph import dialect
@@ -68,8 +67,8 @@ def preview(model: Model, spec: Spec) -> Preview:
         copy.deepcopy(traced.graph), traced.hub, constants=traced.constants, accepts=traced.accepts
     )
     run_passes(spec.passes, program, beside=bystanders(spec.passes, PASSES))
-    source = sum(nbytes(info) for info in program.hub.tensors.values())
-    weights = sum(nbytes(info) // info.dtype.itemsize for info in program.hub.tensors.values())
+    source = sum(info.nbytes for info in program.hub.tensors.values())
+    weights = sum(info.nbytes // info.dtype.itemsize for info in program.hub.tensors.values())
     made = Preview(
         spec.name,
         spec.description,
@@ -82,7 +81,7 @@ def preview(model: Model, spec: Spec) -> Preview:
         note = "the spec has no `lower` pass: nothing would be written"
         return dataclasses.replace(made, warnings=(*made.warnings, note))
     planned = plan(program, FORMATS[program.format])
-    output = sum(nbytes(info) for info in planned.infos.values())
+    output = sum(info.nbytes for info in planned.infos.values())
     experts = expert_tensors(program.graph)
     return dataclasses.replace(
         made,

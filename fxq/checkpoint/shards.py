@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxq.checkpoint.workdir import PART
 from fxq.errors import CheckpointError
-from fxq.graph.hub import TensorInfo
+from fxq.graph.hub import TensorInfo, natural_order
 
 _NAMES = {
     torch.bfloat16: "BF16",
@@ -79,9 +79,9 @@ class Shards:
             for i in range(total)
         ]
         self._places: dict[str, _Place] = {}
-        self._left = {key: nbytes(info) for key, info in infos.items()}  # bytes that are yet to come
+        self._left = {key: info.nbytes for key, info in infos.items()}  # bytes that are yet to come
         self._headers = [self._layout(index, keys) for index, keys in enumerate(groups)]
-        sizes = [sum(nbytes(infos[key]) for key in keys) for keys in groups]
+        sizes = [sum(infos[key].nbytes for key in keys) for keys in groups]
         self.sizes = [len(header) + size for header, size in zip(self._headers, sizes, strict=True)]
         digest = hashlib.blake2b(digest_size=16)
         for header in self._headers:
@@ -96,7 +96,7 @@ class Shards:
         offset = 0
         # Wide types first, so that every tensor is aligned.
         for key in sorted(keys, key=lambda k: (-self.infos[k].dtype.itemsize, k)):
-            info, size = self.infos[key], nbytes(self.infos[key])
+            info, size = self.infos[key], self.infos[key].nbytes
             entry = {
                 "dtype": _NAMES[info.dtype],
                 "shape": info.shape,
@@ -132,7 +132,7 @@ class Shards:
         info = self.infos[key]
         if tensor.dtype != info.dtype or tensor.shape[1:] != info.shape[1:]:
             raise CheckpointError(f"{key}: expected {info}, found {tuple(tensor.shape)} {tensor.dtype} in it")
-        row = nbytes(info) // max(1, info.shape[0]) if info.shape else 0
+        row = info.nbytes // max(1, info.shape[0]) if info.shape else 0
         return self._block(Span(key, first * row, tensor.nbytes), tensor)
 
     def rows(self, key: str, block: Tensor, rows: range, *, expert: int, experts: int) -> Block:
@@ -196,7 +196,7 @@ class Shards:
         self.flush()
         if len(self.names) > 1:
             weight_map = {key: self.names[self._places[key].shard] for key in sorted(self.infos)}
-            total = sum(nbytes(info) for info in self.infos.values())
+            total = sum(info.nbytes for info in self.infos.values())
             write_json(
                 self.directory / f"{INDEX}{PART}",
                 {"metadata": {"total_size": total}, "weight_map": weight_map},
@@ -234,32 +234,22 @@ def _split(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]
     """Consecutive tensors, each module's together, filling shards of about `shard_bytes`."""
     groups: list[list[str]] = [[]]
     size, module = 0, ""
-    for key in sorted(infos, key=_natural):
+    for key in sorted(infos, key=natural_order):
         same = key.rpartition(".")[0] == module
-        if groups[-1] and not same and size + nbytes(infos[key]) > shard_bytes:
+        if groups[-1] and not same and size + infos[key].nbytes > shard_bytes:
             groups.append([])
             size = 0
         groups[-1].append(key)
-        size, module = size + nbytes(infos[key]), key.rpartition(".")[0]
+        size, module = size + infos[key].nbytes, key.rpartition(".")[0]
     return groups
-
-
-def _natural(key: str) -> str:
-    """A name with its numbers in digits enough to be compared as text. (natsort would also take the numbers
-    inside of `w10` and `w2` apart, and cut the shards of some models elsewhere.)"""
-    return "\0".join(part.zfill(20) if part.isdigit() else part for part in key.split("."))
-
-
-def nbytes(info: TensorInfo) -> int:
-    return info.nbytes
 
 
 def parts(info: TensorInfo, most: int) -> Iterator[range | None]:
     """A tensor's first dimension in consecutive parts of about `most` bytes each; None for all of it."""
-    if not info.shape or nbytes(info) <= most:
+    if not info.shape or info.nbytes <= most:
         yield None
         return
-    step = max(1, most * info.shape[0] // nbytes(info))
+    step = max(1, most * info.shape[0] // info.nbytes)
     for first in range(0, info.shape[0], step):
         yield range(first, min(first + step, info.shape[0]))
 

@@ -26,7 +26,7 @@ from fxq.checkpoint.background import BackgroundWriter, Piece
 from fxq.checkpoint.formats import compressed_tensors, modelopt
 from fxq.checkpoint.plan import Plan
 from fxq.checkpoint.plan import plan as planned
-from fxq.checkpoint.shards import Block, Shards, nbytes, parts, write_json
+from fxq.checkpoint.shards import Block, Shards, parts, write_json
 from fxq.checkpoint.workdir import PART, Work, writing
 from fxq.errors import CheckpointError, SourceError
 from fxq.graph import dialect
@@ -35,7 +35,7 @@ from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
 from fxq.numbers.formats import FORMATS as NUMBERS
 from fxq.numbers.formats import Format, Measured, Packed
-from fxq.numbers.quality import STEPS, Traits, traits
+from fxq.numbers.quality import STEPS, Quality, qualities
 from fxq.run.loader import on_host
 from fxq.run.simulate import amax_value
 from fxq.run.stages import AT_ONCE, stage
@@ -59,11 +59,11 @@ _REPLACED = (
 
 @dataclass
 class Written:
-    """What was written, in names and bytes. traits: per weight (parameter, expert or None) its error, and
+    """What was written, in names and bytes. qualities: per weight (parameter, expert or None) its error, and
     what may explain it. not_finite: tensors carried through as they are that hold NaN or Inf. steps: blocks
-    by where the search put their scales (`fxq.traits`)."""
+    by where the search put their scales (`fxq.numbers.quality`)."""
 
-    traits: dict[tuple[str, int | None], Traits] = field(default_factory=dict)
+    qualities: dict[tuple[str, int | None], Quality] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
     linears: tuple[str, ...] = ()
     bytes: int = 0
@@ -74,10 +74,10 @@ class Written:
     not_finite: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=lambda: [0] * len(STEPS))
 
-    def note(self, name: tuple[str, int | None], weights: int, own: Traits) -> None:
+    def note(self, name: tuple[str, int | None], weights: int, own: Quality) -> None:
         """Count in one weight; its steps are only kept in the sum."""
         self.steps = [a + b for a, b in zip(self.steps, own.steps or [0] * len(STEPS), strict=True)]
-        self.traits[name] = own._replace(steps=())
+        self.qualities[name] = own._replace(steps=())
         self.weights += weights
 
 
@@ -135,12 +135,12 @@ def _summed(written: Written, program: Program, plan: Plan, format: ModuleType) 
     """With the names and sizes of all that was written."""
     written.excluded = plan.excluded
     written.linears = tuple(key.removesuffix(".weight") for key in plan.linears)
-    written.bytes = sum(nbytes(info) for info in plan.infos.values())
-    written.source_bytes = sum(nbytes(info) for info in program.hub.tensors.values())
+    written.bytes = sum(info.nbytes for info in plan.infos.values())
+    written.source_bytes = sum(info.nbytes for info in program.hub.tensors.values())
     for key in plan.linears:
         names = [name for name in format.tensor_names(key).values() if name in plan.infos]
-        written.quantized_bytes += sum(nbytes(plan.infos[name]) for name in names)
-        written.packed_bytes += nbytes(plan.infos[names[0]])  # the packed weight; its scales follow
+        written.quantized_bytes += sum(plan.infos[name].nbytes for name in names)
+        written.packed_bytes += plan.infos[names[0]].nbytes  # the packed weight; its scales follow
     return written
 
 
@@ -200,8 +200,8 @@ class _Writer:
 
     def finish(self) -> Written:
         """What was written, in one order, whatever was written when."""
-        found = self.written.traits
-        self.written.traits = dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
+        found = self.written.qualities
+        self.written.qualities = dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
         return self.written
 
     def _cache(self, store: Node) -> Iterator[Piece]:
@@ -234,12 +234,12 @@ class _Writer:
         note = self.finished.get(_piece_name(pack))
         if note is None:
             return False
-        self._note(pack, Traits.of(note))
+        self._note(pack, Quality.of(note))
         for _ in pack.users:
             self.step()
         return True
 
-    def _note(self, pack: Node, own: Traits) -> None:
+    def _note(self, pack: Node, own: Quality) -> None:
         self.written.note(_weight_name(node_at(pack, 0)), node_at(pack, 0).meta["val"].numel(), own)
 
     def _packed(self, batch: tuple[list[Node], Tensor]) -> tuple[list[Node], Tensor, Measured]:
@@ -268,7 +268,9 @@ class _Writer:
         """A piece for each weight of a batch that is packed."""
         _check_scales(packs, measured.scale)
         packed = _in_host_memory(measured)
-        for i, (pack, own) in enumerate(zip(packs, traits(values, measured, _format(packs[0])), strict=True)):
+        for i, (pack, own) in enumerate(
+            zip(packs, qualities(values, measured, _format(packs[0])), strict=True)
+        ):
             blocks: list[Block] = []
             zeros: list[str] = []
             for store in pack.users:

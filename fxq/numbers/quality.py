@@ -21,7 +21,7 @@ STEPS = range(-MOST_STEPS, MOST_STEPS + 1)
 SAMPLED = 30_000
 
 
-class Traits(NamedTuple):
+class Quality(NamedTuple):
     """One weight: sum (w - w')**2 and sum w**2; crest: mean of its blocks' maximum over their root mean
     square; spread: its global amax over the median block's; steps: how many sampled blocks got a scale so
     many codes above (STEPS) the one that reaches their maximum, farther ones counted at the ends; empty
@@ -46,7 +46,7 @@ class Traits(NamedTuple):
         return 10 * math.log10(self.energy / self.error) if self.error > 0 < self.energy else None
 
 
-def traits(values: Tensor, packed: Measured, format: Format) -> list[Traits]:
+def qualities(values: Tensor, packed: Measured, format: Format) -> list[Quality]:
     """A record for each of the weights [n, rows, K] that were packed together in a format."""
     # On the CPU one by one: torch would share larger work with threads that pack meanwhile.
     step = 1 if values.device.type == "cpu" else len(values)
@@ -56,7 +56,7 @@ def traits(values: Tensor, packed: Measured, format: Format) -> list[Traits]:
     for i in (energy == 0).nonzero().flatten().tolist():  # zeros, or so small that nothing of them is left
         error[i] = energy[i] = values[i].double().square().sum()
     columns = error.tolist(), energy.tolist(), itertools.chain(*sampled)
-    return [Traits(error, energy, *rest) for error, energy, rest in zip(*columns, strict=True)]
+    return [Quality(error, energy, *rest) for error, energy, rest in zip(*columns, strict=True)]
 
 
 def _sampled(

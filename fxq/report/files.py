@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fxq import __version__
 from fxq.graph.hub import NUMBER, natural_order
-from fxq.numbers.quality import STEPS, Traits
+from fxq.numbers.quality import STEPS, Quality
 from fxq.report.pages import page
 from fxq.report.summary import Report
 
@@ -43,7 +43,7 @@ WORST = 10
 # A weight stands out from its fellows if a property is so many times theirs.
 STANDS_OUT = 1.15
 _MEASURED = ("seconds", "peak_host_bytes", "peak_device_bytes", "out", "warnings", "spec")
-_Weights = Mapping[tuple[str, int | None], Traits]
+_Weights = Mapping[tuple[str, int | None], Quality]
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _by_parameter(weights: _Weights) -> Iterable[tuple[str, list[Traits]]]:
+def _by_parameter(weights: _Weights) -> Iterable[tuple[str, list[Quality]]]:
     """Parameters in their order, each with its experts in theirs."""
-    found: dict[str, dict[int, Traits]] = {}
+    found: dict[str, dict[int, Quality]] = {}
     for (name, expert), own in weights.items():
         found.setdefault(name, {})[expert or 0] = own
     order = sorted(found, key=natural_order)
     return ((name, [found[name][e] for e in sorted(found[name])]) for name in order)
 
 
-def _weight(name: str, experts: Sequence[Traits]) -> dict[str, Any]:
+def _weight(name: str, experts: Sequence[Quality]) -> dict[str, Any]:
     return {
         "name": name,
         "layer": _layer(name),
@@ -160,7 +160,7 @@ def _tokens(tokens: Mapping[str, Tensor]) -> list[dict[str, Any]]:
 
 
 def _worst(details: Details) -> list[dict[str, Any]]:
-    fellows: dict[str, list[Traits]] = {}
+    fellows: dict[str, list[Quality]] = {}
     for (name, _), own in details.weights.items():
         fellows.setdefault(_projection(name), []).append(own)
     lossy = [(key, m) for key, m in details.weights.items() if m.error > 0 and m.energy > 0]
@@ -184,7 +184,7 @@ def _seen(tokens: Mapping[str, Tensor], name: str, expert: int | None) -> int | 
     return int(counts[expert]) if counts is not None and expert is not None else None
 
 
-def _reason(own: Traits, fellows: Sequence[Traits], tokens: int | None) -> str:
+def _reason(own: Quality, fellows: Sequence[Quality], tokens: int | None) -> str:
     """What distinguishes a weight from others of its projection."""
     crest, spread = (median(values) for values in zip(*((m.crest, m.spread) for m in fellows), strict=True))
     said = []

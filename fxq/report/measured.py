@@ -56,8 +56,8 @@ class WritingReport:
     def _complete(self, written: Written) -> None:
         """Counts, sizes and errors of what was written."""
         report = self.report
-        report.measure({name: (own.error, own.energy) for name, own in written.traits.items()})
-        zeros = [key for own in written.traits.values() for key in own.zeros]
+        report.measure({name: (own.error, own.energy) for name, own in written.qualities.items()})
+        zeros = [key for own in written.qualities.values() for key in own.zeros]
         report.add_warnings(report.losses(zeros, written.not_finite))
         report.tensors_quantized, report.tensors_excluded = len(written.linears), len(written.excluded)
         report.bits_per_weight = 8 * written.quantized_bytes / written.weights
@@ -67,7 +67,7 @@ class WritingReport:
     def _details(self, written: Written) -> Details:
         return Details(
             self.title,
-            weights=written.traits,
+            weights=written.qualities,
             tokens=self.program.tokens,
             groups=tuple(groups(self.program.graph)),
             excluded=tuple(excluded(self.program, self.plan)),

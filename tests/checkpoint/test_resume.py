@@ -220,7 +220,7 @@ def test_what_a_resumed_run_measures_is_what_a_whole_one_does(tmp_path: Path, si
             _write(tmp_path / f"out-{at}", side)
         written, _ = _write(tmp_path / f"out-{at}", side, resume=True)
         assert written == expected
-        assert list(written.traits) == list(expected.traits)
+        assert list(written.qualities) == list(expected.qualities)
 
 
 def _interrupted(tmp_path: Path, side: Path) -> tuple[Path, Path]:

@@ -14,7 +14,7 @@ import torch
 import fxq
 from fxq.numbers.formats import NVFP4
 from fxq.numbers.nvfp4 import quantize_measured
-from fxq.numbers.quality import MOST_STEPS, STEPS, Traits, traits
+from fxq.numbers.quality import MOST_STEPS, STEPS, Quality, qualities
 from fxq.report.files import DIRECTORY, WORST, Details, content, write
 from fxq.report.summary import Report
 from tests import reader
@@ -87,7 +87,7 @@ def test_a_live_model_is_named_by_its_class(zoo: Zoo, tmp_path: Path) -> None:
 def test_plain_maxima_are_no_steps_away_and_searched_ones_are_the_search_s() -> None:
     w = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     amax = w.abs().amax((1, 2)).float()
-    plain, searched = (traits(w, quantize_measured(w, amax, scale), NVFP4) for scale in ("max", "mse"))
+    plain, searched = (qualities(w, quantize_measured(w, amax, scale), NVFP4) for scale in ("max", "mse"))
     for m in plain:
         assert sum(m.steps) == m.steps[MOST_STEPS] == 40 * 4
     for m, was in zip(searched, plain, strict=True):
@@ -99,7 +99,7 @@ def test_plain_maxima_are_no_steps_away_and_searched_ones_are_the_search_s() -> 
 def test_crest_and_spread_are_those_of_the_blocks() -> None:
     w = torch.ones(1, 2, 32)
     w[0, 0, 0] = 8.0
-    (m,) = traits(w, quantize_measured(w, torch.tensor([8.0]), "max"), NVFP4)
+    (m,) = qualities(w, quantize_measured(w, torch.tensor([8.0]), "max"), NVFP4)
     rms = math.sqrt((64 + 15) / 16)
     assert m.crest == pytest.approx((8 / rms + 3) / 4, rel=1e-5)
     assert m.spread == pytest.approx(8.0, rel=1e-5)
@@ -107,13 +107,13 @@ def test_crest_and_spread_are_those_of_the_blocks() -> None:
 
 def test_zero_weights_count_nowhere() -> None:
     w = torch.zeros(1, 16, 32)
-    (m,) = traits(w, quantize_measured(w, torch.tensor([0.0]), "mse"), NVFP4)
+    (m,) = qualities(w, quantize_measured(w, torch.tensor([0.0]), "mse"), NVFP4)
     assert (sum(m.steps), m.crest, m.spread, m.sqnr_db) == (0, 0.0, 0.0, None)
 
 
 def test_the_worst_come_first_and_say_what_distinguishes_them() -> None:
-    good = Traits(1.0, 100.0, 2.0, 5.0, (0,) * len(STEPS))
-    weights: dict[tuple[str, int | None], Traits] = {("m.0.experts.up", e): good for e in range(20)}
+    good = Quality(1.0, 100.0, 2.0, 5.0, (0,) * len(STEPS))
+    weights: dict[tuple[str, int | None], Quality] = {("m.0.experts.up", e): good for e in range(20)}
     weights["m.0.experts.up", 7] = good._replace(error=4.0, spread=50.0)
     weights["m.0.experts.up", 9] = good._replace(error=3.0, crest=3.5)
     weights["m.0.experts.up", 2] = good._replace(error=2.0)
@@ -128,7 +128,7 @@ def test_the_worst_come_first_and_say_what_distinguishes_them() -> None:
 
 
 def test_exact_weights_have_no_sqnr_and_the_page_is_valid_json_all_the_same() -> None:
-    weights: dict[tuple[str, int | None], Traits] = {("w", None): Traits(0.0, 1.0)}
+    weights: dict[tuple[str, int | None], Quality] = {("w", None): Quality(0.0, 1.0)}
     report = Report("spec", sqnr_db=math.inf, worst_sqnr_db=math.inf)
     made = json.dumps(content(report, Details("model", weights)), allow_nan=False)
     assert json.loads(made)["weights"][0]["sqnr_db"] == [None]
@@ -175,15 +175,15 @@ return {
 def large() -> tuple[Report, Details]:
     """What a model of 61 layers and 384 experts would report."""
     generator = torch.Generator().manual_seed(0)
-    weights: dict[tuple[str, int | None], Traits] = {}
+    weights: dict[tuple[str, int | None], Quality] = {}
     tokens = {}
     for layer in range(61):
         name = f"model.layers.{layer}"
-        weights[f"{name}.self_attn.o_proj.weight", None] = Traits(1.0, 130.0, 2.1, 5.0, (3,) * len(STEPS))
+        weights[f"{name}.self_attn.o_proj.weight", None] = Quality(1.0, 130.0, 2.1, 5.0, (3,) * len(STEPS))
         for projection in ("gate_up_proj", "down_proj"):
             energies = 130 + torch.rand(384, generator=generator)
             for expert, energy in enumerate(energies.tolist()):
-                weights[f"{name}.mlp.experts.{projection}", expert] = Traits(1.0, energy, 2.1, 5.0)
+                weights[f"{name}.mlp.experts.{projection}", expert] = Quality(1.0, energy, 2.1, 5.0)
         tokens[f"{name}.mlp.experts.down_proj"] = torch.randint(0, 900, (384,), generator=generator)
     return Report("nvfp4_default_mse", experts=61 * 384, dead_experts=9), Details("large", weights, tokens)
 
@@ -215,7 +215,7 @@ return {
 
 def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     name = '</script><script>document.title="broken"</script><!--'
-    weights: dict[tuple[str, int | None], Traits] = {(name, None): Traits(1.0, 100.0)}
+    weights: dict[tuple[str, int | None], Quality] = {(name, None): Quality(1.0, 100.0)}
     write(Report("<b>", warnings=[name]), Details(name, weights), tmp_path)
     page = tmp_path / DIRECTORY / "report.html"
     text = page.read_text()
