@@ -28,7 +28,6 @@ from fxq.pipeline.facts import (
     amaxes_shared,
     is_weight_quantize,
     tensors_whole,
-    weights_as_stored,
     weights_placed,
     weights_quantized,
 )
@@ -46,7 +45,6 @@ class Lower(Pass):
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[tuple[Fact, ...]] = (
-        weights_as_stored,
         amaxes_shared,
         tensors_whole,
         weights_placed,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fxq.audit import numbers
+from fxq.audit import decoding
 from fxq.audit.checkpoint import COMPRESSED, CONFIG, Checkpoint, Kind, Linear, packed_axis
 from fxq.audit.experts import EXPERT
 from fxq.audit.findings import Finding
@@ -113,7 +113,7 @@ def _errors(
         total_signal += sum(signal for signal, _ in parts)
         total_noise += sum(noise for _, noise in parts)
         # Every expert of a stack counts alone: a forgotten one would be lost in the sum.
-        decibels = [numbers.decibel(*pair) for pair in parts if pair[0] > 0 or pair[1] != 0]
+        decibels = [decoding.decibel(*pair) for pair in parts if pair[0] > 0 or pair[1] != 0]
         least = min(decibels, key=lambda d: -math.inf if math.isnan(d) else d, default=math.inf)
         if not least >= worst[0]:
             worst = (least, name)
@@ -124,7 +124,7 @@ def _errors(
             yield Finding("error-large", weight, f"expected 18 dB and more, found {least:.1f} dB{expert}")
     summary["compared"] = compared
     if compared:
-        summary["sqnr_db"] = _finite(numbers.decibel(total_signal, total_noise))
+        summary["sqnr_db"] = _finite(decoding.decibel(total_signal, total_noise))
         summary["worst_sqnr_db"], summary["worst"] = _finite(worst[0]), worst[1]
 
 
@@ -174,24 +174,24 @@ def _compare(
         if place.expert >= theirs[0] or ours != (rows[1] - rows[0], theirs[2]):
             return None
         w = source.values(place.name, place.expert, place.expert + 1)[0, rows[0] : rows[1]]
-        return [numbers.squares(w, _decoded(checkpoint, linear, 0, ours[0]))]
+        return [decoding.squares(w, _decoded(checkpoint, linear, 0, ours[0]))]
     straight = None
     if ours == theirs:
         straight = [
-            numbers.squares(_base_rows(source, place.name, *rows), _decoded(checkpoint, linear, *rows))
+            decoding.squares(_base_rows(source, place.name, *rows), _decoded(checkpoint, linear, *rows))
             for rows in _ranges(checkpoint, linear, ours)
         ]
         if len(ours) == 3:
             return straight
         straight = [(sum(s for s, _ in straight), sum(n for _, n in straight))]
-        if ours != ours[::-1] or numbers.decibel(*straight[0]) >= BROKEN_DB:
+        if ours != ours[::-1] or decoding.decibel(*straight[0]) >= BROKEN_DB:
             return straight
     if ours != theirs[::-1]:
         return None
     # Some families (GPT-2) keep linears as [in, out]; of a square one only the values tell.
     w = _base_rows(source, place.name, 0, theirs[0]).T
-    turned = [numbers.squares(w, _decoded(checkpoint, linear, 0, ours[0]))]
-    return straight if straight and not numbers.decibel(*turned[0]) >= BROKEN_DB else turned
+    turned = [decoding.squares(w, _decoded(checkpoint, linear, 0, ours[0]))]
+    return straight if straight and not decoding.decibel(*turned[0]) >= BROKEN_DB else turned
 
 
 def _ranges(checkpoint: Checkpoint, linear: Linear, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -221,13 +221,13 @@ def _decoded(checkpoint: Checkpoint, linear: Linear, start: int, stop: int) -> A
     multiplier = 1 / value if checkpoint.declared.format == COMPRESSED else value
     if packed_axis(weight, scale_entry) == -1:
         packed, scales = (store.raw(parts[role], start, stop) for role in ("weight", "scale"))
-        return numbers.nvfp4(packed, scales, multiplier)
+        return decoding.nvfp4(packed, scales, multiplier)
     rows = (start, stop) if len(weight.shape) == 3 else (0, None)
     packed, scales = (
         np.ascontiguousarray(np.swapaxes(store.raw(parts[role], *rows), -1, -2))
         for role in ("weight", "scale")
     )
-    return np.swapaxes(numbers.nvfp4(packed, scales, multiplier), -1, -2)
+    return np.swapaxes(decoding.nvfp4(packed, scales, multiplier), -1, -2)
 
 
 def _base_rows(source: Store, name: str, start: int, stop: int) -> Array:

@@ -1,12 +1,12 @@
-"""The tensors of every quantized linear: all there, of the right dtype and shape, with scales that are
-positive and finite."""
+"""Tensors of every quantized linear: all there, of the right dtype and shape, with scales (`weight_scale`,
+`weight_scale_2`, `input_scale`, whatever their names are in the checkpoint) that are positive and finite."""
 
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from fxq.audit import numbers
+from fxq.audit import decoding
 from fxq.audit.checkpoint import COMPRESSED, Checkpoint, Kind, Linear, packed_axis
 from fxq.audit.findings import Finding
 from fxq.audit.store import FLOATS, Entry
@@ -92,11 +92,11 @@ def _values(checkpoint: Checkpoint, linear: Linear) -> Iterator[Finding]:
     top, any_set = 0, False
     for start, stop in store.chunks(linear.parts["weight"]):
         packed = store.raw(linear.parts["weight"], start, stop)
-        top += numbers.saturated(packed)
+        top += decoding.saturated(packed)
         any_set = any_set or bool((packed & 0x77).any())
     if not any_set:
         yield Finding("weights-zero", linear.parts["weight"], f"all {2 * weight.size} codes are zero")
-    elif top > SATURATED * 2 * weight.size and weight.size >= MANY * numbers.BLOCK:
+    elif top > SATURATED * 2 * weight.size and weight.size >= MANY * decoding.BLOCK:
         share = top / (2 * weight.size)
         yield Finding("codes-saturated", linear.parts["weight"], f"{share:.0%} of the codes are 6 or -6")
 

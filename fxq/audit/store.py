@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fxq.audit import numbers
 from fxq.audit.findings import Finding
 
 Array = NDArray[Any]

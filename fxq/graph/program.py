@@ -39,7 +39,6 @@ class Program:
     calibrated: the graph that was lowered, which simulates the deployed model; None until then.
     format: what the lowered program is written as.
     misses: where passes did not fire, in the order in which they looked.
-    made: node -> the pass that made it, but for passes that say that the function stays the same.
     """
 
     graph: Graph
@@ -54,7 +53,6 @@ class Program:
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     misses: list[Missed] = field(default_factory=list)
-    made: dict[str, str] = field(default_factory=dict)
 
     def why_left(self) -> dict[str, str]:
         """Parameter -> why the passes that could have quantized it did not; the last to look has its say."""

@@ -51,8 +51,8 @@ class Pass:
 
     requires, ensures, breaks: facts that hold before it, that it makes true, and that it may make false.
     flags: options that the command line sets in every pass that has them (`--allow-partial` is `partial`).
-    same_function: whether the aten calls that it makes compute what those did that they replace. Without it
-    only views and operators of the dialect may be made: a checkpoint has no place for any other.
+    same_function: whether the calls that it makes compute what those did that they replace. A pass that does
+    not say so may only round: else the graph would compute what no checkpoint of the model's class can.
     only_values: whether it decides numbers alone, so that names, shapes and formats of the output are the
     same without it. reads_values: whether it, or what it makes of the graph, looks at calibrated amaxes.
     """

@@ -4,7 +4,6 @@ not."""
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-import torch
 from torch.fx import Node
 
 from fxq.errors import VerifyError
@@ -20,9 +19,6 @@ from fxq.graph.structure.views import VIEWS, parameter_name, root, strip, value_
 from fxq.graph.text import format_target
 
 Fact = Callable[[Program], str | None]
-_HELD = frozenset(
-    {dialect.SLICE, dialect.STACK, dialect.QUANTIZE, dialect.AMAX, dialect.SYNC, dialect.EXPERT_LINEAR}
-)
 
 
 def experts_fused(program: Program) -> str | None:
@@ -132,27 +128,6 @@ def weights_placed(program: Program) -> str | None:
             except VerifyError as error:
                 return str(error)
     return None
-
-
-def weights_as_stored(program: Program) -> str | None:
-    """What passes made of the graph, a checkpoint can hold: views and operators of the dialect, and numbers
-    that stand for amaxes. Any other call would run in the graph and be lost in the output."""
-    for node in program.graph.nodes:
-        maker = program.made.get(node.name)
-        if maker is None or node.op != "call_function" or _can_be_held(node):
-            continue
-        return (
-            f"%{node.name} ({format_target(node.target)}), made by {maker}, is no view, slice, stack or "
-            "quantize node: the checkpoint holds parameters as the source does, or quantized, and would "
-            "compute something else than this graph"
-        )
-    return None
-
-
-def _can_be_held(node: Node) -> bool:
-    val = node.meta.get("val")
-    is_amax = isinstance(val, torch.Tensor) and val.shape == () and val.dtype == torch.float32
-    return is_amax or node.target in VIEWS | _HELD
 
 
 def amaxes_filled(program: Program) -> str | None:

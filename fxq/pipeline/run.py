@@ -9,8 +9,9 @@ from fxq.graph.pattern import Miss
 from fxq.graph.program import Missed, Program
 from fxq.graph.structure.matmuls import as_weight_matmul
 from fxq.graph.verify import verify
+from fxq.pipeline.architecture import architecture, difference
 from fxq.pipeline.base import CalibrationPass, Pass, Session
-from fxq.pipeline.facts import Fact, amaxes_filled, weights_as_stored
+from fxq.pipeline.facts import Fact, amaxes_filled
 
 
 def check_order(passes: Sequence[Pass], places: Sequence[str]) -> None:
@@ -18,7 +19,7 @@ def check_order(passes: Sequence[Pass], places: Sequence[str]) -> None:
 
     places: where each pass stands, for the message.
     """
-    held: set[Fact] = {weights_as_stored}  # of every traced graph
+    held: set[Fact] = set()
     for number, (place, step) in enumerate(zip(places, passes, strict=True), 1):
         for fact in step.requires:
             if fact not in held:
@@ -50,12 +51,11 @@ def run_passes(
     beside: passes that only look at the graph, before the first runs. after: sees every stage, with the
     number of rewrites.
     """
-    checked = verify(program.graph)
+    checked, kept = verify(program.graph), architecture(program.graph)
     for step in beside:
         look(step, program)
     for number, step in enumerate(passes, 1):
         look(step, program)
-        known = {node.name for node in program.graph.nodes}
         _hold(step.requires, step, program, "requires", session)
         if isinstance(step, CalibrationPass):
             if session is not None:
@@ -65,9 +65,13 @@ def run_passes(
             count = step.run(program)
         tidy(program.graph)
         checked = verify(program.graph, checked)
-        if not step.same_function:
-            made = (node.name for node in program.graph.nodes if node.name not in known)
-            program.made.update(dict.fromkeys(made, step.name))
+        computed = architecture(program.graph)
+        if not step.same_function and (found := difference(kept, computed)) is not None:
+            raise VerifyError(
+                f"{step.name} changes what the graph computes, which a checkpoint of the model's own class "
+                f"cannot say: expected the traced calls with roundings between them, found {found}"
+            )
+        kept = computed
         if session is not None or not isinstance(step, CalibrationPass):
             _hold(step.ensures, step, program, "ensures", session)
         after(step, program, count)

@@ -19,7 +19,7 @@ _KINDS: dict[object, str] = {bool: "boolean", int: "integer", float: "number", s
 
 def schema(table: Mapping[str, type[Pass]]) -> Schema:
     """What a spec of these passes may hold, as JSON schema (draft 7). The order of passes, and options that
-    do not go together, are beyond it: `fxq.spec.parse` checks them."""
+    do not go together, are beyond it: `fxq.pipeline.spec.parse` checks them, and all the rest."""
     passes = {name: _pass(cls) for name, cls in table.items()}
     names = [{"const": name, "description": made["description"]} for name, made in passes.items()]
     with_options = {
@@ -79,7 +79,7 @@ def _line(text: str) -> str:
 
 
 def _values(hint: Any) -> Schema:
-    """The values that `fxq.spec` takes for a field of a type."""
+    """The values that `fxq.pipeline.spec` takes for a field of a type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return {"enum": [*arguments, *([None] if "none" in arguments else [])]}

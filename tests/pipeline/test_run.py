@@ -16,6 +16,7 @@ from fxq.graph.program import Program
 from fxq.graph.text import dump, parse
 from fxq.graph.verify import verify
 from fxq.passes import PASSES
+from fxq.pipeline.architecture import architecture, difference
 from fxq.pipeline.base import CalibrationPass, Pass, Session, bystanders
 from fxq.pipeline.facts import Fact
 from fxq.pipeline.run import check_order, needs_data, run_passes
@@ -77,6 +78,7 @@ class Step(Pass):
     """A pass with facts of its own; `does` is what it does to the graph."""
 
     name: ClassVar[str] = "step"
+    same_function: ClassVar[bool] = True
     requires: tuple[Fact, ...] = ()  # type: ignore[misc]
     ensures: tuple[Fact, ...] = ()  # type: ignore[misc]
     breaks: tuple[Fact, ...] = ()  # type: ignore[misc]
@@ -211,6 +213,7 @@ class Rectify(Pass):
     """What is rectified once is rectified twice: a pass that only rewrites."""
 
     name: ClassVar[str] = "rectify"
+    same_function: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         return (RELU.match(node) for node in program.graph.nodes if node.op == "call_function")
@@ -262,18 +265,47 @@ class Scale(Pass):
 
 
 @dataclass(frozen=True)
+class Skip(Pass):
+    """Leave an activation function out: no node is new."""
+
+    name: ClassVar[str] = "skip"
+
+    def run(self, program: Program) -> int:
+        act = next(node for node in program.graph.nodes if node.name == "act")
+        edit.replace(act, act.all_input_nodes[0])
+        return 1
+
+
+@dataclass(frozen=True)
 class SameScale(Scale):
     """The same, by a pass that says that the function stays what it is."""
 
     same_function: ClassVar[bool] = True
 
 
-@pytest.mark.parametrize(("step", "node"), [(Scale(weight=True), "q_half"), (Scale(), "act_half")])
-def test_lower_refuses_what_a_pass_computes_and_no_checkpoint_holds(step: Pass, node: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "line"),
+    [
+        (Scale(weight=True), "found `%q_half = aten.mul.Tensor(%q, 0.5)`"),
+        (Scale(), "found `%act_half = aten.mul.Tensor(%act, 0.5)`"),
+        (Skip(), "`%d = aten.linear(%up_out, %shared)`; it was `%d = aten.linear(%act, %shared)`"),
+    ],
+)
+def test_a_pass_that_changes_what_the_graph_computes_is_refused(step: Pass, line: str) -> None:
     passes = load("nvfp4_weight_only", PASSES).passes
-    with pytest.raises(VerifyError, match=rf"lower requires .*%{node} \(aten.mul.Tensor\), made by scale"):
-        run_passes([step, *passes], Program(parse(MODEL), HUB))
+    with pytest.raises(VerifyError, match=f"{step.name} changes what the graph computes") as refused:
+        run_passes([passes[0], step, *passes[1:]], Program(parse(MODEL), HUB))
+    assert line in str(refused.value)
     run_passes([SameScale(), *passes], Program(parse(MODEL), HUB))
+
+
+def test_quantizing_and_taking_it_back_keep_the_architecture() -> None:
+    program = Program(parse(MODEL), HUB)
+    run_passes(load("nvfp4_default-fp8_cast_kv", PASSES).passes[:1], program)
+    before = architecture(program.graph)
+    run_passes(load("nvfp4_default-fp8_cast_kv", PASSES).passes[1:-1], program)
+    assert "fxq.quantize" in dump(program.graph)
+    assert difference(before, architecture(program.graph)) is None
 
 
 @pytest.fixture(params=list(shipped()))
