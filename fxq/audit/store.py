@@ -91,7 +91,7 @@ class Store:
 
     def values(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """The same as float32 (float64 stays); integers as they are."""
-        return numbers.decode(self.raw(name, start, stop), self.entries[name].dtype)
+        return decoding.decode(self.raw(name, start, stop), self.entries[name].dtype)
 
     def scalar(self, name: str) -> float | None:
         """The value of a tensor with one element; None of any other."""
