@@ -288,7 +288,7 @@ class SameScale(Scale):
     [
         (Scale(weight=True), "found `%q_half = aten.mul.Tensor(%q, 0.5)`"),
         (Scale(), "found `%act_half = aten.mul.Tensor(%act, 0.5)`"),
-        (Skip(), "`%d = aten.linear(%up_out, %shared)`; it was `%d = aten.linear(%act, %shared)`"),
+        (Skip(), "`%d = aten.linear(%bmm_experts, %shared)`; it was `%d = aten.linear(%act, %shared)`"),
     ],
 )
 def test_a_pass_that_changes_what_the_graph_computes_is_refused(step: Pass, line: str) -> None:
