@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fxq.audit import decoding
 from fxq.audit.findings import Finding
 
 Array = NDArray[Any]
