@@ -21,7 +21,7 @@ from fxq.model import AnyModel, Model, device_of, directory_of, open_model, run_
 from fxq.numbers import kernels
 from fxq.passes import table
 from fxq.pipeline.base import Pass, Progress, Session, bystanders, no_progress
-from fxq.pipeline.run import needs_data, run_passes
+from fxq.pipeline.run import NOTHING_TO_WRITE, needs_data, run_passes
 from fxq.pipeline.spec import Spec, load
 from fxq.report.measured import WritingReport, measure_memory, timed
 from fxq.report.summary import Report
@@ -71,6 +71,8 @@ def compile(
     to = Path(out).expanduser() if out is not None else None
     if to is not None:
         check_output(to, directory_of(model))
+        if not any(step.makes_checkpoint for step in chosen.passes):
+            raise CheckpointError(f"{chosen.name}: {NOTHING_TO_WRITE}")
     needing = needs_data(chosen.passes)
     if needing is not None and calib is None:
         raise SpecError(
@@ -157,9 +159,7 @@ class Compiled:
     def _write(self, work: Work, out: Path, shard_bytes: int) -> None:
         program, model, device = self.program, self._model, self._session.device
         if program.calibrated is None:
-            raise CheckpointError(
-                f"{self.report.spec}: the spec has no `lower` pass, so there is nothing to write"
-            )
+            raise CheckpointError(f"{self.report.spec}: {NOTHING_TO_WRITE}")
         plan = checkpoint.plan(program)
         replaced, warnings = model.replaced_files()
         self.report.add_warnings(warnings)

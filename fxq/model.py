@@ -201,6 +201,7 @@ def run_of(
     return {
         "versions": versions,
         "passes": "; ".join(map(repr, spec.passes)),
+        "code": fingerprint.of_code(type(step) for step in spec.passes),
         "model": files,
         "parameters": fingerprint.of_live(model.source) if isinstance(model.source, Live) else "of the files",
         "config": fingerprint.of_config(model.config),

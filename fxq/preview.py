@@ -5,7 +5,7 @@ The passes run without calibrating, and the output is planned as the writer plan
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from fxq.graph.program import Program
 from fxq.model import Model
 from fxq.passes import PASSES
 from fxq.pipeline.base import Pass, bystanders
-from fxq.pipeline.run import needs_data, run_passes
+from fxq.pipeline.run import NOTHING_TO_WRITE, needs_data, run_passes
 from fxq.pipeline.spec import Spec
 from fxq.report.reasons import excluded, expert_tensors, groups
 from fxq.report.summary import unquantized
@@ -60,13 +60,16 @@ class Preview:
         return plain
 
 
-def preview(model: Model, spec: Spec) -> Preview:
-    """What `spec` would do to `model`; raises as `fxq.compile` would before it calibrates."""
+def preview(model: Model, spec: Spec, known: Mapping[str, type[Pass]] = PASSES) -> Preview:
+    """What `spec` would do to `model`; raises as `fxq.compile` would before it calibrates.
+
+    known: every pass by name; those that the spec does not use may say why weights stay.
+    """
     traced = model.program
     program = Program(
         copy.deepcopy(traced.graph), traced.hub, constants=traced.constants, accepts=traced.accepts
     )
-    run_passes(spec.passes, program, beside=bystanders(spec.passes, PASSES))
+    run_passes(spec.passes, program, beside=bystanders(spec.passes, known))
     source = sum(info.nbytes for info in program.hub.tensors.values())
     weights = sum(info.nbytes // info.dtype.itemsize for info in program.hub.tensors.values())
     made = Preview(
@@ -78,8 +81,7 @@ def preview(model: Model, spec: Spec) -> Preview:
         warnings=tuple(program.notes),
     )
     if program.calibrated is None:
-        note = "the spec has no `lower` pass: nothing would be written"
-        return dataclasses.replace(made, warnings=(*made.warnings, note))
+        return dataclasses.replace(made, warnings=(*made.warnings, NOTHING_TO_WRITE))
     planned = plan(program, FORMATS[program.format])
     output = sum(info.nbytes for info in planned.infos.values())
     experts = expert_tensors(program.graph)
@@ -96,7 +98,9 @@ def preview(model: Model, spec: Spec) -> Preview:
     )
 
 
-def previews(model: Model, specs: Iterable[Spec]) -> Iterator[Preview]:
+def previews(
+    model: Model, specs: Iterable[Spec], known: Mapping[str, type[Pass]] = PASSES
+) -> Iterator[Preview]:
     """A preview a spec, that of one that does not apply with the reason.
 
     Calibration changes no name and no size, so specs that differ in it alone are planned once.
@@ -106,7 +110,7 @@ def previews(model: Model, specs: Iterable[Spec]) -> Iterator[Preview]:
         key = tuple(step for step in spec.passes if not step.only_values)
         if key not in made:
             try:
-                made[key] = preview(model, spec)
+                made[key] = preview(model, spec, known)
             except FxqError as error:
                 made[key] = Preview(spec.name, spec.description, refused=str(error))
         yield dataclasses.replace(

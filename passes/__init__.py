@@ -1,11 +1,12 @@
 """The passes, one file each, and the table by which specs find them; third parties add to it."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fxq.passes.quantize_kv import QuantizeKv
 from fxq.passes.quantize_linears import QuantizeLinears
 from fxq.passes.sync_groups import SyncGroups
 from fxq.pipeline.base import Pass
+from fxq.pipeline.schema import schema
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
@@ -43,7 +45,7 @@ def table(more: Iterable[str | Path | type[Pass]] = ()) -> dict[str, type[Pass]]
     point in the group `fxq.passes`, and `more`: classes, or Python files (`--passes FILE.py`), whose code
     runs and each of whose passes counts.
 
-    Raises SpecError if one cannot be loaded, is no pass, or has a name that another has.
+    Raises SpecError if one that was given cannot be loaded, is no pass, or has a name that another has.
     """
     found, origin = dict(PASSES), dict.fromkeys(PASSES, "fxq")
     for where, cls in [*_installed(), *(item for given in more for item in _given(given))]:
@@ -58,12 +60,17 @@ def table(more: Iterable[str | Path | type[Pass]] = ()) -> dict[str, type[Pass]]
 
 
 def _installed() -> Iterator[tuple[str, Any]]:
+    """The passes of installed packages; one that cannot be loaded is left out with a warning, as it may have
+    nothing to do with what is asked for."""
     for point in importlib.metadata.entry_points(group=GROUP):
         where = f"{point.dist.name if point.dist else 'an installed package'}: {point.value}"
         try:
-            yield where, point.load()
+            found = point.load()
+            _check(where, found)
         except Exception as error:  # whatever its code raises
-            raise SpecError(f"{where}: cannot load this pass: {type(error).__name__}: {error}") from error
+            warnings.warn(f"{where}: left out, this pass cannot be loaded: {error}", stacklevel=2)
+        else:
+            yield where, found
 
 
 def _given(given: str | Path | type[Pass]) -> Iterator[tuple[str, Any]]:
@@ -79,17 +86,17 @@ def _given(given: str | Path | type[Pass]) -> Iterator[tuple[str, Any]]:
         for cls in vars(module).values()
         if inspect.isclass(cls) and issubclass(cls, Pass) and cls.__module__ == module.__name__
     ]
+    named = [cls for cls in own if hasattr(cls, "name")]  # one without a name is a base of others
     if not own:
         raise SpecError(f"{path}: expected a class that subclasses fxq.pipeline.base.Pass, found none")
-    yield from ((str(path), cls) for cls in own)
+    yield from ((str(path), cls) for cls in named or own)
 
 
 def _loaded(path: Path) -> Any:
-    """The module of a file, run once a process under its own name, as `import` would."""
-    known = sys.modules.get(path.stem)
-    if known is not None and getattr(known, "__file__", None) == str(path.resolve()):
-        return known
-    name = path.stem if known is None else f"fxq_passes_{path.stem}"
+    """The module of a file, run once a process; its name in `sys.modules` says which file it is."""
+    name = f"fxq_passes:{path.resolve()}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None
@@ -104,13 +111,21 @@ def _loaded(path: Path) -> Any:
 
 
 def _check(where: str, cls: Any) -> None:
+    """SpecError unless specs and their schema can use a class as a pass."""
     if not (inspect.isclass(cls) and issubclass(cls, Pass)):
         raise SpecError(f"{where}: expected a class that subclasses fxq.pipeline.base.Pass, found {cls!r}")
     if not isinstance(getattr(cls, "name", None), str):
         raise SpecError(f'{where}: {cls.__name__} has no name: expected `name: ClassVar[str] = "..."`')
-    if not is_dataclass(cls):
+    if not dataclasses.is_dataclass(cls):
         raise SpecError(f"{where}: {cls.__name__} is no dataclass: expected @dataclass(frozen=True) above it")
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING:
+            raise SpecError(f"{where}: {cls.name}: its option {field.name!r} has no default")
     try:
+        schema({cls.name: cls})
         cls()
-    except Exception as error:  # TypeError: an option without a default
-        raise SpecError(f"{where}: {cls.name}: every option has a default: {error}") from error
+    except Exception as error:  # KeyError: of a type that no spec can give
+        raise SpecError(
+            f"{where}: {cls.name}: expected options of bool, int, float, str, tuple[str, ...] or Literal, "
+            f"whose defaults go together; found {type(error).__name__}: {error}"
+        ) from error

@@ -51,6 +51,7 @@ class Lower(Pass):
         amaxes_filled,
     )
     flags: ClassVar[tuple[str, ...]] = ("format",)
+    makes_checkpoint: ClassVar[bool] = True
     same_function: ClassVar[bool] = True  # of the program that it makes, which the writer runs
     reads_values: ClassVar[bool] = False
 

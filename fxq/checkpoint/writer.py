@@ -54,6 +54,7 @@ _REPLACED = (
     "hf_quant_config.json",
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
+    "fxq-report",
 )
 
 
@@ -186,7 +187,7 @@ class _Writer:
         threads = PACKERS[self.device.type]
         packed = stage(
             self._packed,
-            self.weights.batches(node_at(pack, 0) for pack in packs),
+            self.weights.batches((node_at(pack, 0) for pack in packs), alike=_pack_options),
             threads=threads,
             ahead=threads * AT_ONCE[self.device.type],
             size=lambda batch: batch[1].nbytes,
@@ -267,16 +268,14 @@ class _Writer:
     def _packed_pieces(self, packs: list[Node], values: Tensor, measured: Measured) -> Iterator[Piece]:
         """A piece for each weight of a batch that is packed."""
         _check_scales(packs, measured.scale)
-        packed = _in_host_memory(measured)
-        for i, (pack, own) in enumerate(
-            zip(packs, qualities(values, measured, _format(packs[0])), strict=True)
-        ):
+        packed, format = _in_host_memory(measured), _format(packs[0])
+        for i, (pack, own) in enumerate(zip(packs, qualities(values, measured, format), strict=True)):
             blocks: list[Block] = []
             zeros: list[str] = []
             for store in pack.users:
                 rows = slice(store.kwargs["start"], store.kwargs["end"])
                 part = packed.part(i, rows)
-                if _is_zero(part.weight) and bool(values[i, rows].any()):
+                if _is_zero(part.weight, format.magnitude) and bool(values[i, rows].any()):
                     zeros.append(str(store.args[0]))
                 blocks += self._blocks(store, part)
                 self.step()
@@ -318,6 +317,11 @@ def _pack_of(weight: Node) -> Node:
     return next(user for user in weight.users if user.target is dialect.PACK)
 
 
+def _pack_options(weight: Node) -> object:
+    """How a weight is packed: many that are packed alike are one launch."""
+    return tuple(sorted(_pack_of(weight).kwargs.items()))
+
+
 def _piece_name(pack: Node) -> str:
     """What a packed weight becomes: it is the first there."""
     store = next(iter(pack.users))
@@ -351,9 +355,12 @@ def _weight_name(w: Node) -> tuple[str, int | None]:
     return str(w.target), expert
 
 
-def _is_zero(weight: Tensor) -> bool:
-    """Whether packed codes [rows, .] stand for zeros alone, of either sign; one look at most weights."""
-    codes, magnitude = weight.view(torch.uint8), 0x77 if weight.dtype == torch.uint8 else 0x7F
+def _is_zero(weight: Tensor, magnitude: int) -> bool:
+    """Whether packed codes [rows, .] stand for zeros alone, of either sign; one look at most weights.
+
+    magnitude: the bits of a byte of codes but their signs.
+    """
+    codes = weight.view(torch.uint8)
     return not any(bool((part & magnitude).any()) for part in (codes[:1], codes))
 
 

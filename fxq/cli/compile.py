@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fxq.cli import arguments as shared
 from fxq.errors import CheckpointError
+from fxq.gc_paused import gc_paused
 
 if TYPE_CHECKING:
     from fxq.compile import Compiled
@@ -94,8 +95,9 @@ def print_summary(report: "Report") -> None:
 
 
 def _compiled(arguments: argparse.Namespace, chosen: "Spec") -> "Compiled":
-    from fxq.cli import tables
-    from fxq.compile import compile
+    with gc_paused():
+        from fxq.cli import tables
+        from fxq.compile import compile
 
     return compile(
         arguments.model,

@@ -1,7 +1,7 @@
 """The command line: its parser, what an error prints, signals, exit status.
 
-Errors are one to three lines; exit status 2 for usage, 1 for the rest. Each command has a file of its own
-beside this one, which says what it takes (`add_arguments`) and does (`run`).
+Errors are one to three lines. Exit status: 2 for usage, 1 for other errors, 130 and 143 when interrupted.
+Each command has a file of its own beside this one: what it takes (`add_arguments`) and does (`run`).
 """
 
 import argparse
@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 
 from fxq.cli import compile, dump_graph, eval, specs, verify
 from fxq.errors import FxqError
-from fxq.gc_paused import gc_paused
 
 COMMANDS = {
     "compile": compile,
@@ -29,12 +28,12 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = parser().parse_args(argv)
-    if arguments.debug:
-        return int(arguments.run(arguments))
     try:
-        with terminable(), gc_paused():
+        with terminable():
             return int(arguments.run(arguments))
     except FxqError as error:
+        if arguments.debug:
+            raise
         print("\n".join([f"fxq: {error}", *_notes(error)]), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt as error:

@@ -84,7 +84,8 @@ def preview_one(arguments: argparse.Namespace) -> None:
     from fxq.passes import table
     from fxq.pipeline import spec
 
-    chosen = spec.load(arguments.name, table(arguments.passes))  # its mistakes come before anything is traced
+    known = table(arguments.passes)
+    chosen = spec.load(arguments.name, known)  # its mistakes come before anything is traced
     from fxq.model import open_model
     from fxq.preview import preview
 
@@ -94,7 +95,7 @@ def preview_one(arguments: argparse.Namespace) -> None:
         follow_links=arguments.follow_links,
         trust_remote_code=arguments.trust_remote_code,
     )
-    found = preview(model, chosen)
+    found = preview(model, chosen, known)
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
@@ -119,7 +120,7 @@ def preview_all(arguments: argparse.Namespace) -> None:
     )
     rows = []
     with tables.progress("plan", len(specs)) as step:
-        for row in previews(model, specs):
+        for row in previews(model, specs, known):
             rows.append(row)
             step()
     if arguments.json:

@@ -4,13 +4,13 @@ Each is made by `operator`, in one call that says all about it, and is from then
 any of torch's: `SLICE(w, 3)` runs it, and graphs with it print, parse, verify and run. Another package makes
 operators of its own in the same way:
 
-    SCALED = operator(
-        "acme::scaled(Tensor t, Tensor by) -> Tensor",
-        run=lambda t, by: t * by.to(t.dtype),
-        shape=lambda t, by: tensor_type(t.shape, t.dtype),
-        rules=((lambda node: shape_at(node, 1) == (), "expected a scale of shape []"),),
+    MEAN_SQUARE = operator(
+        "acme::mean_square(Tensor t) -> Tensor",
+        run=lambda t: t.float().square().mean(),
+        shape=lambda t: tensor_type((), torch.float32),
+        rules=((lambda node: shape_at(node, 0) != (), "expected a tensor of one dimension or more"),),
     )
-    edit.call(graph, "w_scaled", SCALED, w, by)
+    edit.call(graph, "w_mean_square", MEAN_SQUARE, w)
 """
 
 import math

@@ -32,7 +32,8 @@ class Program:
     values: amax node name -> calibrated float32 [], filled by the calibration passes.
     tokens: fused weight name -> int64 [experts], the tokens each expert saw while calibrating.
     constants: small tensors the trace lifted out of the model, by the name of the node that reads them.
-    bootstrapped: names of the amax nodes that calibrate-bootstrap filled, or left to the writer.
+    bootstrapped: names of the amax nodes that data did not reach: filled from the weights, or left to the
+    writer.
     accepts: (batch, length) -> None if the graph holds for inputs of that size, else why not.
     notes: what the user should know about decisions that passes took.
     left: weights that a pass was asked for and could not quantize, and was allowed to leave -> why.
@@ -48,7 +49,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     bootstrapped: set[str] = field(default_factory=set)
     calibrated: Graph | None = None
-    format: str = "modelopt"
+    format: str = ""
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from torch.fx import Graph, Node
 from fxq.errors import VerifyError
 from fxq.graph import dialect as _dialect  # noqa: F401 (its operators can be parsed once it is imported)
 
+OpOverload = type(torch.ops.aten.add.Tensor)
 SHORT = {
     torch.bfloat16: "bf16",
     torch.float16: "f16",
@@ -78,7 +79,7 @@ def format_node(node: Node) -> str:
 
 def format_target(target: object) -> str:
     """`aten.linear`, `aten.add.Tensor`, `fxq.quantize`, `operator.getitem`: what `parse` resolves again."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         name = str(target)
         return name.removesuffix(".default")
     module = getattr(target, "__module__", "")
@@ -162,7 +163,7 @@ def _parse_line(graph: Graph, nodes: dict[str, Node], line: str) -> None:
 
 def is_operator(target: object) -> bool:
     """True for what a node may call: a torch.ops overload, a function of operator or math, or torch.sym_*."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return True
     name = getattr(target, "__name__", "")
     return any(getattr(module, name, None) is target for module in _MODULES.values()) and (

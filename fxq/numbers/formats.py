@@ -14,6 +14,10 @@ from torch import Tensor
 from fxq.errors import SpecError
 from fxq.numbers import fp8, nvfp4
 
+# Without any data an input amax of 448 puts the FP8 block scales mid-range: blocks up to 448 do not clip,
+# blocks down to 0.016 keep full precision.
+UNSEEN_INPUT_AMAX = 448.0
+
 
 class Packed(Protocol):
     """A quantized weight, or many of one shape; each part of its format (`Format.parts`) is an attribute."""
@@ -68,6 +72,7 @@ class Format:
     inputs: what engines multiply such weights with: formats, and `none` for inputs as they are.
     input_scale: how the input of a linear is scaled, as `fxq.quantize` spells it.
     caches: whether engines hold keys and values in it.
+    magnitude: the bits of a byte of codes but their signs: all zero where codes stand for zeros.
     largest: the magnitude that a packed weight reaches if the scale of its tensor is 1.
     scale_of: amax f32 [...] -> the scale of a tensor, f32 [...]: `amax / largest`, rounded as the tools of
     engines do, and never zero.
@@ -88,6 +93,7 @@ class Format:
     inputs: tuple[str, ...]
     input_scale: str
     caches: bool
+    magnitude: int
     largest: float
     scale_of: Callable[[Tensor], Tensor]
     quantize: Callable[[Tensor, Tensor, str], Packed]
@@ -122,6 +128,7 @@ NVFP4 = Format(
     inputs=("nvfp4", "none"),
     input_scale="dynamic",
     caches=False,
+    magnitude=0x77,
     largest=nvfp4.E2M1_MAX * nvfp4.E4M3_MAX,
     scale_of=nvfp4.global_scale,
     quantize=nvfp4.quantize_weight,
@@ -139,6 +146,7 @@ FP8 = Format(
     inputs=("fp8",),
     input_scale="static",
     caches=True,
+    magnitude=0x7F,
     largest=nvfp4.E4M3_MAX,
     scale_of=fp8.scale_of,
     quantize=fp8.quantize_weight,

@@ -19,7 +19,6 @@ __all__ = [
     "BLOCK",
     "E2M1_MAX",
     "E4M3_MAX",
-    "UNSEEN_INPUT_AMAX",
     "Measured",
     "Packed",
     "dequantize",
@@ -41,9 +40,6 @@ _RECIPROCAL = torch.tensor(1 / (E2M1_MAX * E4M3_MAX), dtype=torch.float32)
 _LEAST_SCALE = 2.0**-9
 # An all-zero tensor decodes to zeros under any scale; engines want a positive one.
 _ZERO_AMAX = 1.0
-# Without any data an input amax of 448 puts the FP8 block scales mid-range: blocks up to 448 do not clip,
-# blocks down to 0.016 keep full precision.
-UNSEEN_INPUT_AMAX = 448.0
 
 
 @dataclass(frozen=True)

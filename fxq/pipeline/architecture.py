@@ -64,7 +64,8 @@ def _unrounded(node: Node, without: dict[Node, Node]) -> Node:
 def _line(node: Node, line: tuple[str, Any, Any, Any]) -> str:
     op, target, args, kwargs = line
     if op != "call_function":
-        return f"return {format_argument(args[0])}" if op == "output" else f"%{node.name} = @{target}"
+        kinds = {"placeholder": f"%{node.name} = placeholder()", "get_attr": f"%{node.name} = @{target}"}
+        return kinds.get(op) or f"return {format_argument(args[0])}"
     arguments = [format_argument(a) for a in args]
     arguments += [f"{name}={format_argument(value)}" for name, value in kwargs.items()]
     return f"%{node.name} = {format_target(target)}({', '.join(arguments)})"

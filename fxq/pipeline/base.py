@@ -54,7 +54,8 @@ class Pass:
     same_function: whether the calls that it makes compute what those did that they replace. A pass that does
     not say so may only round: else the graph would compute what no checkpoint of the model's class can.
     only_values: whether it decides numbers alone, so that names, shapes and formats of the output are the
-    same without it. reads_values: whether it, or what it makes of the graph, looks at calibrated amaxes.
+    same without it. makes_checkpoint: whether what it leaves is a program that the writer runs.
+    reads_values: whether it, or what it makes of the graph, looks at calibrated amaxes.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Pass:
     flags: ClassVar[tuple[str, ...]] = ()
     same_function: ClassVar[bool] = False
     only_values: ClassVar[bool] = False
+    makes_checkpoint: ClassVar[bool] = False
     reads_values: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Iterable[Match | Miss]:

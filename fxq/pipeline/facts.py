@@ -90,8 +90,11 @@ def amaxes_shared(program: Program) -> str | None:
 def tensors_whole(program: Program) -> str | None:
     """Of the parameters that lie in one tensor of the checkpoint, or in one list of experts, all are
     quantized alike, or none is."""
-    nodes = [node for node in program.graph.nodes if is_weight_quantize(node)]
-    quantized = {parameter_name(node): str(node.kwargs["format"]) for node in nodes}
+    quantized: dict[str, str] = {}
+    for node in filter(is_weight_quantize, program.graph.nodes):
+        name, format = parameter_name(node), str(node.kwargs["format"])
+        if quantized.setdefault(name, format) != format:
+            return f"{name} is quantized to {quantized[name]} in one part and to {format} in another"
     names, owners = program.hub.names, dict[str, str]()
     for name in quantized.keys() & names.keys():
         for holder in holders(names[name]):

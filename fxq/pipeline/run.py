@@ -13,6 +13,8 @@ from fxq.pipeline.architecture import architecture, difference
 from fxq.pipeline.base import CalibrationPass, Pass, Session
 from fxq.pipeline.facts import Fact, amaxes_filled
 
+NOTHING_TO_WRITE = "no pass of the spec makes a checkpoint, such as `- lower`: there is nothing to write"
+
 
 def check_order(passes: Sequence[Pass], places: Sequence[str]) -> None:
     """SpecError unless every fact a pass requires is ensured by an earlier pass and not broken in between.
@@ -55,8 +57,8 @@ def run_passes(
     for step in beside:
         look(step, program)
     for number, step in enumerate(passes, 1):
-        look(step, program)
         _hold(step.requires, step, program, "requires", session)
+        look(step, program)
         if isinstance(step, CalibrationPass):
             if session is not None:
                 session.values_are_read = any(later.reads_values for later in passes[number:])

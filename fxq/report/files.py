@@ -7,7 +7,7 @@ report.json (`version` changes when the meaning of a field does; everything outs
 every run of the same inputs):
 
 version, fxq, spec, title   1; fxq's version; the spec's name; the model's directory name or class
-summary                     the fields of `fxq.report.Report` that are counts and errors
+summary                     the fields of `fxq.report.summary.Report` that are counts and errors
 weights                     a parameter each: name; layer (its first number) and projection (the rest); per
                             expert (or once) sqnr_db (null: exact), crest and spread (`fxq.numbers.quality`)
 tokens                      a layer of experts each: name, layer, tokens calibration routed to each

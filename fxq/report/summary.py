@@ -17,7 +17,7 @@ from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import quantizes_input, weight_matmuls
 from fxq.graph.structure.views import parameter_name, root
-from fxq.numbers.nvfp4 import UNSEEN_INPUT_AMAX
+from fxq.numbers.formats import UNSEEN_INPUT_AMAX
 from fxq.pipeline.facts import is_weight_quantize
 
 # Correct NVFP4 weights are at 18 to 22 dB, FP8 above 25.

@@ -12,7 +12,7 @@ from fxq.graph.arguments import node_at, nodes_at
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
 from fxq.graph.structure.views import root, shape_of
-from fxq.numbers.nvfp4 import UNSEEN_INPUT_AMAX
+from fxq.numbers.formats import UNSEEN_INPUT_AMAX
 from fxq.run.statistics import amax_of, check_finite
 from fxq.run.weights import WeightExpressions
 

@@ -13,7 +13,7 @@ from fxq.graph import dialect
 from fxq.graph.arguments import node_at, nodes_at
 from fxq.graph.hub import Hub
 from fxq.graph.places import places
-from fxq.graph.structure.views import VIEWS, parameter_name, root, strip
+from fxq.graph.structure.views import VIEWS, parameter_name, root, strip, value_of
 from fxq.run.simulate import Unquantized
 
 
@@ -83,7 +83,7 @@ class Max(Unquantized):
         self.values: dict[str, Tensor] = {}
         self.tokens: dict[str, Tensor] = {}
         self.inputs: dict[Node, Tensor] = {}
-        self.holes: dict[Node, list[Node]] = {}
+        self.holes: dict[Node, list[Node | None]] = {}
 
     def wanted(self) -> set[Node]:
         needed: set[Node] = set()
@@ -136,12 +136,10 @@ class Max(Unquantized):
         self.values[hole.name] = value
 
 
-def _expert_holes(stack: Node) -> list[Node]:
-    """The amax node of each expert of a quantized fused weight, in order; [] if it is not quantized."""
+def _expert_holes(stack: Node) -> list[Node | None]:
+    """The amax node of each expert of a fused weight, in order; None for one that has none; [] if the weight
+    is not taken apart."""
     if stack.target is not dialect.STACK:
         return []
-    holes = []
-    for quantize in nodes_at(stack, 0):
-        piece = node_at(quantize, 0)
-        holes.append(next(user for user in piece.users if user.target is dialect.AMAX))
-    return holes
+    pieces = (value_of(piece) for piece in nodes_at(stack, 0))
+    return [next((user for user in piece.users if user.target is dialect.AMAX), None) for piece in pieces]

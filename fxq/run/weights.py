@@ -27,17 +27,19 @@ class WeightExpressions:
     def __init__(self, program: Program, source: WeightSource, device: torch.device) -> None:
         self.program, self.source, self.device = program, source, device
 
-    def batches(self, nodes: Iterable[Node]) -> Generator[tuple[list[Node], Tensor]]:
-        """The nodes, each a weight [out, in], grouped by parameter: (some of them, values [n, out, in] on the
-        device). The next are read meanwhile."""
-        requests = map(self._request, self._parts(nodes))
+    def batches(
+        self, nodes: Iterable[Node], alike: Callable[[Node], object] = lambda node: None
+    ) -> Generator[tuple[list[Node], Tensor]]:
+        """The nodes, each a weight [out, in], those of one parameter and of equal `alike` together: (some of
+        them, values [n, out, in] on the device). The next are read meanwhile."""
+        requests = map(self._request, self._parts(nodes, alike))
         return loaded(requests, self.device, concurrent=self.source.concurrent)
 
-    def _parts(self, nodes: Iterable[Node]) -> Iterator[list[Node]]:
-        by_parameter: dict[str, list[Node]] = defaultdict(list)
+    def _parts(self, nodes: Iterable[Node], alike: Callable[[Node], object]) -> Iterator[list[Node]]:
+        groups: dict[object, list[Node]] = defaultdict(list)
         for node in nodes:
-            by_parameter[parameter_name(node)].append(node)
-        for group in by_parameter.values():
+            groups[parameter_name(node), alike(node)].append(node)
+        for group in groups.values():
             step = max(1, AT_ONCE[self.device.type] // max(1, nbytes(group[0])))
             for start in range(0, len(group), step):
                 yield group[start : start + step]

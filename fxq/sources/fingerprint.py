@@ -1,9 +1,10 @@
 """Fingerprints of what decides the bytes of a run: a few words about each, which tell two runs apart."""
 
 import hashlib
+import inspect
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def of_samples(samples: Sequence[Sequence[int]] | None) -> str:
         return "none"
     content = _digest(repr([list(ids) for ids in samples]).encode())
     return f"{len(samples)} samples of {sum(map(len, samples))} tokens in all, {content}"
+
+
+def of_code(classes: Iterable[type]) -> dict[str, str]:
+    """Classes that do not come with fxq: the file that defines each, which may change under the same name."""
+    found = {}
+    for cls in classes:
+        if not cls.__module__.startswith("fxq."):
+            try:
+                found[cls.__name__] = _digest(Path(inspect.getfile(cls)).read_bytes())
+            except (OSError, TypeError):  # made in a session
+                found[cls.__name__] = "of no file"
+    return found
 
 
 def of_device(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from fxq.graph import dialect
 from fxq.graph.arguments import nodes_at
 from fxq.graph.structure.matmuls import MATMULS
 from fxq.graph.structure.views import VIEWS, shape_of
-from fxq.graph.text import format_argument, format_node, format_target, format_type
+from fxq.graph.text import OpOverload, format_argument, format_node, format_target, format_type
 
 NUMBER = re.compile(r"\d+")
 NODE = re.compile(r"%\w+")
@@ -22,7 +22,7 @@ _LANDMARKS = MATMULS | {
     torch.ops.aten.scaled_dot_product_attention.default,
     torch.ops.aten.embedding.default,
     torch.ops.aten.topk.default,
-    *(op for name, op in vars(dialect).items() if name.isupper() and isinstance(op, torch._ops.OpOverload)),
+    *(op for name, op in vars(dialect).items() if name.isupper() and isinstance(op, OpOverload)),
 }
 
 

@@ -66,7 +66,7 @@ def _use(device: torch.device) -> None:
 
 @cache
 def _module(name: str) -> ModuleType | None:
-    """`fxq.kernels.<name>`, or None where what it compiles with is missing."""
+    """`fxq.numbers.kernels.<name>`, or None where what it compiles with is missing."""
     needs = {"gpu": "triton", "cpu": "numba"}[name]
     if importlib.util.find_spec(needs) is None:
         return None
