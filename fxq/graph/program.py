@@ -49,7 +49,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     bootstrapped: set[str] = field(default_factory=set)
     calibrated: Graph | None = None
-    format: str = ""
+    format: str = "modelopt"
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)

@@ -53,7 +53,7 @@ def test_no_more_is_read_ahead_than_the_limit_allows(
     next(iterator)
     iterator.close()  # waits for what has begun
     assert len(reader.started) <= 1 + ahead
-    assert reader.started == list(range(len(reader.started)))
+    assert reader.started == sorted(reader.started)  # as it closes, one of those that waited may still begin
 
 
 def test_the_item_after_the_one_in_use_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
