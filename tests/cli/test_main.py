@@ -206,3 +206,25 @@ def test_a_report_prints_the_summary(model: Path, tmp_path: Path, capsys: pytest
     lines = str(compiled.report).splitlines()
     assert lines[0] == "fxq compiled with nvfp4_weight_only"
     assert f"output           {tmp_path / 'out'}" in lines
+
+
+def test_passes_of_a_file_are_known_to_the_schema_and_to_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\n"
+        "from typing import ClassVar\n"
+        "from fxq.pipeline.base import Pass\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(Pass):\n"
+        '    """Does nothing."""\n\n'
+        '    name: ClassVar[str] = "my-own"\n'
+    )
+    assert main(["specs", "--schema", "--passes", str(file)]) == 0
+    assert '"my-own"' in capsys.readouterr().out
+    spec = tmp_path / "wrong.yaml"
+    spec.write_text("passes: [my-oun]\n")
+    assert main(["specs", str(spec), "--model", str(tmp_path), "--passes", str(file)]) == 2
+    assert "no pass is called 'my-oun'; there are" in (error := capsys.readouterr().err)
+    assert "my-own" in error
