@@ -348,6 +348,7 @@ def test_saving_twice_gives_the_same_files(build: Build, tmp_path: Path) -> None
     assert _files(tmp_path / "again") == _files(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v3", marks=SLOW)])
 def test_the_number_of_threads_changes_no_byte(family: str, zoo: Zoo, tmp_path: Path) -> None:
     before = torch.get_num_threads()

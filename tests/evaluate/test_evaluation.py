@@ -70,6 +70,7 @@ def _config(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "spec", "format"),
     [
@@ -331,6 +332,7 @@ def test_weight_only_configs_keep_inputs_as_they_are(default: tuple[Path, float]
     assert fxq.evaluate(path, TEXT).notes == ()
 
 
+@pytest.mark.slow
 def test_a_cache_without_scales_is_cast_and_one_scale_alone_is_for_both(
     default: tuple[Path, float], tmp_path: Path
 ) -> None:

@@ -206,7 +206,10 @@ def test_scales_of_inputs_and_of_the_cache_are_left_behind(convert: Convert) -> 
     assert not set(names) & set(Directory(path).infos)
 
 
-def test_an_fp8_checkpoint_compiles_like_its_decoded_twin(zoo: Zoo, convert: Convert, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_fp8_checkpoint_compiles_like_its_decoded_source(
+    zoo: Zoo, convert: Convert, tmp_path: Path
+) -> None:
     """DeepSeek-V3 with its multi-token-prediction layer, which the model class ignores, in FP8 as well."""
     path = convert("deepseek_v3")
     plain = Path(shutil.copytree(zoo("deepseek_v3"), tmp_path / "decoded"))
