@@ -94,7 +94,10 @@ def tensors_whole(program: Program) -> str | None:
     for node in filter(is_weight_quantize, program.graph.nodes):
         name, format = parameter_name(node), str(node.kwargs["format"])
         if quantized.setdefault(name, format) != format:
-            return f"{name} is quantized to {quantized[name]} in one part and to {format} in another"
+            return (
+                f"{name} is quantized to {quantized[name]} in one part and to {format} in another; expected "
+                "one format for all of a parameter"
+            )
     names, owners = program.hub.names, dict[str, str]()
     for name in quantized.keys() & names.keys():
         for holder in holders(names[name]):

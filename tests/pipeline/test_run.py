@@ -18,7 +18,7 @@ from fxq.graph.verify import verify
 from fxq.passes import PASSES
 from fxq.pipeline.architecture import architecture, difference
 from fxq.pipeline.base import CalibrationPass, Pass, Session, bystanders
-from fxq.pipeline.facts import Fact
+from fxq.pipeline.facts import Fact, tensors_whole
 from fxq.pipeline.run import check_order, needs_data, run_passes
 from fxq.pipeline.spec import load, shipped
 from tests.passes.golden import Tensors
@@ -361,3 +361,18 @@ def test_every_shipped_spec_fills_every_amax(spec: str) -> None:
     if needs_data(passes):
         assert program.bootstrapped == dead
         assert program.tokens["layers.0.mlp.experts.up_proj"].tolist() == [4, 0]
+
+
+def test_a_parameter_of_which_parts_have_different_formats_is_refused() -> None:
+    lines = ["%w : bf16[2,16,32] = @w"]
+    for e, format in enumerate(("nvfp4", "fp8")):
+        lines += [
+            f"%e{e} : bf16[16,32] = fxq.slice(%w, {e})",
+            f"%a{e} : f32[] = fxq.amax(%e{e})",
+            f"%q{e} : bf16[16,32] = fxq.quantize(%e{e}, %a{e}, format='{format}', scale='max')",
+        ]
+    text = "\n".join([*lines, "return [%q0, %q1]", ""])
+    reason = tensors_whole(Program(parse(text)))
+    assert reason is not None
+    assert reason.startswith("w is quantized to nvfp4 in one part and to fp8 in another")
+    assert tensors_whole(Program(parse(text.replace("fp8", "nvfp4")))) is None
