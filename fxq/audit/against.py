@@ -1,5 +1,6 @@
 """A checkpoint against the model that it was made from: what was left alone is the same to the byte, what
-was quantized decodes to about the same values."""
+was quantized decodes to about the same values. What the report says that passes rewrote has the
+same shape and dtype."""
 
 import json
 import math
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from fxq.audit import decoding
 from fxq.audit.checkpoint import COMPRESSED, CONFIG, Checkpoint, Kind, Linear, packed_axis
 from fxq.audit.experts import EXPERT
-from fxq.audit.findings import Finding
-from fxq.audit.store import FLOATS, Store, model_files, open_store, read_json
+from fxq.audit.findings import Finding, fold
+from fxq.audit.rewrites import REPORT, Rewrites, read_rewrites
+from fxq.audit.store import FLOATS, Json, Store, model_files, open_store, read_json
 from fxq.errors import SourceError
 
 Array = NDArray[Any]
@@ -38,15 +40,24 @@ class Place:
 
 
 def check(checkpoint: Checkpoint, base: Path, summary: dict[str, Any]) -> Iterator[Finding]:
-    """All comparisons; adds `sqnr_db`, `worst_sqnr_db` and `worst` to the summary."""
+    """All comparisons; adds `sqnr_db`, `worst_sqnr_db`, `worst` and `rewritten` to the summary."""
     if not base.is_dir() or not any(base.glob("*.safetensors")):
         raise SourceError(f"{base}: expected a model's directory with *.safetensors, found none")
     source = open_store(base, model_files(base))
     places = {name: _place(linear, source) for name, linear in checkpoint.linears.items()}
     used = {place.name for place in places.values() if place is not None}
-    yield from _untouched(checkpoint, source, used)
-    yield from _errors(checkpoint, source, places, summary)
-    yield from _files(checkpoint, base)
+    unusable: list[Finding] = []
+    rewrites = read_rewrites(checkpoint.store.path, unusable)
+    yield from unusable
+    rewritten: list[str] = []
+    yield from _untouched(checkpoint, source, used, rewrites, rewritten)
+    yield from _errors(checkpoint, source, places, summary, rewrites, rewritten)
+    if rewritten:
+        count = summary["rewritten"] = len(rewritten)
+        what = f"{count} tensor{'s' * (count > 1)} rewritten by a pass: not compared with the base"
+        yield Finding("base-rewritten", REPORT, f"{what}: {fold(rewritten)}")
+    untied = any(rewrites.is_untied(name) and name not in source.entries for name in checkpoint.store.entries)
+    yield from _files(checkpoint, base, untied=untied)
 
 
 def _place(linear: Linear, source: Store) -> Place | None:
@@ -66,7 +77,10 @@ def _place(linear: Linear, source: Store) -> Place | None:
     return Place(stacked, expert) if stacked in source.entries else None
 
 
-def _untouched(checkpoint: Checkpoint, source: Store, used: set[str]) -> Iterator[Finding]:
+def _untouched(
+    checkpoint: Checkpoint, source: Store, used: set[str], rewrites: Rewrites, rewritten: list[str]
+) -> Iterator[Finding]:
+    """What is not quantized; names of rewritten tensors are added to `rewritten`."""
     ours, parts = checkpoint.store, checkpoint.parts
     gone = {f"{name}_scale_inv" for name in used} | {f"{name}_scale" for name in used}
     gone |= {f"{name.removesuffix('.weight')}.input_scale" for name in used}
@@ -78,10 +92,17 @@ def _untouched(checkpoint: Checkpoint, source: Store, used: set[str]) -> Iterato
             yield Finding("base-lost", name, f"{entry} in the base, found nowhere")
         elif (found.dtype, found.shape) != (entry.dtype, entry.shape):
             yield Finding("base-changed", name, f"expected {entry}, found {found}")
+        elif name in rewrites.names:
+            rewritten.append(name)
         elif not _same(ours, source, name):
             yield Finding("base-changed", name, f"{entry}, other bytes")
+    kinds = {(entry.dtype, entry.shape) for entry in source.entries.values()}
     for name, entry in ours.entries.items():
-        if name not in source.entries and name not in parts and not _KV_SCALE.fullmatch(name):
+        if name in source.entries or name in parts or _KV_SCALE.fullmatch(name):
+            continue
+        if rewrites.is_untied(name) and (entry.dtype, entry.shape) in kinds:  # of what it was tied to
+            rewritten.append(name)
+        else:
             yield Finding("base-added", name, f"{entry} is not in the base")
 
 
@@ -91,8 +112,14 @@ def _same(ours: Store, source: Store, name: str) -> bool:
 
 
 def _errors(
-    checkpoint: Checkpoint, source: Store, places: dict[str, Place | None], summary: dict[str, Any]
+    checkpoint: Checkpoint,
+    source: Store,
+    places: dict[str, Place | None],
+    summary: dict[str, Any],
+    rewrites: Rewrites,
+    rewritten: list[str],
 ) -> Iterator[Finding]:
+    """What is quantized; names of rewritten weights are added to `rewritten`."""
     total_signal = total_noise = 0.0
     compared, worst = 0, (math.inf, "")
     for name, linear in checkpoint.linears.items():
@@ -102,13 +129,16 @@ def _errors(
             yield Finding("base-uncompared", weight, reason)
             continue
         assert place is not None
-        parts = _compare(checkpoint, linear, source, place)
-        if parts is None:
+        if not _fits(checkpoint, linear, source, place):
             found = list(source.entries[place.name].shape)
             yield Finding(
                 "base-shape", weight, f"expected the base's {found}, found {_shape(checkpoint, linear)}"
             )
             continue
+        if (listed := rewrites.name_of(linear)) is not None:
+            rewritten.append(listed)
+            continue
+        parts = _compare(checkpoint, linear, source, place)
         compared += 1
         total_signal += sum(signal for signal, _ in parts)
         total_noise += sum(noise for _, noise in parts)
@@ -164,15 +194,24 @@ def _shape(checkpoint: Checkpoint, linear: Linear) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def _fits(checkpoint: Checkpoint, linear: Linear, source: Store, place: Place) -> bool:
+    """Whether a linear has the shape of its weight in the base, or that turned."""
+    ours, theirs = _shape(checkpoint, linear), source.entries[place.name].shape
+    if place.expert is None:
+        return ours in (theirs, theirs[::-1])
+    if len(theirs) != 3 or place.expert >= theirs[0]:
+        return False
+    rows = place.rows or (0, theirs[1])
+    return ours == (rows[1] - rows[0], theirs[2])
+
+
 def _compare(
     checkpoint: Checkpoint, linear: Linear, source: Store, place: Place
-) -> list[tuple[float, float]] | None:
-    """(energy, squared error) of the linear, or of each of its experts; None if the shapes differ."""
+) -> list[tuple[float, float]]:
+    """(energy, squared error) of a linear that fits, or of each of its experts."""
     ours, theirs = _shape(checkpoint, linear), source.entries[place.name].shape
     if place.expert is not None:
         rows = place.rows or (0, theirs[1])
-        if place.expert >= theirs[0] or ours != (rows[1] - rows[0], theirs[2]):
-            return None
         w = source.values(place.name, place.expert, place.expert + 1)[0, rows[0] : rows[1]]
         return [decoding.squares(w, _decoded(checkpoint, linear, 0, ours[0]))]
     straight = None
@@ -186,8 +225,6 @@ def _compare(
         straight = [(sum(s for s, _ in straight), sum(n for _, n in straight))]
         if ours != ours[::-1] or decoding.decibel(*straight[0]) >= BROKEN_DB:
             return straight
-    if ours != theirs[::-1]:
-        return None
     # Some families (GPT-2) keep linears as [in, out]; of a square one only the values tell.
     w = _base_rows(source, place.name, 0, theirs[0]).T
     turned = [decoding.squares(w, _decoded(checkpoint, linear, 0, ours[0]))]
@@ -248,8 +285,10 @@ def _base_rows(source: Store, name: str, start: int, stop: int) -> Array:
     return values * spread
 
 
-def _files(checkpoint: Checkpoint, base: Path) -> Iterator[Finding]:
+def _files(checkpoint: Checkpoint, base: Path, *, untied: bool) -> Iterator[Finding]:
     theirs = dict(read_json(base / CONFIG, []) or {})
+    if untied:
+        theirs = _untied(theirs)
     ours = dict(checkpoint.config)
     for config in (ours, theirs):
         config.pop("quantization_config", None)
@@ -265,3 +304,10 @@ def _files(checkpoint: Checkpoint, base: Path) -> Iterator[Finding]:
             and not (checkpoint.store.path / file.name).is_file()
         ):
             yield Finding("base-file", file.name, "expected as the base has it, found none")
+
+
+def _untied(config: Json) -> Json:
+    """A base's config as that of a checkpoint must be whose head has a tensor of its own."""
+    off = {"tie_word_embeddings": False}
+    ties = {k: v for k, v in config.items() if isinstance(v, dict) and v.get("tie_word_embeddings")}
+    return {**config, **{name: {**part, **off} for name, part in ties.items()}, **off}

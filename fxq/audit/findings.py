@@ -1,6 +1,7 @@
 """What an audit found: rules with their severities, findings, and their folding into few lines."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -99,9 +100,23 @@ RULES: dict[str, tuple[Severity, str]] = {
     "base-config": (_W, "config.json differs from the base's in more than quantization"),
     "base-file": (_W, "a file that the base has is missing"),
     "base-uncompared": (_W, "the base holds this weight in a form that verify cannot decode"),
+    "base-rewritten": (
+        _I,
+        "as the report says, these were changed on purpose; --text compares what the two models compute",
+    ),
+    "report-invalid": (
+        _W,
+        "what the report says of rewritten tensors cannot be used, so that none counts as such",
+    ),
     "error-broken": (_E, "decoded weights are nowhere near the base's: wrong scale, order or nibbles"),
     "error-large": (_W, "the error is larger than NVFP4 needs; good weights are at 18 dB and more"),
 }
+
+
+def fold(names: Iterable[str]) -> str:
+    """Names with the numbers of layers and experts as `*`, each with how many there are of it."""
+    counts = Counter(_NUMBER.sub("*", name) for name in names)
+    return ", ".join(f"{name} ×{count}" if count > 1 else name for name, count in counts.items())
 
 
 @dataclass(frozen=True)

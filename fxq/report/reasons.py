@@ -1,7 +1,7 @@
 """What a lowered program quantizes, which of it shares scales, and what stays as it is and why."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 from torch.fx import Graph, Node
@@ -12,11 +12,12 @@ from fxq.graph.arguments import node_at
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import as_weight_matmul
-from fxq.graph.structure.views import PICKS, VIEWS, is_opaque_call, shape_of
+from fxq.graph.structure.views import PICKS, SAME_PLACE, is_opaque_call, of_the_model, shape_of
 from fxq.graph.text import format_target
 from fxq.report.summary import fold
 
 _ATEN = torch.ops.aten
+_UNREAD = "the text path never reads it"
 
 
 def _stores(lowered: Graph) -> Iterator[tuple[str, int, Node]]:
@@ -53,7 +54,7 @@ def _label(group: Sequence[tuple[str, int]]) -> str:
 
 
 def excluded(program: Program, planned: Plan) -> list[tuple[str, int, str]]:
-    """(names, how many, why) of what stays as it is, alike names folded, matrices before vectors."""
+    """(names, how many, why) of what is not quantized, alike names folded, matrices before vectors."""
     misses = program.why_left()
     owners: dict[str, list[str]] = {}
     for name, stored in program.hub.stored.items():
@@ -61,11 +62,17 @@ def excluded(program: Program, planned: Plan) -> list[tuple[str, int, str]]:
             owners.setdefault(key, []).append(name)
     assert program.calibrated is not None
     read = {str(n.target): n for n in program.calibrated.nodes if n.op == "get_attr"}
+    used = of_the_model(program.calibrated)
     why: dict[str, str] = dict.fromkeys(planned.infos, "")
     for node in program.graph.nodes:
         if node.target is dialect.STORE:
             key = str(node.args[0])
-            why[key] = _reason(owners.get(key, []), read, program.left, misses)
+            if key.removesuffix(".weight") in program.untied:
+                why[key] = "untied: its tensor is shared in the source"
+            else:
+                why[key] = _reason(owners.get(key, []), read, used, program.left, misses)
+            if node_at(node, 1).target is not dialect.LOAD:
+                why[key] += "; rewritten by a pass"
     whole = _whole_modules(why)
     rows: dict[tuple[str, str], int] = {}
     for key in sorted(why, key=lambda key: len(planned.infos[key].shape) < 2):
@@ -99,16 +106,20 @@ def _owners(key: str) -> list[str]:
 
 
 def _reason(
-    names: Sequence[str], read: dict[str, Node], left: dict[str, str], misses: Mapping[str, str]
+    names: Sequence[str],
+    read: dict[str, Node],
+    used: Container[Node],
+    left: dict[str, str],
+    misses: Mapping[str, str],
 ) -> str:
-    """Why a tensor of the checkpoint, which holds the given parameters, stays as it is."""
+    """Why a tensor of the checkpoint, which holds the given parameters, is not quantized."""
     if not names:
         return "not part of the model's class: carried through"
     if (name := next((name for name in names if name in read or name in left), None)) is None:
-        return "the text path never reads it"
+        return _UNREAD
     if name not in read:
         return left[name]
-    readers = list(_readers(read[name]))
+    readers = [reader for reader in _readers(read[name]) if reader in used]
     is_table = any(reader.target is _ATEN.embedding.default for reader in readers)
     known = left.get(name) or misses.get(name)
     if known is not None:
@@ -124,15 +135,16 @@ def _reason(
     matmuls = [matmul for reader in readers if (matmul := as_weight_matmul(reader)) is not None]
     if any(map(multiplies_experts, matmuls)):
         return "experts, and no pass of the spec quantizes experts"
-    return f"read by {format_target(readers[0].target)}, which is no linear"
+    return f"read by {format_target(readers[0].target)}, which is no linear" if readers else _UNREAD
 
 
 def _readers(parameter: Node) -> Iterator[Node]:
-    """What uses a parameter, past views and picks of it."""
-    stack = list(parameter.users)
+    """What uses a parameter, past views, picks and rewrites of it."""
+    stack = [(parameter, user) for user in parameter.users]
     while stack:
-        node = stack.pop()
-        if node.target in VIEWS or node.target in PICKS:
-            stack += node.users
+        source, node = stack.pop()
+        stands = node.target in SAME_PLACE or node.target in PICKS
+        if stands and node_at(node, 0) is source:
+            stack += [(node, user) for user in node.users]
         else:
             yield node

@@ -364,6 +364,12 @@ function lists() {
   if (report.groups.length)
     section("Linears that share their scales", "Engines merge them, so they have one global scale and one input scale.",
       table(["weights", "groups"], report.groups.map((g) => [make("code", {}, g.linears), g.count])));
+  if (report.rewritten.length) {
+    const total = report.rewritten.reduce((sum, r) => sum + r.count, 0);
+    const untied = report.untied.length ? ` ${report.untied.join(", ")}: its tensor is shared in the source, its own here.` : "";
+    section(`${plural(total, "tensor")} rewritten by passes`, `The checkpoint holds what passes of the spec computed here, not the source's values.${untied}`,
+      table(["name", "tensors"], report.rewritten.map((r) => [make("code", {}, r.name), r.count])));
+  }
   if (report.excluded.length)
     section("Left as they are", "",
       table(["name", "tensors", "why"], report.excluded.map((e) => [make("code", {}, e.name), e.count, e.reason])));
