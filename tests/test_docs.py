@@ -2,6 +2,7 @@
 
 import doctest
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.docs import PAGES, ROOT, anchors, blocks, commands, links, reference,
 BY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 SPECS = ROOT / "docs" / "specs.md"
 OWN = ROOT / "docs" / "passes.md"
+FILES = {block.file: block.text for block in blocks(OWN, "python", "yaml") if block.file is not None}
 START, END = "<!-- generated: passes -->\n", "<!-- end -->\n"
 EXPERTS = "nvfp4_experts_only_mse-fp8_cast_kv"
 LOOSELY = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -84,11 +86,14 @@ def test_every_spec_shown_is_one() -> None:
 
 
 def _own_table() -> dict[str, type[Pass]]:
-    """The passes, and the one that the page about passes makes."""
-    (source,) = (block.text for block in blocks(OWN, "python") if block.file == "keep_small.py")
-    module = sys.modules["keep_small"] = ModuleType("keep_small")
-    exec(compile(source, "keep_small.py", "exec"), module.__dict__)
-    return {**PASSES, "keep-small": module.KeepSmall}
+    """The passes, and those that the page about passes makes."""
+    found = dict(PASSES)
+    for name in ("keep_small", "fold_norms"):
+        module = sys.modules[name] = ModuleType(name)
+        exec(compile(FILES[f"{name}.py"], f"{name}.py", "exec"), module.__dict__)
+        own = (each for each in vars(module).values() if isinstance(each, type) and each.__module__ == name)
+        found |= {each.name: each for each in own if issubclass(each, Pass)}
+    return found
 
 
 def test_the_worked_pass_has_its_place() -> None:
@@ -108,9 +113,8 @@ def newcomer(tmp_path: Path) -> Path:
         script.write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
         script.chmod(0o755)
     (tmp_path / "my.yaml").write_text(blocks(SPECS, "yaml")[0].text, encoding="utf-8")
-    for block in blocks(OWN, "python", "yaml"):
-        if block.file is not None:
-            (tmp_path / block.file).write_text(block.text, encoding="utf-8")
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
     return tmp_path
 
 
@@ -132,9 +136,11 @@ def _run(command: str, where: Path) -> str:
     return done.stdout
 
 
-def test_the_worked_pass_passes_its_own_test(newcomer: Path) -> None:
-    printed = _run("python -m pytest -q -p no:cacheprovider test_keep_small.py", newcomer)
-    assert "2 passed" in printed, printed
+def test_the_worked_passes_pass_their_own_tests(newcomer: Path) -> None:
+    tests = [name for name in FILES if name.startswith("test_")]
+    assert len(tests) == 3
+    printed = _run(f"python -m pytest -q -p no:cacheprovider {' '.join(tests)}", newcomer)
+    assert re.search(r"^\d+ passed in", printed, flags=re.MULTILINE), printed
 
 
 @pytest.mark.slow
