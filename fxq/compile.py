@@ -26,7 +26,7 @@ from fxq.pipeline.spec import Spec, load
 from fxq.report.measured import WritingReport, measure_memory, timed
 from fxq.report.summary import Report
 from fxq.run.batches import batches_of, predicted_batches
-from fxq.run.bootstrap import Bootstrap
+from fxq.run.weights import amaxes
 
 
 def compile(
@@ -98,8 +98,9 @@ def compile(
         report.calibration_tokens = sum(batch.numel() for batch in batches or ())
         with timed(report, "passes"), gc_paused():
             run_passes(chosen.passes, program, session, beside=bystanders(chosen.passes, known))
-        report.count(program.calibrated or program.graph, program)
         measure_memory(report, where)
+        if program.pending is None:
+            report.count(program)
         compiled = Compiled(opened, program, session, report, run)
         if evaluate is not None:
             compiled.perplexity(evaluate)
@@ -133,14 +134,8 @@ class Compiled:
 
     @property
     def scales(self) -> Mapping[str, Tensor]:
-        self._complete_values()
-        return MappingProxyType(self.program.values)
-
-    def _complete_values(self) -> None:
-        """Fill in the amaxes that were left to the writer."""
-        if self.program.bootstrapped - self.program.values.keys():
-            bootstrap = Bootstrap(self.program, self._model.source, self._session.device)
-            self.program.values.update(bootstrap.run())
+        found = amaxes(self.program, self._model.source, self._session.device)
+        return MappingProxyType(found)
 
     def save(
         self, out: str | Path, *, shard_bytes: int = checkpoint.SHARD_BYTES, resume: bool = False
@@ -163,7 +158,7 @@ class Compiled:
         plan = checkpoint.plan(program)
         replaced, warnings = model.replaced_files()
         self.report.add_warnings(warnings)
-        writing = WritingReport(self.report, model.name, program, plan, out, device)
+        writing = WritingReport(self.report, model.name, program, plan, model.source, out, device)
         nodes = len(program.graph.nodes)
         with timed(self.report, "write"), self._session.progress("pack and write", nodes) as step:
             checkpoint.write(
@@ -176,6 +171,8 @@ class Compiled:
                 device=device,
                 shard_bytes=shard_bytes,
                 replaced=replaced,
+                batches=self._session.batches or (),
+                keep=lambda found: self._session.found.update({self._session.place: found}),
                 step=step,
                 beside=writing,
             )
@@ -188,7 +185,6 @@ class Compiled:
         """
         ids = samples_of(self._model, text, samples, seq_len)
         batches = predicted_batches([self.program], ids)
-        self._complete_values()
         self.report.add_warnings(self.program.notes)
         with timed(self.report, "evaluate"):
             source, session = self._model.source, self._session

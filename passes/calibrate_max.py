@@ -1,33 +1,39 @@
-"""calibrate-max: interpret the graph on calibration batches and keep the largest magnitudes."""
+"""calibrate-max: run the graph on calibration batches and keep what its statistics show."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from fxq.graph import dialect
+from fxq.graph.arguments import node_at
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
+from fxq.graph.structure.views import statistics
 from fxq.pipeline.base import CalibrationPass, Session
-from fxq.run.statistics import Max
+from fxq.run.statistics import Calibration
 
 
 @dataclass(frozen=True)
 class CalibrateMax(CalibrationPass):
-    """Amax of activations over all tokens, tokens per expert, and the weight amax of the experts that
-    were reached."""
+    """Take the statistics of activations (the amax of a linear's inputs, and whatever other passes ask for)
+    over all tokens, and count the tokens of each expert.
+
+    prefix: whether activations are those of the original model, or each those of the model whose earlier
+    weights and activations are quantized already.
+    """
+
+    prefix: Literal["original", "quantized"] = "original"
 
     name: ClassVar[str] = "calibrate-max"
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
-        """Every amax node."""
-        for node in program.graph.nodes:
-            if node.target is dialect.AMAX:
-                yield Match("amax", node, {"t": node.args[0]})
+        """Every statistic of activations."""
+        for node in statistics(program.graph):
+            yield Match("statistic", node, {"t": node_at(node, 0)})
 
     def calibrate(self, program: Program, session: Session) -> int:
-        with session.progress("calibrate-max", len(program.graph.nodes)) as step:
-            interpreter = Max(program, session.source, session.device, step=step)
-            interpreter.run_batches(session.batches or ())
-        program.values.update(interpreter.values)
-        program.tokens.update(interpreter.tokens)
-        return len(interpreter.values)
+        if session.is_deferred:
+            program.pending = self.prefix
+            return 0
+        calibration = Calibration(program, session.source, session.device, prefix=self.prefix)
+        with session.progress("calibrate-max", calibration.steps) as step:
+            return calibration.run(session.batches or (), step)

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxq.graph import dialect
+from fxq.graph.dialect import is_rounding
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
+from fxq.graph.text import format_target
 from fxq.numbers.formats import FORMATS
 from fxq.pipeline.base import Pass, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, is_weight_quantize
@@ -29,7 +30,7 @@ class CalibrateMse(Pass):
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every quantize node; activations and other formats miss."""
         for node in program.graph.nodes:
-            if node.target is not dialect.QUANTIZE:
+            if not is_rounding(node):
                 continue
             if not is_weight_quantize(node):
                 yield Miss(
@@ -40,6 +41,8 @@ class CalibrateMse(Pass):
             elif "mse" not in FORMATS[str(node.kwargs["format"])].scales:
                 reason = f"{node.kwargs['format']} has one scale, that of its maximum: there are no blocks"
                 yield Miss("weight quantize", node, reason)
+            elif "scale" not in node.kwargs:
+                yield Miss("weight quantize", node, f"{format_target(node.target)} decides its own scales")
             elif node.kwargs["scale"] == "mse":
                 yield Miss("weight quantize", node, "its scales are searched already", depth=1)
             else:

@@ -15,7 +15,7 @@ from fxq.graph.pattern import Bind, Call, Const, Listed, Match, Miss, PastViews,
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import multiplies_experts
 from fxq.graph.structure.matmuls import as_weight_matmul, weight_matmuls
-from fxq.graph.structure.views import VIEWS, shape_of, strip
+from fxq.graph.structure.views import shape_of, weight_of
 from fxq.pipeline.base import Pass
 from fxq.pipeline.facts import Fact, experts_fused
 
@@ -74,7 +74,7 @@ class FuseExperts(Pass):
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by a parameter that is, or was picked from, a stack of matrices."""
         for matmul in list(weight_matmuls(program.graph)):
-            is_slice = strip(matmul.w, VIEWS | {dialect.QUANTIZE}).target is dialect.SLICE
+            is_slice = weight_of(matmul.w).target is dialect.SLICE
             if (
                 multiplies_experts(matmul)
                 and matmul.node.target is not dialect.EXPERT_LINEAR

@@ -4,22 +4,34 @@ A weight is stored as the hub holds it: alone (`store_linear`), or as rows of a 
 (`store_rows`): all experts of a layer, or several linears.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch.fx import Graph, Node
 
 from fxq.errors import VerifyError, and_more
 from fxq.graph import dialect, edit
 from fxq.graph.arguments import node_at, nodes_at
-from fxq.graph.hub import Stored, TensorInfo
+from fxq.graph.dialect import is_rounding
+from fxq.graph.hub import Hub, Stored, TensorInfo, row_axis
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.places import Place, cache_module, named, places
 from fxq.graph.program import Program
 from fxq.graph.structure.attention import attentions, latent_projection
 from fxq.graph.structure.matmuls import Frontiers, input_quantize, weight_matmuls
-from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
+from fxq.graph.structure.rewrites import Rewritten, is_turned, rewritten
+from fxq.graph.structure.views import (
+    VIEWS,
+    is_on_weight_path,
+    of_the_model,
+    parameter_name,
+    shape_of,
+    statistics,
+    strip,
+    varying,
+)
 from fxq.numbers.formats import FORMATS
 from fxq.pipeline.base import Pass
 from fxq.pipeline.facts import (
@@ -69,13 +81,13 @@ class Lower(Pass):
         for matmul in weight_matmuls(program.graph):
             w, x = strip(matmul.w, VIEWS), input_quantize(matmul.x)
             for quantize in nodes_at(w, 0) if w.target is dialect.STACK else [w]:
-                if quantize.target is dialect.QUANTIZE:
+                if is_rounding(quantize):
                     inputs.setdefault(quantize, {}).update({node_at(x, 1): None} if x is not None else {})
         for quantize, amaxes in inputs.items():
             emit.linear(quantize, list(amaxes))
         emit.check_complete()
         emit.kv_caches()
-        emit.untouched()
+        emit.unquantized()
         program.notes += emit.notes()
         emit.graph.output(())
         program.calibrated, program.graph, program.format = program.graph, emit.graph, self.format
@@ -96,12 +108,15 @@ class _Emitter:
     turned: dict[str, None] = field(default_factory=dict)
     count: int = 0
 
+    def __post_init__(self) -> None:
+        self.statistics = set(statistics(self.program.graph))
+
     def copy(self, node: Node) -> Node:
-        """The node in the new graph: weights and views as they are, an amax as the value calibrated for
-        it."""
+        """The node in the new graph: what weights decide as it is, a statistic of activations as the value
+        that calibration finds for it."""
         if node not in self.copies:
-            if node.target is dialect.AMAX:
-                made = edit.call(self.graph, node.name, dialect.VALUE, node.name)
+            if node in self.statistics:
+                made = edit.value(self.graph, node.name, node.meta["val"])
             else:
                 for source in node.all_input_nodes:
                     self.copy(source)
@@ -132,8 +147,14 @@ class _Emitter:
             self._store(place, packed, shared)
 
     def _pack(self, quantize: Node) -> Node:
-        w, amax = self.copy(node_at(quantize, 0)), self.copy(node_at(quantize, 1))
-        return edit.call(self.graph, f"{w.name}_packed", dialect.PACK, w, amax, **quantize.kwargs)
+        known = dialect.find(quantize.target)
+        assert known is not None
+        assert known.pack_target is not None
+        args = [self.copy(argument) for argument in quantize.args if isinstance(argument, Node)]
+        name = f"{args[0].name}_packed"
+        packed = edit.call(self.graph, name, known.pack_target, *args, **quantize.kwargs)
+        self.program.packs[quantize] = packed
+        return packed
 
     def _largest(self, name: str, amaxes: list[Node]) -> Node | None:
         if len(amaxes) < 2:
@@ -184,8 +205,10 @@ class _Emitter:
         """What the source holds of a quantized parameter is stored again in full, and nothing else reads
         it."""
         parameters = {str(n.target): n for n in self.program.graph.nodes if n.op == "get_attr"}
+        varies, computing = varying(self.program.graph), of_the_model(self.program.graph)
+        reading = {n for n in computing if n in varies or not is_on_weight_path(n)}
         for name in dict.fromkeys(self.replaced.values()):
-            if (other := _other_reader(parameters[name])) is not None:
+            if (other := _other_reader(parameters[name], reading)) is not None:
                 raise VerifyError(
                     f"lower: {name} is quantized where a linear reads it, but "
                     f"%{other.name} reads it too; one tensor cannot be both"
@@ -209,7 +232,9 @@ class _Emitter:
             cached = [k, v] if latent is None else [_below_input_quantize(frontiers.matmuls[latent].x)]
             if all(map(_is_cache, cached)):
                 amaxes = [node_at(t, 1) for t in cached] * (1 if latent is None else 2)
-                held = [self.copy(a) if a.target in (dialect.AMAX, dialect.SYNC) else None for a in amaxes]
+                held = [
+                    None if a.target is torch.ops.aten.scalar_tensor.default else self.copy(a) for a in amaxes
+                ]
                 try:
                     module = cache_module(self.program.hub, frontiers, k, v)
                 except VerifyError as error:
@@ -228,20 +253,136 @@ class _Emitter:
                     format=cached[0].kwargs["format"],
                 )
 
-    def untouched(self) -> None:
-        """Everything else: load and store under the same name."""
+    def unquantized(self) -> None:
+        """Everything else under the same name: rewritten, or loaded and stored as it is."""
         tensors = self.program.hub.tensors or {
             str(n.target): TensorInfo(shape_of(n), n.meta["val"].dtype)
             for n in self.program.graph.nodes
             if n.op == "get_attr" and n.target not in self.program.constants
         }
+        changed = self._rewritten()
         for key, info in tensors.items():
-            if key not in self.replaced:
-                name = key.replace(".", "_")
-                loaded = edit.call(
+            if key in self.replaced:
+                continue
+            name = key.replace(".", "_")
+            if key in changed:
+                value = self._tensor(key, info, changed)
+            else:
+                value = edit.call(
                     self.graph, f"{name}_", dialect.LOAD, key, shape=list(info.shape), dtype=info.dtype
                 )
-                edit.call(self.graph, f"{name}_store", dialect.STORE, key, loaded)
+            edit.call(self.graph, f"{name}_store", dialect.STORE, key, value)
+
+    def _rewritten(self) -> dict[str, dict[str, Rewritten]]:
+        """Tensor of the checkpoint that is not quantized -> parameters in it that are rewritten."""
+        found: dict[str, dict[str, Rewritten]] = {}
+        for parameter, entries in rewritten(self.program.graph).items():
+            name = str(parameter.target)
+            stored = self.program.hub.stored.get(name, Stored.whole(name, shape_of(parameter)))
+            keys = [key for keys in stored.keys for key in keys]
+            if keys[0] in self.replaced:
+                continue
+            if len(entries) > 1:
+                entries = [self._untied(parameter, keys[0], entries)]
+            if stored.convert is not None:
+                operations = stored.convert.operations
+                raise VerifyError(
+                    f"lower: {name} is rewritten, but made of {keys[0]} by {operations}, which does more "
+                    "than choose rows, so that no tensor of the checkpoint can hold it"
+                )
+            if entries[0].whole is not None or entries[0].experts:
+                for key in keys:
+                    found.setdefault(key, {})[name] = entries[0]
+        return found
+
+    def _untied(self, parameter: Node, key: str, entries: list[Rewritten]) -> Rewritten:
+        """Of a table that the model's head shares, and reads otherwise: the head gets a tensor of its own."""
+        tables = [e for e in entries if any(r.target is torch.ops.aten.embedding.default for r in e.readers)]
+        heads = [entry for entry in entries if entry not in tables]
+        tied = [m for m in self.program.hub.modules if key in _keys(self.program.hub, f"{m}.weight")]
+        if len(tables) != 1 or len(heads) != 1 or len(tied) != 1 or heads[0].experts:
+            readers = ", ".join(f"%{entry.readers[0].name}" for entry in entries)
+            raise VerifyError(
+                f"lower: {key} is rewritten for some of its readers and not alike for others ({readers}); "
+                "one tensor cannot be both"
+            )
+        new = self._value(parameter, heads[0] if heads[0].whole is not None else None, None)
+        edit.call(self.graph, f"{tied[0].replace('.', '_')}_store", dialect.STORE, f"{tied[0]}.weight", new)
+        self.program.untied.append(tied[0])
+        return tables[0]
+
+    def _tensor(self, key: str, info: TensorInfo, changed: dict[str, dict[str, Rewritten]]) -> Node:
+        """A tensor of the checkpoint out of the parameters that lie in it."""
+        parameters = {str(n.target): n for n in self.program.graph.nodes if n.op == "get_attr"}
+        pieces: list[Node] = []
+        rows: list[int] = []
+        for name, stored in self._held_in(key):
+            if name not in parameters:
+                raise VerifyError(
+                    f"lower: {key} is rewritten in part, but the graph never reads {name} in it"
+                )
+            start = 0
+            for part in stored.parts:
+                for expert, own in enumerate(part.keys):
+                    if own == key:
+                        which = expert if stored.stacked else None
+                        value = self._value(parameters[name], changed[key].get(name), which)
+                        pieces.append(self._piece(value, stored, start, len(part.rows)))
+                        rows += [part.rows.start, part.rows.stop, part.rows.step]
+                start += len(part.rows)
+        value = pieces[0]
+        if len(pieces) > 1:
+            shape = list(info.shape)
+            value = edit.call(
+                self.graph, f"{key.replace('.', '_')}_rows", dialect.JOIN_ROWS, pieces, rows=rows, shape=shape
+            )
+        if value.meta["val"].dtype != info.dtype:
+            cast = torch.ops.aten._to_copy.default
+            value = edit.call(self.graph, f"{value.name}_cast", cast, value, dtype=info.dtype)
+        return value
+
+    def _held_in(self, key: str) -> list[tuple[str, Stored]]:
+        """The parameters that lie in a tensor; one of several names once."""
+        hub, found = self.program.hub, dict[tuple[object, ...], tuple[str, Stored]]()
+        read = {str(n.target) for n in self.program.graph.nodes if n.op == "get_attr"}
+        for name in sorted(hub.stored, key=lambda name: name not in read):
+            stored = hub.stored[name]
+            if any(key in keys for keys in stored.keys):
+                found.setdefault(stored.parts, (name, stored))
+        return list(found.values()) or [(key, Stored.whole(key, ()))]
+
+    def _value(self, parameter: Node, changed: Rewritten | None, expert: int | None) -> Node:
+        """What a parameter, or one expert of it, is to be."""
+        if changed is not None and changed.whole is None and expert is None:
+            count = shape_of(parameter)[0]
+            return edit.call(
+                self.graph,
+                f"{parameter.name}_new",
+                dialect.STACK,
+                [self._value(parameter, changed, e) for e in range(count)],
+            )
+        if changed is not None and expert in changed.experts:
+            new = changed.experts[expert]
+        elif changed is not None and changed.whole is not None:
+            new = changed.whole
+            expert = expert if len(shape_of(new)) == 3 else None
+        else:
+            new = parameter
+        value = self.copy(new)
+        if new is not parameter and is_turned(new):
+            value = edit.transposed(value)
+        if expert is not None and (changed is None or expert not in changed.experts):
+            value = edit.call(self.graph, f"{value.name}_e{expert}", dialect.SLICE, value, expert)
+        return value
+
+    def _piece(self, value: Node, stored: Stored, start: int, count: int) -> Node:
+        """Rows of a parameter, as they are stored."""
+        value = edit.transposed(value) if stored.transposed else value
+        shape = shape_of(value)
+        if count == (shape[row_axis(shape)] if shape else 1) or len(stored.parts) == 1:
+            return value
+        rows, axis = torch.ops.aten.slice.Tensor, row_axis(shape)
+        return edit.call(self.graph, f"{value.name}_{start}", rows, value, axis, start, start + count)
 
     def notes(self) -> Iterator[str]:
         """What engines do with forms that are not one linear a tensor, once a model."""
@@ -261,7 +402,7 @@ class _Emitter:
 
 def _is_cache(t: Node) -> bool:
     """Whether keys or values are quantized to a format that engines hold caches in."""
-    return t.target is dialect.QUANTIZE and FORMATS[str(t.kwargs["format"])].caches
+    return is_rounding(t) and FORMATS[str(t.kwargs["format"])].caches
 
 
 def _below_input_quantize(x: Node) -> Node:
@@ -270,13 +411,22 @@ def _below_input_quantize(x: Node) -> Node:
     return strip(x if quantize is None else node_at(quantize, 0), VIEWS)
 
 
-def _other_reader(parameter: Node) -> Node | None:
-    """A node that reads a quantized parameter (or a view or slice of it) other than to quantize it."""
-    stack = list(parameter.users)
+def _other_reader(parameter: Node, reading: Container[Node]) -> Node | None:
+    """A node, of those that compute with what they read, that reads a quantized parameter (or a view or slice
+    of it) as it is."""
+    stack, seen = [parameter], {parameter}
     while stack:
         node = stack.pop()
-        if node.target in VIEWS or node.target is dialect.SLICE:
-            stack += node.users
-        elif node.target not in (dialect.AMAX, dialect.QUANTIZE):
-            return node
+        for user in node.users:
+            if user in reading:
+                return user
+            stands = user.target in VIEWS or user.target in (dialect.SLICE, dialect.REWRITE)
+            if stands and node_at(user, 0) is node and user not in seen:
+                seen.add(user)
+                stack.append(user)
     return None
+
+
+def _keys(hub: Hub, name: str) -> list[str]:
+    stored = hub.stored.get(name)
+    return [key for keys in stored.keys for key in keys] if stored is not None else []

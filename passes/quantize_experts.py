@@ -10,14 +10,21 @@ from torch.fx import Node
 
 from fxq.errors import VerifyError
 from fxq.graph import dialect, edit
-from fxq.graph.arguments import int_at, joined, node_at
+from fxq.graph.arguments import int_at, joined, node_at, nodes_at
 from fxq.graph.hub import NUMBER, Hub
 from fxq.graph.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.graph.places import named
 from fxq.graph.program import Program
-from fxq.graph.structure.experts import is_expert, multiplies_experts
+from fxq.graph.structure.experts import PICKED, is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
-from fxq.graph.structure.views import VIEWS, is_opaque_call, parameter_name, shape_of, strip
+from fxq.graph.structure.views import (
+    VIEWS,
+    is_opaque_call,
+    is_quantized,
+    parameter_name,
+    shape_of,
+    strip,
+)
 from fxq.numbers.formats import FORMATS, Format, InputFormat, WeightFormat, check_pair
 from fxq.pipeline.base import Pass, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, holders, is_weight_quantize
@@ -30,7 +37,6 @@ ONE_EXPERT = Rule(
     Call(torch.ops.aten.linear.default, Bind("x"), Call(dialect.SLICE, Weight("w", rank=3))),
 )
 RULES = EXPERTS + ONE_EXPERT
-_PICKED = frozenset({torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default})
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class QuantizeExperts(Pass):
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by a parameter; those that are no experts, or had to be left, miss."""
         for matmul in list(weight_matmuls(program.graph)):
-            if strip(matmul.w, VIEWS).target in (dialect.STACK, dialect.QUANTIZE):
+            if is_quantized(matmul.w):
                 continue
             if (reason := program.left.get(str(matmul.parameter.target))) is not None:
                 yield Miss(EXPERTS.name, matmul.node, reason, depth=9)
@@ -101,7 +107,7 @@ class QuantizeExperts(Pass):
 
 def _instead(program: Program) -> str:
     """What a model without stacks of experts may have, and which pass takes it."""
-    alone = [m for m in weight_matmuls(program.graph) if strip(m.x, VIEWS).target in _PICKED]
+    alone = [m for m in weight_matmuls(program.graph) if strip(m.x, VIEWS).target in PICKED]
     what = "This model has none"
     if len(alone) > 1:
         first = parameter_name(alone[0].w)
@@ -226,11 +232,17 @@ def _quantized_slices(site: Match, format: str) -> int:
         edit.replace(piece, edit.quantize(piece, piece.name, format=format, scale="max"), [site.node])
         return 1
     quantized = []
-    for e in range(shape_of(w)[0]):
-        piece = edit.call(graph, f"{w.name}_e{e}", dialect.SLICE, w, e)
+    for piece in _slices(w):
         quantized.append(edit.quantize(piece, piece.name, format=format, scale="max"))
     edit.replace(w, edit.call(graph, f"{w.name}_q", dialect.STACK, quantized), [site.node])
     return len(quantized)
+
+
+def _slices(w: Node) -> list[Node]:
+    """The slices of a fused weight; of one that was put together again of rewritten ones, these."""
+    if w.target is dialect.STACK:
+        return list(nodes_at(w, 0))
+    return [edit.call(w.graph, f"{w.name}_e{e}", dialect.SLICE, w, e) for e in range(shape_of(w)[0])]
 
 
 def _quantize_input(site: Match, format: str) -> None:

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from fxq.graph import dialect, edit
 from fxq.graph.arguments import node_at
+from fxq.graph.dialect import is_rounding
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
 from fxq.graph.structure.attention import Attention, attentions, latent_projection, other_softmaxes
@@ -88,7 +89,7 @@ class QuantizeKv(Pass):
         if self.scale == "calibrate" and note not in program.notes:
             program.notes.append(note)
         reader = strip(x, VIEWS)
-        latent = node_at(reader, 0) if reader.target is dialect.QUANTIZE else x
+        latent = node_at(reader, 0) if is_rounding(reader) else x
         name = f"{node.name}_latent"
         amax = self._cast_amax(node, name)
         q = edit.quantize(latent, name, format=self.format, scale="max", amax=amax)
@@ -104,7 +105,7 @@ def _is_cached(attention: Attention, frontiers: Frontiers) -> bool:
     """Whether an attention's keys, or its latent, are quantized already."""
     latent = latent_projection(frontiers, attention)
     cached = attention.k if latent is None else frontiers.matmuls[latent].x
-    while not _is_cache(cached) and (cached.target in VIEWS or cached.target is dialect.QUANTIZE):
+    while not _is_cache(cached) and (cached.target in VIEWS or is_rounding(cached)):
         cached = node_at(cached, 0)
     return _is_cache(cached)
 

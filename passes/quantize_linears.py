@@ -11,14 +11,14 @@ import torch
 from torch.fx import Node
 
 from fxq.errors import SpecError, VerifyError
-from fxq.graph import dialect, edit
+from fxq.graph import edit
 from fxq.graph.hub import Hub
 from fxq.graph.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.graph.program import Program
 from fxq.graph.structure.attention import attentions, latent_projection
 from fxq.graph.structure.groups import head, routers
 from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
-from fxq.graph.structure.views import VIEWS, parameter_name, shape_of, strip
+from fxq.graph.structure.views import is_quantized, parameter_name, shape_of
 from fxq.numbers.formats import FORMATS, InputFormat, WeightFormat, check_pair
 from fxq.pipeline.base import Pass, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, weights_quantized
@@ -70,10 +70,7 @@ class QuantizeLinears(Pass):
         absorbed = {latent_projection(frontiers, attention) for attention in attentions(program.graph)}
         makers = Counter(chosen_by.values())
         for matmul in list(weight_matmuls(program.graph)):
-            if (
-                strip(matmul.w, VIEWS).target in (dialect.QUANTIZE, dialect.STACK)
-                or len(shape_of(matmul.parameter)) != 2
-            ):
+            if is_quantized(matmul.w) or len(shape_of(matmul.parameter)) != 2:
                 continue
             result = LINEAR.match(matmul.node)
             if isinstance(result, Miss):

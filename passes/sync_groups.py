@@ -31,6 +31,7 @@ class SyncGroups(Pass):
 
     name: ClassVar[str] = "sync-groups"
     ensures: ClassVar[tuple[Fact, ...]] = (amaxes_shared, tensors_whole, weights_placed)
+    reads_values: ClassVar[bool] = False
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every quantized weight: with the value or the tensor it shares, or alone."""
@@ -70,5 +71,5 @@ def _share(quantizes: list[Node], name: str) -> int:
         holes.update(dict.fromkeys(nodes_at(amax, 0) if amax.target is dialect.SYNC else [amax]))
     shared = edit.call(quantizes[0].graph, name, dialect.SYNC, list(holes))
     for quantize in dict.fromkeys(quantizes):
-        quantize.args = (quantize.args[0], shared)
+        quantize.args = (quantize.args[0], shared, *quantize.args[2:])
     return 1

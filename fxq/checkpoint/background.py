@@ -13,7 +13,7 @@ import torch
 
 from fxq.checkpoint.journal import Journal
 from fxq.checkpoint.shards import Block, Shards, Span
-from fxq.run.stages import AT_ONCE, stage
+from fxq.run.stages import AHEAD, stage
 
 # Threads that write: one keeps up with a CPU that packs.
 WRITERS = {"cpu": 1, "cuda": 4}
@@ -72,7 +72,7 @@ class BackgroundWriter:
         kind, unflushed = device.type, 0
         flushing: Future[None] | None = None
         written = stage(
-            self._write, pieces, threads=WRITERS[kind], ahead=AT_ONCE[kind], size=lambda piece: piece.nbytes
+            self._write, pieces, threads=WRITERS[kind], ahead=AHEAD[kind], size=lambda piece: piece.nbytes
         )
         with ThreadPoolExecutor(1, thread_name_prefix="fxq-flush") as flusher, closing(written):
             for nbytes in written:

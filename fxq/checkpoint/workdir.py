@@ -2,6 +2,7 @@
 
 .OUT.partial/lock       held by the process that works here; the lock dies with it
 .OUT.partial/journal    what the run is, and what it has done
+.OUT.partial/statistics-*.safetensors   what its calibration passes found
 .OUT.partial/model/     what becomes OUT; its weights and config.json are called *.part until all is there
 """
 
@@ -9,11 +10,16 @@ import errno
 import fcntl
 import os
 import shutil
+import zlib
 from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fxq.checkpoint.journal import Journal
 from fxq.errors import CheckpointError, FxqError
@@ -21,17 +27,49 @@ from fxq.errors import CheckpointError, FxqError
 PART = ".part"
 
 
-class Calibrations(UserDict[str, Any]):
-    """Calibration pass -> what it found, on the disk as soon as it is known."""
+Found = Mapping[str, Mapping[str, Tensor]]
 
-    def __init__(self, journal: Journal) -> None:
+
+class Calibrations(UserDict[str, Found]):
+    """Calibration pass -> what it found (kind -> name -> tensor), on the disk as soon as it is known: tensors
+    in a safetensors file of their own, its name and checksum in the journal."""
+
+    def __init__(self, path: Path, journal: Journal) -> None:
         super().__init__()
-        self.data.update(record["calibrated"] for record in journal if "calibrated" in record)
-        self.journal = journal
+        self.path, self.journal = path, journal
+        for place, name, crc in (record["calibrated"] for record in journal if "calibrated" in record):
+            if _checksum(path / name) == crc:
+                self.data[place] = _read_found(path / name)
 
-    def __setitem__(self, place: str, found: Any) -> None:
-        self.journal.append({"calibrated": [place, found]}, sync=True)
+    def __setitem__(self, place: str, found: Found) -> None:
+        path = self.path / f"statistics-{len(self.data)}.safetensors"
+        tensors = {f"{kind} {n}": t.contiguous() for kind, own in found.items() for n, t in own.items()}
+        save_file(tensors, path, metadata={"kinds": " ".join(found)})
+        _sync(path)
+        _sync(self.path)
+        self.journal.append({"calibrated": [place, path.name, _checksum(path)]}, sync=True)
         super().__setitem__(place, found)
+
+
+def _read_found(path: Path) -> Found:
+    with safe_open(path, "pt") as file:
+        found: dict[str, dict[str, Tensor]] = {kind: {} for kind in file.metadata()["kinds"].split()}
+        for key in file.keys():  # noqa: SIM118
+            kind, _, name = key.partition(" ")
+            found[kind][name] = file.get_tensor(key)
+    return found
+
+
+def _checksum(path: Path) -> int | None:
+    """The CRC-32 of a file; None if it is not there."""
+    try:
+        with path.open("rb") as file:
+            crc = 0
+            while data := file.read(1 << 24):
+                crc = zlib.crc32(data, crc)
+            return crc
+    except FileNotFoundError:
+        return None
 
 
 class Work:
@@ -66,7 +104,7 @@ class Work:
 
     def calibrations(self) -> Calibrations:
         """What the calibration passes of this run found before it was interrupted, and room for more."""
-        return Calibrations(self.journal)
+        return Calibrations(self.path, self.journal)
 
     def clear(self, parts: Sequence[str]) -> None:
         """Begin to write `parts`, keeping what there is of them: no name is that of a model's file after
@@ -113,6 +151,8 @@ class Work:
                 error.add_note(f"what is done stays in {self.path}: continue with --resume, or delete it")
             return
         shutil.rmtree(self.model, ignore_errors=True)
+        for path in self.path.glob("statistics-*.safetensors"):
+            path.unlink(missing_ok=True)
         for name in ("journal", "lock"):  # the lock last, so that nobody else is in here before
             with suppress(OSError):
                 (self.path / name).unlink()

@@ -5,10 +5,9 @@ Sizes are known before any weight is read, so headers are written first and ever
 place: memory is the batch of slices that is computed and, packed, the one before it; not one shard.
 """
 
-import dataclasses
+import functools
 import hashlib
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -23,31 +22,25 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxq.checkpoint.background import BackgroundWriter, Piece
+from fxq.checkpoint.computed import Computed, PackedWeights, Result, format_of, is_finite
 from fxq.checkpoint.formats import compressed_tensors, modelopt
 from fxq.checkpoint.plan import Plan
 from fxq.checkpoint.plan import plan as planned
 from fxq.checkpoint.shards import Block, Shards, parts, write_json
-from fxq.checkpoint.workdir import PART, Work, writing
-from fxq.errors import CheckpointError, SourceError
+from fxq.checkpoint.workdir import PART, Found, Work, writing
+from fxq.errors import CheckpointError
 from fxq.graph import dialect
 from fxq.graph.arguments import int_at, node_at
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
-from fxq.numbers.formats import FORMATS as NUMBERS
-from fxq.numbers.formats import Format, Measured, Packed
-from fxq.numbers.quality import STEPS, Quality, qualities
-from fxq.run.loader import on_host
-from fxq.run.simulate import amax_value
-from fxq.run.stages import AT_ONCE, stage
-from fxq.run.statistics import amax_of, check_weight
-from fxq.run.weights import WeightExpressions
+from fxq.numbers.formats import Packed
+from fxq.numbers.quality import STEPS, Quality
+from fxq.run.weights import TensorExpressions
 
 FORMATS: dict[str, ModuleType] = {"modelopt": modelopt, "compressed-tensors": compressed_tensors}
 SHARD_BYTES = 5_000_000_000
 # Tensors that are carried through are read and written so many bytes at a time.
 PIECE_BYTES = 4 << 20
-# Batches that are packed at the same time: on a CPU two, so that no core waits for the end of one.
-PACKERS = {"cpu": 2, "cuda": 1}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 _REPLACED = (
     "config.json",
@@ -98,6 +91,8 @@ def write(
     device: torch.device | None = None,
     shard_bytes: int = SHARD_BYTES,
     replaced: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    batches: Sequence[Tensor] = (),
+    keep: Callable[[Found], None] = lambda found: None,
     step: Callable[[], None] = lambda: None,
     beside: Callable[[Path, Written], None] = lambda directory, written: None,
 ) -> Written:
@@ -105,9 +100,11 @@ def write(
 
     plan: what `plan` says of the program. config: the source's config.json. side_files: a directory whose
     tokenizer, chat template and other files are copied as they are, but for those `replaced`: name -> content
-    of a JSON file. beside: writes other files into the directory before it appears. What an interrupted run
-    of the same program wrote is checked and kept. Raises CheckpointError if there is no room, or if what
-    would be written breaks the contract.
+    of a JSON file. batches: calibration batches int64 [B, S], for the statistics that are `program.pending`:
+    they are found on the way, every weight is packed while it is there for them, and `keep` is given them.
+    beside: writes other files into the directory before it appears. What an interrupted run of the same
+    program wrote is checked and kept. Raises CheckpointError if there is no room, or if what would be written
+    breaks the contract.
     """
     format = FORMATS[program.format]
     shards = Shards(work.model, plan.infos, shard_bytes)
@@ -116,20 +113,33 @@ def write(
         work.check_space(sum(shards.sizes))
         shards.open()
         device = device or torch.device("cpu")
-        background = BackgroundWriter(shards, work.journal, _version(program, shards))
-        writer = _Writer(program, source, format, shards, background.finished, device, step)
+        background = BackgroundWriter(shards, work.journal, _version(shards))
+        writer = _Writer(program, source, format, shards, background.finished, device, batches, keep, step)
         background.write(writer.pieces(), device)
         shards.finish()
         if side_files is not None:
             _copy_side_files(side_files, work.model, replaced)
         for name, content in replaced.items():
             write_json(work.model / name, content)
+        config = {**config, **_untied(program, config)}
         for name, content in plan.config_files(format, config).items():
             write_json(work.model / (f"{name}{PART}" if name == "config.json" else name), content)
         written = _summed(writer.finish(), program, plan, format)
         beside(work.model, written)
         work.publish([*shards.names, "config.json"])
     return written
+
+
+def _untied(program: Program, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json must say if a head no longer shares its table with the embedding."""
+    if not program.untied:
+        return {}
+    inner = {name: {**part, "tie_word_embeddings": False} for name, part in config.items() if _ties(part)}
+    return {**inner, "tie_word_embeddings": False}
+
+
+def _ties(part: object) -> bool:
+    return isinstance(part, Mapping) and bool(part.get("tie_word_embeddings"))
 
 
 def _summed(written: Written, program: Program, plan: Plan, format: ModuleType) -> Written:
@@ -145,19 +155,15 @@ def _summed(written: Written, program: Program, plan: Plan, format: ModuleType) 
     return written
 
 
-def _version(program: Program, shards: Shards) -> str:
-    """What every piece depends on, besides the source: where tensors lie, how they are cut, and what data
-    showed (what was bootstrapped follows from that)."""
-    digest = hashlib.blake2b(f"{shards.version} {PIECE_BYTES}".encode(), digest_size=16)
-    for name in sorted(program.values.keys() - program.bootstrapped):
-        digest.update(json.dumps([name, float(program.values[name])]).encode())
-    return digest.hexdigest()
+def _version(shards: Shards) -> str:
+    """What every piece depends on, besides what decides the run: where tensors lie, and how they are cut."""
+    return hashlib.blake2b(f"{shards.version} {PIECE_BYTES}".encode(), digest_size=16).hexdigest()
 
 
 class _Writer:
-    """Interprets the program: weights of one source tensor are packed in one launch, scalars come from
-    calibration. A weight with its scales, a cache's scales and a part of an untouched tensor are a piece
-    each."""
+    """Runs the program: weights of one source tensor are packed in one launch, statistics come from
+    calibration. A weight with its scales, a scale that is known later, a cache's scales and a part of an
+    untouched tensor are a piece each."""
 
     def __init__(
         self,
@@ -167,68 +173,109 @@ class _Writer:
         shards: Shards,
         finished: Mapping[str, Any],
         device: torch.device,
+        batches: Sequence[Tensor],
+        keep: Callable[[Found], None],
         step: Callable[[], None],
     ) -> None:
         self.program, self.source, self.format, self.shards, self.step = program, source, format, shards, step
-        self.finished, self.device = finished, device
-        self.weights = WeightExpressions(program, source, device)
+        self.finished, self.device, self.batches, self.keep = finished, device, batches, keep
         self.written = Written()
         self.scalars: dict[str, dict[str, Tensor]] = {}
+        self.unfinished: frozenset[Node] = frozenset()  # those that no interrupted run wrote
+        self.uncopied: dict[str, Node] = {}  # tensor of the source -> store that is yet to be made
 
     @torch.no_grad()
     def pieces(self) -> Iterator[Piece]:
         """All that is not finished, weights packed while others are read."""
         nodes = self.program.graph.nodes
-        for node in nodes:
-            if node.target is dialect.STORE_KV and node.args[1] is not None:
-                yield from self._cache(node)
-        copies = self._copies([node for node in nodes if node.target is dialect.STORE])
-        packs = [node for node in nodes if node.target is dialect.PACK and not self._is_packed(node)]
-        threads = PACKERS[self.device.type]
-        packed = stage(
-            self._packed,
-            self.weights.batches((node_at(pack, 0) for pack in packs), alike=_pack_options),
-            threads=threads,
-            ahead=threads * AT_ONCE[self.device.type],
-            size=lambda batch: batch[1].nbytes,
+        stores = [node for node in nodes if node.target is dialect.STORE]
+        loads = [(n, node_at(n, 1)) for n in stores if node_at(n, 1).target is dialect.LOAD]
+        self.uncopied |= {str(load.args[0]): store for store, load in loads}
+        copies = self._copies()
+        left = [node for node in nodes if dialect.is_pack(node) and not self._is_packed(node)]
+        left += [n for n in stores if node_at(n, 1).target is not dialect.LOAD and not self._is_stored(n)]
+        self.unfinished = frozenset(left)
+        computed = Computed(
+            self.program,
+            self.source,
+            self.device,
+            left,
+            self.uncopied,
+            self.batches,
+            lambda: self.keep(self.program.found()),
         )
-        with closing(packed):
-            for batch in packed:
-                yield from self._packed_pieces(*batch)
-                if self.source.concurrent:  # else nothing is read beside the next weights
-                    yield from itertools.islice(copies, 1)  # while others are packed
+        with closing(computed.results()) as results:
+            for result in itertools.chain.from_iterable(results):
+                yield from self._pieces_of(result)
+                # While calibration is under way it may read them too, and some sources read in order alone.
+                if self.program.pending is None and self.source.concurrent:
+                    yield from itertools.islice(copies, 1)
+        yield from self._scales(self.program.known_values())
         yield from copies
+
+    def _pieces_of(self, result: Result) -> Iterator[Piece]:
+        if isinstance(result, PackedWeights):
+            yield from self._packed_pieces(result)
+        elif node_at(result.store, 1).target is dialect.LOAD:
+            yield from self._copied(result.store, functools.partial(_rows, result.value), result.is_finite)
+        else:
+            key = str(result.store.args[0])
+            self.step()
+            yield Piece(f"{key} rewritten", self._whole({key: result.value}))
+
+    def _is_stored(self, store: Node) -> bool:
+        """Whether an interrupted run wrote a rewritten tensor."""
+        done = f"{store.args[0]} rewritten" in self.finished
+        if done:
+            self.step()
+        return done
+
+    def _scales(self, values: Mapping[str, Tensor]) -> Iterator[Piece]:
+        """The scales of inputs and caches."""
+        tensors: dict[str, Tensor] = {}
+        scalars = TensorExpressions({}, values, torch.device("cpu"))
+        for store in self.program.graph.nodes:
+            if store.target is dialect.STORE_KV and store.args[1] is not None:
+                amaxes = [scalars.one(node_at(store, i)) for i in (1, 2)]
+                tensors |= self.format.kv_tensors(store.args[0], *amaxes, store.kwargs["format"])
+            elif store.target in (dialect.STORE_LINEAR, dialect.STORE_ROWS) and store.args[2] is not None:
+                amax, format = scalars.one(node_at(store, 2)), str(node_at(store, 1).kwargs["format"])
+                tensors |= self.format.input_tensors(_key(store), format, amax)
+        name = "scales of inputs and caches"
+        if tensors and name not in self.finished:
+            yield Piece(name, self._whole(tensors))
+
+    def _copies(self) -> Iterator[Piece]:
+        """Tensors that are carried through as they are."""
+        while self.uncopied:
+            key = next(iter(self.uncopied))
+            yield from self._copied(self.uncopied.pop(key), functools.partial(self.source.read_hub, key))
 
     def finish(self) -> Written:
         """What was written, in one order, whatever was written when."""
         found = self.written.qualities
+        self.written.not_finite.sort()
         self.written.qualities = dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] or 0)))
         return self.written
 
-    def _cache(self, store: Node) -> Iterator[Piece]:
-        amaxes = [amax_value(node_at(store, i), self.program.values) for i in (1, 2)]
-        name = f"{store.args[0]} cache"
-        if name not in self.finished:
-            tensors = self.format.kv_tensors(store.args[0], *amaxes, store.kwargs["format"])
-            yield Piece(name, self._whole(tensors))
-
-    def _copies(self, stores: Sequence[Node]) -> Iterator[Piece]:
-        """Tensors that are carried through as they are, a part at a time."""
-        for store in stores:
-            key, hub_key, finite = str(store.args[0]), str(node_at(store, 1).args[0]), True
-            for part in parts(self.shards.infos[key], PIECE_BYTES):
-                start = part.start if part else 0
-                name = f"{key} from {start}"
-                if name not in self.finished:
-                    values = self.source.read_hub(hub_key, part)
-                    is_finite = _is_finite(values)
-                    yield Piece(name, [self.shards.part(key, start, values)], is_finite)
-                else:
-                    is_finite = self.finished[name]
-                finite = finite and is_finite
-            if not finite:
-                self.written.not_finite.append(key)
-            self.step()
+    def _copied(
+        self, store: Node, read: Callable[[range | None], Tensor], known_finite: bool = False
+    ) -> Iterator[Piece]:
+        """A tensor of the source, a part at a time; one that is not finite is noted."""
+        key, finite = str(store.args[0]), True
+        for part in parts(self.shards.infos[key], PIECE_BYTES):
+            start = part.start if part else 0
+            name = f"{key} from {start}"
+            if name not in self.finished:
+                values = read(part)
+                good = known_finite or is_finite(values)
+                yield Piece(name, [self.shards.part(key, start, values)], good)
+            else:
+                good = self.finished[name]
+            finite = finite and good
+        if not finite:
+            self.written.not_finite.append(key)
+        self.step()
 
     def _is_packed(self, pack: Node) -> bool:
         """Whether an interrupted run wrote all of it."""
@@ -243,39 +290,20 @@ class _Writer:
     def _note(self, pack: Node, own: Quality) -> None:
         self.written.note(_weight_name(node_at(pack, 0)), node_at(pack, 0).meta["val"].numel(), own)
 
-    def _packed(self, batch: tuple[list[Node], Tensor]) -> tuple[list[Node], Tensor, Measured]:
-        """(pack nodes, weights [n, out, in], those packed, on the device)."""
-        weights, values = batch
-        packs = [_pack_of(w) for w in weights]
-        amax = torch.zeros(len(packs), device=values.device)
-        for later in (False, True):
-            lot = [i for i, pack in enumerate(packs) if self._is_later(node_at(pack, 1)) is later]
-            if lot and later:
-                amax[lot] = amax_of(values, lot)
-            elif lot:
-                known = [amax_value(node_at(packs[i], 1), self.program.values) for i in lot]
-                amax[lot] = torch.stack(known).to(amax.device)
-        try:
-            return packs, values, _quantized(packs[0], values, amax)
-        except SourceError:
-            for w, own in zip(weights, values, strict=True):
-                check_weight(self.program.hub, w, own)
-            raise
-
-    def _is_later(self, amax: Node) -> bool:
-        return amax.target is dialect.VALUE and self.program.is_later(str(amax.args[0]))
-
-    def _packed_pieces(self, packs: list[Node], values: Tensor, measured: Measured) -> Iterator[Piece]:
+    def _packed_pieces(self, weights: PackedWeights) -> Iterator[Piece]:
         """A piece for each weight of a batch that is packed."""
-        _check_scales(packs, measured.scale)
-        packed, format = _in_host_memory(measured), _format(packs[0])
-        for i, (pack, own) in enumerate(zip(packs, qualities(values, measured, format), strict=True)):
+        _check_scales(weights.packs, weights.packed.scale)
+        magnitude = format_of(weights.packs[0]).magnitude
+        for i, (pack, own) in enumerate(zip(weights.packs, weights.qualities, strict=True)):
+            if pack not in self.unfinished:  # an interrupted run wrote it
+                continue
             blocks: list[Block] = []
             zeros: list[str] = []
             for store in pack.users:
                 rows = slice(store.kwargs["start"], store.kwargs["end"])
-                part = packed.part(i, rows)
-                if _is_zero(part.weight, format.magnitude) and bool(values[i, rows].any()):
+                part = weights.packed.part(i, rows)
+                is_zero = not weights.filled[i][cast(int, rows.start)] and _is_zero(part.weight, magnitude)
+                if is_zero and bool(weights.values[i, rows].any()):
                     zeros.append(str(store.args[0]))
                 blocks += self._blocks(store, part)
                 self.step()
@@ -285,21 +313,18 @@ class _Writer:
 
     def _blocks(self, store: Node, packed: Packed) -> list[Block]:
         """What one store writes."""
-        held, format = store.args[2], str(node_at(store, 1).kwargs["format"])
-        input_amax = amax_value(held, self.program.values) if isinstance(held, Node) else None
+        key, format = _key(store), str(node_at(store, 1).kwargs["format"])
+        tensors = self.format.weight_tensors(key, packed, format)
+        scalars = self.format.scalar_tensors(key, packed, format)
         if store.target is dialect.STORE_LINEAR:
-            key = f"{store.args[0]}.weight"
-            tensors = self.format.weight_tensors(key, packed, format)
-            return self._whole({**tensors, **self.format.scalar_tensors(key, packed, format, input_amax)})
-        key, options = str(store.args[0]), cast(dict[str, Any], store.kwargs)
-        blocks = []
-        for name, block in self.format.weight_tensors(key, packed, format).items():
+            return self._whole({**tensors, **scalars})
+        options, blocks = cast(dict[str, Any], store.kwargs), []
+        for name, block in tensors.items():
             turned = block.T if options["transposed"] else block
             rows = range(len(turned)) if options["transposed"] else range(*options["rows"])
             blocks.append(
                 self.shards.rows(name, turned, rows, expert=options["expert"], experts=options["experts"])
             )
-        scalars = self.format.scalar_tensors(key, packed, format, input_amax)
         for name, value in self.scalars.setdefault(key, scalars).items():
             if not torch.equal(value, scalars[name]):
                 raise CheckpointError(
@@ -313,13 +338,9 @@ class _Writer:
         return [self.shards.whole(key, tensor) for key, tensor in tensors.items()]
 
 
-def _pack_of(weight: Node) -> Node:
-    return next(user for user in weight.users if user.target is dialect.PACK)
-
-
-def _pack_options(weight: Node) -> object:
-    """How a weight is packed: many that are packed alike are one launch."""
-    return tuple(sorted(_pack_of(weight).kwargs.items()))
+def _key(store: Node) -> str:
+    """The tensor that a quantized weight belongs to."""
+    return f"{store.args[0]}.weight" if store.target is dialect.STORE_LINEAR else str(store.args[0])
 
 
 def _piece_name(pack: Node) -> str:
@@ -328,21 +349,6 @@ def _piece_name(pack: Node) -> str:
     if store.target is dialect.STORE_LINEAR:
         return f"{store.args[0]}.weight"
     return f"{store.args[0]} expert {store.kwargs['expert']} rows {store.kwargs['rows']}"
-
-
-def _quantized(pack: Node, values: Tensor, amax: Tensor) -> Measured:
-    """What a pack node computes, of many weights at once."""
-    return _format(pack).measured(values, amax, str(pack.kwargs["scale"]))
-
-
-def _format(pack: Node) -> Format:
-    return NUMBERS[str(pack.kwargs["format"])]
-
-
-def _in_host_memory(packed: Any) -> Measured:
-    """A packed weight, a dataclass of tensors, with each of them on the CPU."""
-    tensors = {f.name: on_host(getattr(packed, f.name)) for f in dataclasses.fields(packed)}
-    return cast(Measured, dataclasses.replace(packed, **tensors))
 
 
 def _weight_name(w: Node) -> tuple[str, int | None]:
@@ -356,18 +362,13 @@ def _weight_name(w: Node) -> tuple[str, int | None]:
 
 
 def _is_zero(weight: Tensor, magnitude: int) -> bool:
-    """Whether packed codes [rows, .] stand for zeros alone, of either sign; one look at most weights.
-
-    magnitude: the bits of a byte of codes but their signs.
-    """
-    codes = weight.view(torch.uint8)
-    return not any(bool((part & magnitude).any()) for part in (codes[:1], codes))
+    """Whether packed codes [rows, .] stand for zeros alone, of either sign; magnitude: the bits of a byte of
+    codes but their signs."""
+    return not bool((weight.view(torch.uint8) & magnitude).any())
 
 
-def _is_finite(values: Tensor) -> bool:
-    if not values.is_floating_point() or values.dtype.itemsize < 2 or not values.numel():
-        return True
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(values))
+def _rows(tensor: Tensor, part: range | None) -> Tensor:
+    return tensor if part is None else tensor[part.start : part.stop]
 
 
 def _check_scales(packs: Sequence[Node], scale: Tensor) -> None:

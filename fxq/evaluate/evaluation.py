@@ -22,7 +22,8 @@ from fxq.model import AnyModel, Model, device_of, open_model, samples_of
 from fxq.pipeline.base import Progress, no_progress
 from fxq.run import likelihood
 from fxq.run.batches import predicted_batches
-from fxq.run.simulate import Simulate
+from fxq.run.simulate import simulation
+from fxq.run.streaming import Streaming
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -89,12 +90,10 @@ def evaluate(
     ids = samples_of(_with_tokenizer(models), text, samples, min(seq_len, *map(_longest, models)))
     programs = [served(held) for held in models]
     batches = predicted_batches(programs, ids)
-    steps = sum(len(program.graph.nodes) for program in programs)
-    with progress("evaluate", steps) as step:
-        runs = [
-            Simulate(program, held.source, where, step=step)
-            for program, held in zip(programs, models, strict=True)
-        ]
+    runs = [simulation(program, held.source, where) for program, held in zip(programs, models, strict=True)]
+    with progress("evaluate", sum(len(run.graph.nodes) for run in runs)) as step:
+        for run in runs:
+            run.step = step
         losses, apart = _run(runs, batches)
     return Evaluation(
         names[0],
@@ -108,7 +107,7 @@ def evaluate(
 
 
 def _run(
-    runs: Sequence[Simulate], batches: Sequence[Tensor]
+    runs: Sequence[Streaming], batches: Sequence[Tensor]
 ) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
     """(losses of each model, divergences of the first from the second if there is one) per token."""
     losses: list[list[Tensor]] = [[] for _ in runs]

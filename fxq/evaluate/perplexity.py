@@ -9,8 +9,7 @@ from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
 from fxq.pipeline.base import Progress
 from fxq.run import likelihood
-from fxq.run.simulate import Simulate, Unquantized
-from fxq.run.streaming import Streaming
+from fxq.run.simulate import DEPLOYED, ORIGINAL, simulation
 
 
 def perplexities(
@@ -20,18 +19,14 @@ def perplexities(
     batches: Sequence[Tensor],
     progress: Progress,
 ) -> tuple[float, float]:
-    """(unquantized, simulated deployed) perplexity per token of batches int64 [B, S]."""
+    """(original, simulated deployed) perplexity per token of batches int64 [B, S], in one reading of the
+    weights."""
 
-    def run(kind: type[Streaming], label: str) -> float:
-        graph = program.calibrated or program.graph
-        with progress(label, len(graph.nodes)) as step:
-            one = kind(
-                program,
-                source,
-                device,
-                step=step,
-                reduce=lambda logits, i: likelihood.losses(logits, batches[i]),
-            )
-            return likelihood.perplexity(torch.cat(one.run_batches(batches)))
+    def losses(logits: list[Tensor], i: int) -> list[Tensor]:
+        return [likelihood.losses(each, batches[i]) for each in logits]
 
-    return run(Unquantized, "perplexity before"), run(Simulate, "perplexity after")
+    run = simulation(program, source, device, (ORIGINAL, DEPLOYED), reduce=losses)
+    with progress("perplexity", len(run.graph.nodes)) as step:
+        run.step = step
+        before, after = zip(*run.run_batches(batches), strict=True)
+    return likelihood.perplexity(torch.cat(before)), likelihood.perplexity(torch.cat(after))

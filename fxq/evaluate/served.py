@@ -32,7 +32,7 @@ _TAKE_INPUTS = (torch.ops.aten.linear.default, dialect.EXPERT_LINEAR)
 
 
 def served(model: Model) -> Program:
-    """The model's program, run by `Simulate`; SourceError if its checkpoint quantizes what the graph cannot
+    """The model's program, run by `simulation`; SourceError if its checkpoint quantizes what the graph cannot
     show.
 
     Notes say what is simulated otherwise than the checkpoint's tensors say.

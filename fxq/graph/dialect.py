@@ -14,16 +14,18 @@ operators of its own in the same way:
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from fxq.graph.arguments import int_at, node_at, nodes_at
-from fxq.numbers.formats import FORMATS
+from fxq.graph.hub import row_axis
+from fxq.numbers.formats import FORMATS, Measured
+from fxq.numbers.nvfp4 import BLOCK
 
 # What must hold of a call (if it raises IndexError, TypeError or AttributeError it does not), and the words
 # for its failing.
@@ -32,11 +34,15 @@ Rule = tuple[Callable[[Node], bool], str]
 
 @dataclass(frozen=True)
 class Operator:
-    """What verifying, typing and tidying a graph need to know of a target; see `operator`."""
+    """What verifying, typing, tidying and running a graph need to know of a target; see `operator` and
+    `rounding`."""
 
     schema: str
     shape: Callable[..., object]
     rules: tuple[Rule, ...]
+    fold: Callable[[Tensor, Tensor], Tensor] | None = None
+    pack: Callable[..., Measured] | None = None
+    pack_target: Callable[..., Any] | None = None
 
     @property
     def has_result(self) -> bool:
@@ -54,6 +60,7 @@ def operator(
     run: Callable[..., object] | None = None,
     shape: Callable[..., object] | None = None,
     rules: tuple[Rule, ...] = (),
+    fold: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Callable[..., Any]:
     """A new operator; what it returns is the `target` of its nodes, and can be called.
 
@@ -63,6 +70,8 @@ def operator(
     shape: from the same arguments, tensors being on the meta device, the result's type (`tensor_type` makes
     one); None without a result.
     rules: what must hold of a call, besides the schema, in a graph that verifies.
+    fold: makes it a statistic. Of activations its value is that of all calibration batches: what `run` gives
+    for each, joined by `fold`, two at a time and in order. Of a weight it is what `run` gives.
     Raises RuntimeError, as torch does, for a name that is taken or a schema that cannot be read.
     """
     namespace, _, signature = schema.rpartition("::")
@@ -77,14 +86,116 @@ def operator(
     library.impl(name, run or _nothing, "CompositeExplicitAutograd" if has_tensors else "BackendSelect")
     if shape is not None and has_tensors:
         library.impl(name, shape, "Meta")
+    if run is not None and shape is not None and has_tensors:
+        library.impl(name, _with_gradients(run, shape), "Autograd")
     target = getattr(getattr(torch.ops, namespace), name).default
-    _OPERATORS[target] = Operator(signature, shape or _nothing, rules)
+    _OPERATORS[target] = Operator(signature, shape or _nothing, rules, fold)
     return target  # type: ignore[no-any-return]
+
+
+def _with_gradients(run: Callable[..., object], shape: Callable[..., object]) -> Callable[..., object]:
+    """`run`, through whose own operators gradients flow."""
+
+    def call(*args: Any, **kwargs: Any) -> object:
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a])]
+        is_typing = any(isinstance(t, Tensor) and t.is_meta for t in tensors)
+        return shape(*args, **kwargs) if is_typing else run(*args, **kwargs)
+
+    return call
+
+
+def rounding(
+    schema: str,
+    *,
+    pack: Callable[..., Measured],
+    run: Callable[..., Tensor] | None = None,
+    rules: tuple[Rule, ...] = (),
+) -> Callable[..., Any]:
+    """A new operator that stands for its first argument, a weight, rounded to a number format: what the
+    checkpoint holds is what `pack` gives, to the bit, and what the graph computes is what that decodes to.
+
+    schema: `name(Tensor t, Tensor amax, ..., *, str format, ...) -> Tensor`; what it returns has the shape
+    and dtype of t, and an option `scale` is one of the format's. pack: from the same arguments, but for n
+    weights at once, t [n, out, in], amax f32 [n] and every other tensor with n in front: those packed. run:
+    what remains of one t, if there is a shorter way to it. rules: as for `operator`; that the format holds t
+    is seen to. A lowered graph has `pack_name` in its place, with the same arguments, whose results are
+    stored.
+    """
+    namespace, _, signature = schema.rpartition("::")
+    name, _, arguments = signature.partition("(")
+    prefix = f"{namespace}::" if namespace else ""
+    all_rules = (_HAS_AMAX, *_FORMAT_RULES, *rules)
+
+    def packed(t: Tensor, amax: Tensor, *others: Tensor, format: str, **options: Any) -> list[Tensor]:
+        more = [other[None] if isinstance(other, Tensor) else other for other in others]
+        made = pack(t[None], amax[None], *more, format=format, **options)
+        own = FORMATS[format]
+        return [part[0] for part in (*own.rows(made).values(), *own.scalars(made).values())]
+
+    def rounded(t: Tensor, amax: Tensor, *others: Tensor, format: str, **options: Any) -> Tensor:
+        more = [other[None] if isinstance(other, Tensor) else other for other in others]
+        made = pack(t[None], amax[None], *more, format=format, **options)
+        return straight_through(t, FORMATS[format].dequantize(made)[0].to(t.dtype))
+
+    pack_name = "pack" if name == "quantize" else f"pack_{name}"
+    pack_target = operator(
+        f"{prefix}{pack_name}({arguments.rpartition('->')[0]}-> Tensor[]",
+        run=packed,
+        shape=lambda t, *rest, format, **options: [
+            tensor_type(part.shape(tuple(t.shape)), part.dtype) for part in FORMATS[format].parts
+        ],
+        rules=all_rules,
+    )
+    target = operator(
+        schema,
+        run=run or rounded,
+        shape=lambda t, *rest, **options: tensor_type(t.shape, t.dtype),
+        rules=all_rules,
+    )
+    own = _OPERATORS[target]
+    _OPERATORS[target] = replace(own, pack=pack, pack_target=pack_target)
+    _OPERATORS[pack_target] = replace(_OPERATORS[pack_target], pack=pack)
+    return target
 
 
 def find(target: object) -> Operator | None:
     """The operator whose nodes have this target; None for torch's own and others'."""
     return _OPERATORS.get(target)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def straight_through(t: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of `t`: a rounding counts as the identity (arXiv 1308.3432)."""
+    if not torch.is_grad_enabled():
+        return rounded
+    return cast(Tensor, _StraightThrough.apply(t, rounded.detach()))  # type: ignore[no-untyped-call]
+
+
+def is_rounding(node: Node) -> bool:
+    """Whether a node stands for its first argument, rounded."""
+    known = _OPERATORS.get(node.target)
+    return known is not None and known.pack_target is not None
+
+
+def is_statistic(node: Node) -> bool:
+    """Whether a node is a statistic: of activations, what all calibration batches show of them."""
+    known = _OPERATORS.get(node.target)
+    return known is not None and known.fold is not None
+
+
+def is_pack(node: Node) -> bool:
+    """Whether a node packs a weight to be stored."""
+    known = _OPERATORS.get(node.target)
+    return known is not None and known.pack is not None and known.pack_target is None
 
 
 def _nothing(*args: object, **kwargs: object) -> None:
@@ -154,6 +265,12 @@ def _is_index(node: Node) -> bool:
     return len(val.shape) == 1 and val.dtype in (torch.int32, torch.int64)
 
 
+def _is_by_expert(node: Node) -> bool:
+    w = node_at(node, 0)
+    found = is_statistic(w) or str(w.target) == "fxq.value.default"
+    return len(shape_at(node, 0) or ()) == 3 or (found and bool(shape_at(node, 0)))
+
+
 def _same_shapes(node: Node) -> bool:
     slices = node.args[0]
     return isinstance(slices, (list, tuple)) and len({_shape(s) for s in slices}) == 1
@@ -178,7 +295,7 @@ SLICE = operator(
     run=lambda w, e: w.select(0, e),
     shape=lambda w, e: tensor_type(w.shape[1:], w.dtype),
     rules=(
-        (_rank(0, 3), "expected a fused weight w [E, out, in]"),
+        (_is_by_expert, "expected a fused weight w [E, out, in], or a statistic or value [E, ...]"),
         (lambda n: 0 <= int_at(n, 1) < (shape_at(n, 0) or (0,))[0], "the expert index is out of range"),
     ),
 )
@@ -199,7 +316,7 @@ def _format_is_known(node: Node) -> bool:
 
 def _scale_is_known(node: Node) -> bool:
     format = FORMATS[str(node.kwargs.get("format"))]
-    return node.kwargs.get("scale") in (*format.scales, format.input_scale)
+    return "scale" not in node.kwargs or node.kwargs["scale"] in (*format.scales, format.input_scale)
 
 
 def _has_whole_blocks(name: str) -> Rule:
@@ -221,16 +338,75 @@ _FORMAT_RULES: tuple[Rule, ...] = (
 )
 
 
-def _pack_shape(w: Tensor, amax: Tensor, *, format: str, scale: str) -> list[Tensor]:
-    return [tensor_type(part.shape(tuple(w.shape)), part.dtype) for part in FORMATS[format].parts]
+def _pack(t: Tensor, amax: Tensor, *, format: str, scale: str) -> Measured:
+    return FORMATS[format].measured(t, amax, scale)
 
 
-def _pack(w: Tensor, amax: Tensor, *, format: str, scale: str) -> list[Tensor]:
-    packed = FORMATS[format].quantize(w, amax, scale)
-    return [*FORMATS[format].rows(packed).values(), *FORMATS[format].scalars(packed).values()]
+def _decided(
+    t: Tensor, amax: Tensor, codes: Tensor, scales: Tensor | None = None, *, format: str
+) -> Measured:
+    return FORMATS[format].decided(t, amax, codes, scales)
 
 
-AMAX = operator("amax(Tensor t) -> Tensor", run=lambda t: t.abs().amax().to(torch.float32), shape=_scalar)
+def _amax(t: Tensor) -> Tensor:
+    """float32 []: the largest magnitude, without a temporary of the size of t; -1 if t is empty, so that
+    whatever a later batch shows is larger."""
+    if not t.numel():
+        return t.new_tensor(-1.0, dtype=torch.float32)
+    low, high = torch.aminmax(t)
+    return torch.maximum(high, -low).to(torch.float32)
+
+
+def _first(amaxes: Sequence[Tensor]) -> Tensor:
+    found = amaxes[-1]
+    for amax in reversed(amaxes):
+        found = torch.where(amax < 0, found, amax)  # what is NaN stays so, and is found
+    return found
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    return x.flatten(0, -2).to(torch.float32)
+
+
+def _gram(x: Tensor) -> Tensor:
+    rows = _rows_of(x)
+    return rows.T @ rows
+
+
+def _gram_blocks(x: Tensor) -> Tensor:
+    blocks = _rows_of(x).unflatten(-1, (-1, BLOCK)).transpose(0, 1)
+    return blocks.mT @ blocks
+
+
+def _by_expert(x: Tensor, expert_ids: Tensor, experts: int) -> Iterator[Tensor]:
+    """The rows of each expert, float32."""
+    order = torch.argsort(expert_ids, stable=True)
+    counts = torch.bincount(expert_ids, minlength=experts)[:experts].tolist()
+    yield from x[order[: sum(counts)]].to(torch.float32).split(counts)
+
+
+def _expert_gram(x: Tensor, expert_ids: Tensor, *, experts: int) -> Tensor:
+    return torch.stack([_gram(rows) for rows in _by_expert(x, expert_ids, experts)])
+
+
+def _expert_gram_blocks(x: Tensor, expert_ids: Tensor, *, experts: int) -> Tensor:
+    return torch.stack([_gram_blocks(rows) for rows in _by_expert(x, expert_ids, experts)])
+
+
+def _vector(x: Tensor) -> Tensor:
+    return tensor_type(x.shape[-1:], torch.float32)
+
+
+_ROWS: Rule = (lambda n: len(shape_at(n, 0) or ()) >= 2, "expected rows x [..., K]")
+_BLOCKS: Rule = (
+    lambda n: (shape_at(n, 0) or (1,))[-1] % BLOCK == 0,
+    f"expected rows of a multiple of {BLOCK}",
+)
+_IDS: Rule = (lambda n: len(shape_at(n, 1) or ()) == 1, "expected expert_ids, integers [T]")
+
+# The largest magnitude of t, f32 []; -1 if no batch brought a value.
+AMAX = operator("amax(Tensor t) -> Tensor", run=_amax, shape=_scalar, fold=torch.maximum)
+# The largest of several amaxes: a group has one.
 SYNC = operator(
     "sync(Tensor[] amaxes) -> Tensor",
     run=lambda amaxes: torch.stack(list(amaxes)).amax(0),
@@ -239,21 +415,121 @@ SYNC = operator(
         (lambda n: bool(n.args[0]) and all(map(_is_amax, nodes_at(n, 0))), "expected amaxes, f32[] each"),
     ),
 )
+# The first amax that calibration data reached, else the last of them, which is a constant.
+FIRST = operator(
+    "first(Tensor[] amaxes) -> Tensor",
+    run=_first,
+    shape=_scalar,
+    rules=(
+        (lambda n: bool(n.args[0]) and all(map(_is_amax, nodes_at(n, 0))), "expected amaxes, f32[] each"),
+    ),
+)
+# Statistics of rows x [..., K] over all tokens, float32: sum of x x^T [K, K]; its blocks of 16 on the
+# diagonal [K / 16, 16, 16]; both for each expert over the tokens x [T, K] routed to it, [experts, ...]; the
+# largest magnitude and the sum of squares of each column [K]; how many tokens each expert saw, int64
+# [experts].
+GRAM = operator(
+    "gram(Tensor x) -> Tensor",
+    run=_gram,
+    shape=lambda x: tensor_type((x.shape[-1], x.shape[-1]), torch.float32),
+    rules=(_ROWS,),
+    fold=torch.add,
+)
+GRAM_BLOCKS = operator(
+    "gram_blocks(Tensor x) -> Tensor",
+    run=_gram_blocks,
+    shape=lambda x: tensor_type((x.shape[-1] // BLOCK, BLOCK, BLOCK), torch.float32),
+    rules=(_ROWS, _BLOCKS),
+    fold=torch.add,
+)
+EXPERT_GRAM = operator(
+    "expert_gram(Tensor x, Tensor expert_ids, *, int experts) -> Tensor",
+    run=_expert_gram,
+    shape=lambda x, ids, *, experts: tensor_type((experts, x.shape[-1], x.shape[-1]), torch.float32),
+    rules=(_ROWS, _IDS),
+    fold=torch.add,
+)
+EXPERT_GRAM_BLOCKS = operator(
+    "expert_gram_blocks(Tensor x, Tensor expert_ids, *, int experts) -> Tensor",
+    run=_expert_gram_blocks,
+    shape=lambda x, ids, *, experts: tensor_type(
+        (experts, x.shape[-1] // BLOCK, BLOCK, BLOCK), torch.float32
+    ),
+    rules=(_ROWS, _BLOCKS, _IDS),
+    fold=torch.add,
+)
+ABSMAX = operator(
+    "absmax(Tensor x) -> Tensor",
+    run=lambda x: _rows_of(x).abs().amax(0) if x.numel() else x.new_zeros(x.shape[-1], dtype=torch.float32),
+    shape=_vector,
+    rules=(_ROWS,),
+    fold=torch.maximum,
+)
+SQUARE_SUM = operator(
+    "square_sum(Tensor x) -> Tensor",
+    run=lambda x: _rows_of(x).square().sum(0),
+    shape=_vector,
+    rules=(_ROWS,),
+    fold=torch.add,
+)
+EXPERT_TOKENS = operator(
+    "expert_tokens(Tensor expert_ids, *, int experts) -> Tensor",
+    run=lambda ids, *, experts: torch.bincount(ids.flatten(), minlength=experts)[:experts],
+    shape=lambda ids, *, experts: tensor_type((experts,), torch.int64),
+    fold=torch.add,
+)
+
+
+# Roundings, and weights that are not those of the source.
+
+
+def _is_unrounded(node: Node) -> bool:
+    w = node_at(node, 0)
+    while w.op == "call_function" and w.args:
+        if is_rounding(w):
+            return False
+        w = nodes_at(w, 0)[0] if w.target is STACK else node_at(w, 0)
+    return True
+
+
 # What remains of `t` in a format, given amax f32 []: its own shape and dtype, so that a graph with it
 # simulates the deployed model. A weight's scales are chosen by one of the format's `scales`, those of a
 # linear's input by its `input_scale`.
-QUANTIZE = operator(
+QUANTIZE = rounding(
     "quantize(Tensor t, Tensor amax, *, str format, str scale) -> Tensor",
-    run=lambda t, amax, *, format, scale: FORMATS[format].fake_quantize(t, amax, scale),
-    shape=lambda t, amax, *, format, scale: tensor_type(t.shape, t.dtype),
-    rules=(_HAS_AMAX, *_FORMAT_RULES),
+    pack=_pack,
+    run=lambda t, amax, *, format, scale: straight_through(
+        t, FORMATS[format].fake_quantize(t.detach(), amax.detach(), scale)
+    ),
+)
+# A weight as its codes and block scales say that a pass decided: each as `Format.parts` lists it, the scale
+# of the tensor following from amax.
+ROUNDED = rounding(
+    "rounded(Tensor t, Tensor amax, Tensor codes, Tensor? scales=None, *, str format) -> Tensor",
+    pack=_decided,
+)
+# The parts of a weight [out, in] in a format, as `Format.parts` lists them.
+PACK = find(QUANTIZE).pack_target  # type: ignore[union-attr]
+# A weight w, or a slice of one, for which the checkpoint holds `new`, of the same shape, in the dtype of w.
+REWRITE = operator(
+    "rewrite(Tensor w, Tensor new) -> Tensor",
+    run=lambda w, new: new.to(w.dtype, copy=True),
+    shape=lambda w, new: tensor_type(w.shape, w.dtype),
+    rules=(
+        (lambda n: shape_at(n, 0) == shape_at(n, 1), "a rewritten weight keeps its shape"),
+        (
+            _is_unrounded,
+            "what is rounded already cannot be rewritten: expected a pass that rewrites to run before",
+        ),
+        (lambda n: node_at(n, 1).meta["val"].is_floating_point(), "expected a floating-point weight"),
+    ),
 )
 
 
 # The checkpoint program: load, pack and store, which a writer interprets.
 
 
-def _value(name: str) -> Tensor:
+def _value(name: str, *, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
     raise RuntimeError(
         f"fxq.value({name!r}) is calibrated elsewhere: run the program with an interpreter that has values"
     )
@@ -263,6 +539,14 @@ def _load(key: str, *, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     raise RuntimeError(
         f"fxq.load({key!r}) has no tensor of its own: run the program with an interpreter that has a source"
     )
+
+
+def _join_rows(parts: Sequence[Tensor], *, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
+    out = parts[0].new_empty(list(shape))
+    axis = row_axis(shape)
+    for i, part in enumerate(parts):
+        out[(slice(None),) * axis + (slice(*rows[3 * i : 3 * i + 3]),)] = part
+    return out
 
 
 def _option(node: Node, name: str) -> Any:
@@ -280,18 +564,16 @@ def _fits_tensor(node: Node) -> bool:
     return bool(fits and _option(node, "end") <= rows and math.prod(tall) % experts == 0)
 
 
-VALUE = operator("value(str name) -> Tensor", run=_value, shape=_scalar)
+# What calibration or a pass found, by name: a tensor of `Program.values`.
+VALUE = operator(
+    "value(str name, *, int[] shape=[], ScalarType dtype=float) -> Tensor",
+    run=_value,
+    shape=lambda name, *, shape=(), dtype=torch.float32: tensor_type(shape, dtype),
+)
 LOAD = operator(
     "load(str key, *, int[] shape, ScalarType dtype) -> Tensor",
     run=_load,
     shape=lambda key, *, shape, dtype: tensor_type(shape, dtype),
-)
-# The parts of a weight [out, in] in a format, as `Format.parts` lists them.
-PACK = operator(
-    "pack(Tensor w, Tensor amax, *, str format, str scale) -> Tensor[]",
-    run=_pack,
-    shape=_pack_shape,
-    rules=(_HAS_AMAX, *_FORMAT_RULES),
 )
 STORE_LINEAR = operator(
     "store_linear(str name, Tensor[] packed, Tensor? input_amax, *, int start, int end) -> ()"
@@ -313,3 +595,16 @@ STORE_ROWS = operator(
 )
 STORE_KV = operator("store_kv(str attention, Tensor? k_amax, Tensor? v_amax, *, str format) -> ()")
 STORE = operator("store(str key, Tensor t) -> ()")
+# A tensor of the checkpoint of which each part is rows: part i is range(*rows[3 * i : 3 * i + 3]) of it,
+# along its second to last dimension, or its only one.
+JOIN_ROWS = operator(
+    "join_rows(Tensor[] parts, *, int[] rows, int[] shape) -> Tensor",
+    run=_join_rows,
+    shape=lambda parts, *, rows, shape: tensor_type(shape, parts[0].dtype),
+    rules=(
+        (
+            lambda n: 3 * len(nodes_at(n, 0)) == len(_option(n, "rows")),
+            "expected a start, an end and a step for each part",
+        ),
+    ),
+)

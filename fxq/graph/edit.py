@@ -37,6 +37,13 @@ def _shared(val: Any) -> Any:
     return val
 
 
+def value(graph: Graph, name: str, val: torch.Tensor) -> Node:
+    """A new `fxq.value` of that name, of the type of `val`."""
+    typed: dict[str, object] = {"shape": list(val.shape)} if val.shape else {}
+    typed |= {} if val.dtype == torch.float32 else {"dtype": val.dtype}
+    return call(graph, name, dialect.VALUE, name, **typed)
+
+
 def quantize(t: Node, name: str, *, format: str, scale: str, amax: Node | None = None) -> Node:
     """A new node `name_q` that stands for `t` in a format, scaled by `amax` or by its own,
     `name_amax`."""

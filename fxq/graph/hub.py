@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol, Self
@@ -79,6 +79,22 @@ class Stored:
         """The tensors of each part."""
         return tuple(part.keys for part in self.parts)
 
+    def tensors(self, value: Tensor, infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the checkpoint that lie in the parameter, of this value, as a whole; infos: those
+        that are wanted, and what they are."""
+        start = 0
+        for part in self.parts if self.convert is None else ():
+            for expert, key in enumerate(part.keys):
+                if key not in infos:
+                    continue
+                held = value[expert] if self.stacked else value
+                held = held.mT if self.transposed else held
+                if held.dim():
+                    held = held.narrow(row_axis(held.shape), start, len(part.rows))
+                if infos[key] == TensorInfo(tuple(held.shape), held.dtype):
+                    yield key, held
+            start += len(part.rows)
+
 
 # A number in a dotted name: of a layer, of an expert.
 NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
@@ -119,10 +135,14 @@ class WeightSource(Protocol):
     written.
 
     concurrent: whether several threads may read at once; else reads come in order, on one thread at a time.
+    bytes_read: bytes of tensors, as they decode, that were read so far.
     """
 
     hub: Hub
     concurrent: bool
+
+    @property
+    def bytes_read(self) -> int: ...
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """A parameter or persistent buffer by its name in memory, on the CPU; SourceError if it cannot be

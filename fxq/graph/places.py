@@ -10,7 +10,7 @@ from fxq.graph import dialect
 from fxq.graph.arguments import int_at, node_at
 from fxq.graph.hub import Hub, Stored, row_axis
 from fxq.graph.structure.matmuls import Frontiers
-from fxq.graph.structure.views import VIEWS, parameter_name, root, shape_of, strip, swaps_matrix
+from fxq.graph.structure.views import SAME_PLACE, parameter_name, root, shape_of, strip, swaps_matrix
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def named(hub: Hub, name: str, shape: tuple[int, ...]) -> Stored:
 def places(hub: Hub, w: Node) -> list[Place]:
     """Where the rows of a quantized weight [out, in] lie, in order; VerifyError if they are no rows of the
     checkpoint's tensors."""
-    name, parameter, piece = parameter_name(w), root(w), strip(w, VIEWS)
+    name, parameter, piece = parameter_name(w), root(w), strip(w, SAME_PLACE)
     assert parameter is not None
     swapped = _swapped(w)
     if swapped is None or (piece.target is not dialect.SLICE and piece is not parameter):
@@ -142,7 +142,7 @@ def _swapped(w: Node) -> bool | None:
     None if views do more to it."""
     swapped = False
     while w.op != "get_attr":
-        if w.target is not dialect.SLICE:
+        if w.target not in (dialect.SLICE, dialect.REWRITE):
             turn = swaps_matrix(w)
             if turn is None:
                 return None

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
+from fxq.graph import dialect
 from fxq.graph.hub import Hub
+from fxq.graph.structure.views import statistics
 
 Accepts = Callable[[int, int], str | None]
 
@@ -29,16 +30,18 @@ class Missed:
 class Program:
     """A graph under compilation.
 
-    values: amax node name -> calibrated float32 [], filled by the calibration passes.
+    values: statistic of activations, or `fxq.value` of a pass -> what calibration found, a tensor of any
+    shape on the CPU. An amax of -1 is that of an input which no token reached.
     tokens: fused weight name -> int64 [experts], the tokens each expert saw while calibrating.
     constants: small tensors the trace lifted out of the model, by the name of the node that reads them.
-    bootstrapped: names of the amax nodes that data did not reach: filled from the weights, or left to the
-    writer.
     accepts: (batch, length) -> None if the graph holds for inputs of that size, else why not.
     notes: what the user should know about decisions that passes took.
     left: weights that a pass was asked for and could not quantize, and was allowed to leave -> why.
     calibrated: the graph that was lowered, which simulates the deployed model; None until then.
-    format: what the lowered program is written as.
+    format: what the lowered program is written as. packs: rounding of a weight in `calibrated` -> what packs
+    it in `graph`. untied: modules that shared a tensor in the source and are written one of their own.
+    pending: of which model statistics are to be found while the program is written, "original" or
+    "quantized"; None if they are found already.
     misses: where passes did not fire, in the order in which they looked.
     """
 
@@ -47,9 +50,11 @@ class Program:
     values: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
-    bootstrapped: set[str] = field(default_factory=set)
     calibrated: Graph | None = None
     format: str = "modelopt"
+    packs: dict[Node, Node] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
+    pending: str | None = None
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
@@ -59,22 +64,17 @@ class Program:
         """Parameter -> why the passes that could have quantized it did not; the last to look has its say."""
         return {m.parameter: m.reason for m in self.misses if m.decided and m.parameter is not None}
 
-    def is_later(self, name: str) -> bool:
-        """Whether the amax of that name is its own weight's, and found when that is read to be packed."""
-        return name in self.bootstrapped and name not in self.values
+    def known_values(self) -> dict[str, Tensor]:
+        """`values`, and -1 for an amax that calibration did not look for: no batch brought a value."""
+        unseen = torch.tensor(-1.0)
+        amaxes = (n.name for n in statistics(self.calibrated or self.graph) if n.target is dialect.AMAX)
+        return {**dict.fromkeys(amaxes, unseen), **self.values}
 
-    def found(self) -> dict[str, Any]:
-        """All that calibration found so far, in JSON; float32 survives exactly."""
-        return {
-            "values": {name: float(value) for name, value in self.values.items()},
-            "tokens": {name: counts.tolist() for name, counts in self.tokens.items()},
-            "bootstrapped": sorted(self.bootstrapped),
-        }
+    def found(self) -> dict[str, dict[str, Tensor]]:
+        """All that calibration found so far."""
+        return {"values": dict(self.values), "tokens": dict(self.tokens)}
 
-    def restore(self, found: Mapping[str, Any]) -> None:
+    def restore(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over what `found` gave, maybe in another process."""
-        for name, value in found["values"].items():
-            self.values[name] = torch.tensor(value, dtype=torch.float32)
-        for name, counts in found["tokens"].items():
-            self.tokens[name] = torch.tensor(counts, dtype=torch.int64)
-        self.bootstrapped.update(found["bootstrapped"])
+        self.values.update(found["values"])
+        self.tokens.update(found["tokens"])

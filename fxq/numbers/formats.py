@@ -78,6 +78,8 @@ class Format:
     engines do, and never zero.
     quantize, measured: (weights [..., rows, K], amax f32 [...], one of `scales`) -> Packed, Measured; they
     raise SourceError if a weight or an amax is infinite or NaN.
+    decided: (weights, amax f32 [...], codes and block scales as `parts` lists them) -> Measured: the weights
+    as codes that were decided elsewhere.
     dequantize: Packed -> f32 [..., rows, K].
     fake_quantize: (values, amax f32 [], one of `scales` or `input_scale`) -> what remains of them, same shape
     and dtype.
@@ -98,6 +100,7 @@ class Format:
     scale_of: Callable[[Tensor], Tensor]
     quantize: Callable[[Tensor, Tensor, str], Packed]
     measured: Callable[[Tensor, Tensor, str], Measured]
+    decided: Callable[[Tensor, Tensor, Tensor, Tensor | None], Measured]
     dequantize: Callable[..., Tensor]
     fake_quantize: Callable[[Tensor, Tensor, str], Tensor]
     reach: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -133,6 +136,7 @@ NVFP4 = Format(
     scale_of=nvfp4.global_scale,
     quantize=nvfp4.quantize_weight,
     measured=nvfp4.quantize_measured,
+    decided=nvfp4.decided,
     dequantize=nvfp4.dequantize,
     fake_quantize=nvfp4.fake_quantize,
     reach=nvfp4.reaching_scales,
@@ -151,6 +155,7 @@ FP8 = Format(
     scale_of=fp8.scale_of,
     quantize=fp8.quantize_weight,
     measured=fp8.quantize_measured,
+    decided=fp8.decided,
     dequantize=fp8.dequantize,
     fake_quantize=fp8.fake_quantize,
 )

@@ -56,10 +56,21 @@ def quantize_weight(w: Tensor, amax: Tensor, scale: str = "max") -> Packed:
 
 def quantize_measured(w: Tensor, amax: Tensor, scale: str = "max") -> Measured:
     """`quantize_weight` with errors and energies."""
-    packed = quantize_weight(w, amax, scale)
+    return _measured(w, quantize_weight(w, amax, scale))
+
+
+def _measured(w: Tensor, packed: Packed) -> Measured:
     exact = w.to(torch.float64)
     error = (dequantize(packed).to(torch.float64) - exact).square().sum((-2, -1))
     return Measured(packed.weight, packed.scale, error, exact.square().sum((-2, -1)))
+
+
+def decided(w: Tensor, amax: Tensor, codes: Tensor, scales: Tensor | None = None) -> Measured:
+    """Weights [..., rows, K] as these codes float8_e4m3fn of the same shape say, under each one's amax f32
+    [...]."""
+    if scales is not None:
+        raise ValueError("expected FP8 codes alone, found block scales with them")
+    return _measured(w, Packed(codes, scale_of(amax)))
 
 
 def dequantize(packed: Packed) -> Tensor:

@@ -133,6 +133,17 @@ def quantize_measured(w: Tensor, amax: Tensor, scale: str) -> Measured:
     return Measured(packed, block_scale, scale_2, *sums.reshape(2, *w.shape[:-2]))
 
 
+def decided(w: Tensor, amax: Tensor, codes: Tensor, scales: Tensor | None) -> Measured:
+    """Weights [..., rows, K] as these codes uint8 [..., rows, K/2] and block scales float8_e4m3fn
+    [..., rows, K/16] say, under each one's amax f32 [...]."""
+    if scales is None:
+        raise ValueError("expected block scales with NVFP4 codes, found none")
+    packed = Packed(codes, scales, global_scale(amax))
+    exact = w.to(torch.float64)
+    error = (dequantize(packed).to(torch.float64) - exact).square().sum((-2, -1))
+    return Measured(codes, scales, packed.scale_2, error, exact.square().sum((-2, -1)))
+
+
 def _quantize(
     w: Tensor, scale_2: Tensor, scale: str, *, pack: bool, measure: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

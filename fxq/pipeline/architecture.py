@@ -1,11 +1,12 @@
-"""Architecture: what a graph computes once every rounding gives way to what it rounds.
+"""Architecture: what a graph computes once every rounding and rewrite gives way to what it stands for.
 
-A checkpoint is loaded into the model's own class, so passes may round, and nothing else:
+A checkpoint is loaded into the model's own class, so passes may round and rewrite weights, and nothing else:
 
     %w_q : bf16[64,64] = fxq.quantize(%w, %w_amax, format='nvfp4', scale='max')
     %y : bf16[8,64] = aten.linear(%x, %w_q)         stands for aten.linear(%x, %w)
     %s : bf16[8,64,32] = fxq.stack([%e0_q, ...])    of all slices of %w in order: stands for %w
     %half : bf16[64] = aten.mul.Tensor(%norm, 0.5)  what reads it would compute something else
+    %new : bf16[64] = fxq.rewrite(%norm, %half)     stands for %norm, and is written under its name
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from torch.fx.node import map_arg
 
 from fxq.graph import dialect
 from fxq.graph.arguments import int_at, node_at, nodes_at
+from fxq.graph.dialect import is_rounding
 from fxq.graph.structure.views import shape_of
 from fxq.graph.text import format_argument, format_target
 
@@ -23,7 +25,7 @@ Architecture = dict[Node, tuple[str, Any, Any, Any]]
 
 
 def architecture(graph: Graph) -> Architecture:
-    """The nodes that the graph's output needs, with what each reads, when roundings give way."""
+    """The nodes that the graph's output needs, with what each reads, when roundings and rewrites give way."""
     without: dict[Node, Node] = {}
     for node in graph.nodes:
         without[node] = _unrounded(node, without)
@@ -48,8 +50,8 @@ def difference(before: Architecture, after: Architecture) -> str | None:
 
 
 def _unrounded(node: Node, without: dict[Node, Node]) -> Node:
-    """What a node stands for: itself, unless it rounds, or stacks all slices of one weight again."""
-    if node.target is dialect.QUANTIZE:
+    """What a node stands for: itself, unless it rounds, rewrites, or stacks all slices of a weight again."""
+    if node.target is dialect.REWRITE or is_rounding(node):
         return without[node_at(node, 0)]
     if node.target is dialect.STACK:
         slices = [without[piece] for piece in nodes_at(node, 0)]

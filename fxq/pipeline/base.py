@@ -30,8 +30,8 @@ class Session:
     batches: int64 [B, S] each, every row a whole sample (no padding); None when only the graph is wanted.
     progress: `with progress(label, total) as step` shows a bar that `step()` advances. found: calibration
     pass -> what it found (`Program.found`); one that is there already is not run again. writes: whether the
-    program is written at once. values_are_read: whether a pass after the present one looks at amaxes. If it
-    is written and none looks, an amax that only its own weight needs is found when that is read to be packed.
+    program is written at once. values_are_read: whether a pass after the present one looks at values. place:
+    the calibration pass that runs, or ran last, as `found` knows it.
     """
 
     source: WeightSource
@@ -41,6 +41,13 @@ class Session:
     found: MutableMapping[str, Any] = field(default_factory=dict)
     writes: bool = False
     values_are_read: bool = True
+    place: str = ""
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether what calibration finds can wait until the program is written, so that one reading of each
+        weight serves both: it is written at once, and no pass looks at it before."""
+        return self.writes and not self.values_are_read
 
 
 class Pass:
@@ -55,7 +62,7 @@ class Pass:
     not say so may only round: else the graph would compute what no checkpoint of the model's class can.
     only_values: whether it decides numbers alone, so that names, shapes and formats of the output are the
     same without it. makes_checkpoint: whether what it leaves is a program that the writer runs.
-    reads_values: whether it, or what it makes of the graph, looks at calibrated amaxes.
+    reads_values: whether it, or what it makes of the graph, looks at what calibration found.
     """
 
     name: ClassVar[str]
@@ -91,7 +98,7 @@ class Pass:
 
 
 class CalibrationPass(Pass):
-    """A pass that fills values by interpreting the graph; without a session it leaves the graph as it is.
+    """A pass that fills values by running the graph; without a session it leaves the graph as it is.
 
     needs_data: whether it cannot run without calibration batches.
     """

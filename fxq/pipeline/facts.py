@@ -9,13 +9,14 @@ from torch.fx import Node
 from fxq.errors import VerifyError
 from fxq.graph import dialect
 from fxq.graph.arguments import node_at, nodes_at
+from fxq.graph.dialect import is_rounding
 from fxq.graph.hub import Stored
 from fxq.graph.places import places
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import multiplies_experts
 from fxq.graph.structure.groups import fused_by_engines
 from fxq.graph.structure.matmuls import Frontiers, WeightMatmul, input_quantize, weight_matmuls
-from fxq.graph.structure.views import VIEWS, parameter_name, root, strip, value_of
+from fxq.graph.structure.views import VIEWS, parameter_name, root, statistics, strip, value_of, weight_of
 from fxq.graph.text import format_target
 
 Fact = Callable[[Program], str | None]
@@ -25,7 +26,7 @@ def experts_fused(program: Program) -> str | None:
     """Every stacked parameter that reaches a matmul does so through `fxq.expert_linear` or one
     `fxq.slice`; or a pass was allowed to leave it."""
     for matmul in weight_matmuls(program.graph):
-        is_slice = strip(matmul.w, VIEWS | {dialect.QUANTIZE}).target is dialect.SLICE
+        is_slice = weight_of(matmul.w).target is dialect.SLICE
         known = matmul.node.target is dialect.EXPERT_LINEAR or is_slice
         if multiplies_experts(matmul) and not known and matmul.parameter.target not in program.left:
             return (
@@ -65,7 +66,7 @@ def groups_whole(program: Program) -> str | None:
 def _formats(matmul: WeightMatmul) -> str:
     """The formats of a linear's weight and input, as a spec names them; "" if it is not quantized."""
     w, x = strip(matmul.w, VIEWS), input_quantize(matmul.x)
-    if w.target is not dialect.QUANTIZE:
+    if not is_rounding(w):
         return ""
     return f"{w.kwargs['format']} with inputs {x.kwargs['format'] if x is not None else 'none'}"
 
@@ -137,17 +138,24 @@ def weights_placed(program: Program) -> str | None:
 
 
 def amaxes_filled(program: Program) -> str | None:
-    """Every amax hole has a calibrated value, or is left to the writer."""
-    filled = program.values.keys() | program.bootstrapped
-    for node in program.graph.nodes:
-        if node.target is dialect.AMAX and node.name not in filled:
-            return f"%{node.name} has no value"
+    """Every statistic of activations has a value, or is an amax that `fxq.first` has an answer for."""
+    for node in statistics(program.graph) if program.pending is None else ():
+        value = program.values.get(node.name)
+        unreached = value is not None and node.target is dialect.AMAX and float(value) < 0
+        if (value is None or unreached) and not _is_optional(node):
+            return f"%{node.name} has no value" + (": no token reached it" if unreached else "")
     return None
 
 
+def _is_optional(statistic: Node) -> bool:
+    """Whether whatever uses an amax has a value in its stead."""
+    users = [u for user in statistic.users for u in (user.users if user.target is dialect.SYNC else [user])]
+    return all(user.target is dialect.FIRST for user in users)
+
+
 def is_weight_quantize(node: Node) -> bool:
-    """True for a quantize node whose operand is a parameter or a slice of one."""
-    return node.target is dialect.QUANTIZE and root(node_at(node, 0)) is not None
+    """True for a rounding of a parameter or of a slice of one."""
+    return is_rounding(node) and root(node_at(node, 0)) is not None
 
 
 Sibling = tuple[Node, Node | None]  # a weight's quantize node, and its input's
@@ -160,7 +168,7 @@ def quantized_siblings(program: Program) -> dict[tuple[Node, int | None, str], l
         w, x_quantize = strip(matmul.w, VIEWS), input_quantize(matmul.x)
         slices = nodes_at(w, 0) if w.target is dialect.STACK else [w]
         for expert, quantize in enumerate(slices):
-            if quantize.target is dialect.QUANTIZE:
+            if is_rounding(quantize):
                 among = expert if matmul.node.target is dialect.EXPERT_LINEAR else None
                 key = (value_of(matmul.x), among, str(quantize.kwargs["format"]))
                 found.setdefault(key, []).append((quantize, x_quantize))

@@ -71,7 +71,8 @@ def run_passes(
         if not step.same_function and (found := difference(kept, computed)) is not None:
             raise VerifyError(
                 f"{step.name} changes what the graph computes, which a checkpoint of the model's own class "
-                f"cannot say: expected the traced calls with roundings between them, found {found}"
+                "cannot say: expected the traced calls with roundings and rewrites between them, found "
+                f"{found}"
             )
         kept = computed
         if session is not None or not isinstance(step, CalibrationPass):
@@ -93,12 +94,14 @@ def _calibrate(step: CalibrationPass, place: str, program: Program, session: Ses
     """Run a calibration pass, or take what it found before the run was interrupted."""
     if session is None:
         return 0
-    before = len(program.values.keys() | program.bootstrapped)
+    before = len(program.values)
+    session.place = place
     if place in session.found:
         program.restore(session.found[place])
-        return len(program.values.keys() | program.bootstrapped) - before
+        return len(program.values) - before
     count = step.calibrate(program, session)
-    session.found[place] = program.found()
+    if program.pending is None:
+        session.found[place] = program.found()
     return count
 
 

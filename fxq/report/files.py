@@ -16,10 +16,14 @@ scales                      steps and counts: sampled blocks by how many FP8 cod
 worst                       name, expert or null, sqnr_db, noise (error / energy), typical (the median noise
                             of its projection), reason; worst first
 groups                      linears that share global scales: linears (names with * for numbers), count
-excluded                    what stays as it is: name, count, reason
+excluded                    what is not quantized: name, count, reason
+rewritten                   names of the checkpoint's tensors that hold what a pass computed; of a quantized
+                            linear m `m.weight`, whatever its format calls it
+untied                      names of modules that share a tensor in the source and have one of their own here
 sizes                       bytes: weights, scales, untouched
 warnings                    sentences
-measured                    seconds by stage, peak_host_bytes, peak_device_bytes: differ from run to run
+measured                    seconds by stage, peak_host_bytes, peak_device_bytes, source_bytes_read: differ
+                            from run to run
 """
 
 import json
@@ -35,14 +39,16 @@ from fxq import __version__
 from fxq.graph.hub import NUMBER, natural_order
 from fxq.numbers.quality import STEPS, Quality
 from fxq.report.pages import page
-from fxq.report.summary import Report
+from fxq.report.summary import Report, fold
 
 VERSION = 1
 DIRECTORY = "fxq-report"
 WORST = 10
 # A weight stands out from its fellows if a property is so many times theirs.
 STANDS_OUT = 1.15
-_MEASURED = ("seconds", "peak_host_bytes", "peak_device_bytes", "out", "warnings", "spec")
+# What of `Report` is no part of the summary: what differs between runs, and what is a field of its own.
+_MEASURED = ("seconds", "peak_host_bytes", "peak_device_bytes", "source_bytes_read", "out")
+_OWN_FIELDS = ("warnings", "spec", "rewritten", "untied")
 _Weights = Mapping[tuple[str, int | None], Quality]
 
 
@@ -71,7 +77,10 @@ def write(report: Report, details: Details, directory: Path) -> None:
     folder.mkdir()
     (folder / "report.json").write_text(_lines(made), encoding="utf-8")
     title = f"{details.title}, {report.spec}"
-    (folder / "report.html").write_text(page("report", title, made), encoding="utf-8")
+    # The page shows folded names: with all experts of a large model rewritten, the others are megabytes.
+    rewritten = [{"name": name, "count": count} for name, count in fold(report.rewritten)]
+    shown = {**made, "rewritten": rewritten}
+    (folder / "report.html").write_text(page("report", title, shown), encoding="utf-8")
 
 
 def _lines(made: Mapping[str, Any]) -> str:
@@ -93,19 +102,22 @@ def content(report: Report, details: Details) -> dict[str, Any]:
         "fxq": __version__,
         "spec": report.spec,
         "title": details.title,
-        "summary": {name: _plain(value) for name, value in plain.items() if name not in _MEASURED},
+        "summary": {n: _plain(v) for n, v in plain.items() if n not in _MEASURED + _OWN_FIELDS},
         "weights": [_weight(name, found) for name, found in _by_parameter(details.weights)],
         "tokens": _tokens(details.tokens),
         "scales": {"steps": list(STEPS), "counts": list(details.steps)},
         "worst": _worst(details),
         "groups": [{"linears": name, "count": count} for name, count in details.groups],
         "excluded": [{"name": n, "count": count, "reason": why} for n, count, why in details.excluded],
+        "rewritten": report.rewritten,
+        "untied": report.untied,
         "sizes": {name: details.sizes.get(name, 0) for name in ("weights", "scales", "untouched")},
         "warnings": report.warnings,
         "measured": {
             "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
             "peak_host_bytes": report.peak_host_bytes,
             "peak_device_bytes": report.peak_device_bytes,
+            "source_bytes_read": report.source_bytes_read,
         },
     }
 

@@ -12,6 +12,7 @@ import torch
 
 from fxq.checkpoint.plan import Plan
 from fxq.checkpoint.writer import Written
+from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
 from fxq.report import files
 from fxq.report.files import Details
@@ -37,12 +38,13 @@ def measure_memory(report: Report, device: torch.device) -> None:
 @dataclass
 class WritingReport:
     """What the writer calls when all weights are written: completes the report and puts its files beside
-    them. title: the model's name. out: where the directory will be."""
+    them. title: the model's name. source: where the weights come from. out: where the directory will be."""
 
     report: Report
     title: str
     program: Program
     plan: Plan
+    source: WeightSource
     out: Path
     device: torch.device
     start: float = field(default_factory=time.perf_counter)
@@ -56,11 +58,14 @@ class WritingReport:
     def _complete(self, written: Written) -> None:
         """Counts, sizes and errors of what was written."""
         report = self.report
+        if not report.quantize_nodes:  # calibrated while it was written
+            report.count(self.program)
         report.measure({name: (own.error, own.energy) for name, own in written.qualities.items()})
         zeros = [key for own in written.qualities.values() for key in own.zeros]
         report.add_warnings(report.losses(zeros, written.not_finite))
         report.tensors_quantized, report.tensors_excluded = len(written.linears), len(written.excluded)
         report.bits_per_weight = 8 * written.quantized_bytes / written.weights
+        report.source_bytes_read = self.source.bytes_read
         report.source_bytes, report.output_bytes = written.source_bytes, written.bytes
         report.out = str(self.out)
 

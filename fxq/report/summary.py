@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from fxq.graph import dialect
-from fxq.graph.arguments import node_at
-from fxq.graph.hub import NUMBER
+from fxq.graph.arguments import node_at, nodes_at
+from fxq.graph.dialect import is_rounding
+from fxq.graph.hub import NUMBER, natural_order
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import quantizes_input, weight_matmuls
-from fxq.graph.structure.views import parameter_name, root
-from fxq.numbers.formats import UNSEEN_INPUT_AMAX
+from fxq.graph.structure.views import parameter_name, statistics, weight_path
 from fxq.pipeline.facts import is_weight_quantize
 
 # Correct NVFP4 weights are at 18 to 22 dB, FP8 above 25.
@@ -31,7 +31,10 @@ class Report:
 
     sqnr_db: 10 log10(sum w**2 / sum (w - w')**2) over all quantized weights; worst_*: the weight with the
     lowest. groups: sets of emitted linears (q/k/v, gate/up, ...) that share their global scales.
-    bits_per_weight: bytes of the quantized linears, scales included, times 8, by their weights.
+    source_bytes_read: bytes of the source's tensors read for calibrating, packing and writing.
+    bits_per_weight: bytes of the quantized linears, scales included, times 8, by their weights. rewritten:
+    tensors of the checkpoint that hold what a pass computed and not the source's values; quantized ones by
+    the name they had before. untied: modules that share a tensor in the source and have their own here.
     """
 
     spec: str
@@ -54,6 +57,7 @@ class Report:
     worst_tensor: str | None = None
     worst_sqnr_db: float | None = None
     source_bytes: int | None = None
+    source_bytes_read: int | None = None
     output_bytes: int | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
@@ -61,6 +65,8 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
+    rewritten: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,12 +87,16 @@ class Report:
         )
         if self.experts:
             yield "experts", f"{self.experts}, {self.dead_experts} of them reached by no token"
-        yield "bootstrapped", f"{self.bootstrapped} amaxes that data did not reach, filled from the weights"
+        yield "bootstrapped", f"{self.bootstrapped} input amaxes that no token reached, filled from others"
         yield "groups", f"{self.groups} of linears that share their scales"
         yield "calibration", f"{self.calibration_tokens} tokens" if self.calibration_tokens else "none needed"
         if self.tensors_quantized is not None:
             left = f"{self.tensors_excluded} left as they are and listed as such"
             yield "tensors", f"{self.tensors_quantized} quantized, {left}"
+        if self.rewritten:
+            yield "rewritten", _names(self.rewritten)
+        if self.untied:
+            yield "untied", f"{', '.join(self.untied)}: its tensor is shared in the source, its own here"
         if self.bits_per_weight is not None:
             yield "bits per weight", f"{self.bits_per_weight:.3f}"
         if self.sqnr_db is not None:
@@ -115,29 +125,29 @@ class Report:
         rows = [f"{label:<16} {value}" for label, value in self.rows()]
         return "\n".join([self.title, *rows, *(f"warning: {warning}" for warning in self.warnings)])
 
-    def count(self, graph: Graph, program: Program) -> None:
-        """Fill in what the calibrated graph and its values say."""
-        for node in graph.nodes:
-            if node.target is dialect.QUANTIZE:
-                self.quantize_nodes += 1
-                if quantizes_input(node):
-                    self.input_nodes += 1
-                elif not is_weight_quantize(node):
-                    self.kv_nodes += 1
-                elif is_expert(node_at(node, 0)):
-                    self.expert_nodes += 1
-                else:
-                    self.linear_nodes += 1
+    def count(self, program: Program) -> None:
+        """Fill in what a calibrated program and its values say."""
+        graph, values = program.calibrated or program.graph, program.known_values()
+        for node in filter(is_rounding, graph.nodes):
+            self.quantize_nodes += 1
+            if quantizes_input(node):
+                self.input_nodes += 1
+            elif not is_weight_quantize(node):
+                self.kv_nodes += 1
+            elif is_expert(node_at(node, 0)):
+                self.expert_nodes += 1
+            else:
+                self.linear_nodes += 1
         self.groups = _shared_scales(program.graph)
+        self.rewritten = sorted(_rewritten(program.graph), key=natural_order)
+        self.untied = list(program.untied)
         self.warnings += [*program.notes, *unquantized(graph, program)]
-        self.bootstrapped = len(program.bootstrapped)
-        holes = {n.name: n for n in graph.nodes if n.target is dialect.AMAX}
+        amaxes = [n.name for n in statistics(graph) if n.target is dialect.AMAX]
+        self.bootstrapped = sum(1 for name in amaxes if float(values[name]) < 0)
+        answers = [node for node in graph.nodes if node.target is dialect.FIRST]
         self.unseen_inputs = sum(
-            1
-            for n in program.bootstrapped
-            if n in holes
-            and root(node_at(holes[n], 0)) is None
-            and float(program.values[n]) == UNSEEN_INPUT_AMAX
+            all(float(values[n.name]) < 0 for choice in nodes_at(node, 0)[:-1] for n in _amaxes(choice))
+            for node in answers
         )
         layers = _experts_by_layer(program.tokens)
         self.experts = sum(len(counts) for counts in layers.values())
@@ -230,6 +240,25 @@ def _shared_scales(lowered: Graph) -> int:
     return sum(1 for count in linears.values() if count > 1)
 
 
+def _rewritten(lowered: Graph) -> set[str]:
+    """The tensors that a lowered program computes before it stores, or packs, them.
+
+    %norm_half : bf16[64] = aten.mul.Tensor(%norm, 0.5)
+    %norm_new : bf16[64] = fxq.rewrite(%norm, %norm_half)
+    %norm_store = fxq.store('norm.weight', %norm_new)     norm.weight
+    """
+    found: set[str] = set()
+    for node in lowered.nodes:
+        if node.target is dialect.STORE and node_at(node, 1).target is not dialect.LOAD:
+            found.add(str(node.args[0]))
+        elif node.target in (dialect.STORE_LINEAR, dialect.STORE_ROWS):
+            weight = node_at(node_at(node, 1), 0)
+            if any(n.target is dialect.REWRITE for n in weight_path(weight)):
+                suffix = ".weight" if node.target is dialect.STORE_LINEAR else ""
+                found.add(f"{node.args[0]}{suffix}")
+    return found
+
+
 def sqnr_db(pairs: Any) -> float | None:
     """10 log10(total energy / total squared error) of (squared error, energy) pairs; None without any."""
     error, energy = (
@@ -242,6 +271,11 @@ def sqnr_db(pairs: Any) -> float | None:
 
 def _ratio(pair: tuple[float, float]) -> float:
     return pair[1] / pair[0] if pair[0] else math.inf
+
+
+def _amaxes(node: Node) -> Sequence[Node]:
+    """What an amax of activations, or of a group's, is made of."""
+    return nodes_at(node, 0) if node.target is dialect.SYNC else [node]
 
 
 def _experts_by_layer(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,97 +1,55 @@
-"""Simulation: the graph run as the deployed model computes, and as the model was before.
+"""Simulation: a program run as the deployed model computes, as the model was before, or both side by side.
 
-The graph that simulates is the graph that was calibrated: only the meaning of a few operators changes.
+%w_q : bf16[64,64] = fxq.quantize(%w, %w_amax, ...)   DEPLOYED: what the checkpoint decodes to; else %w
+%w_new : bf16[64,64] = fxq.rewrite(%w, %scaled)        DEPLOYED, UNROUNDED: %scaled; ORIGINAL: %w
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import Node
 
-from fxq.graph import dialect
-from fxq.graph.arguments import node_at, nodes_at
-from fxq.numbers.formats import FORMATS
+from fxq.errors import VerifyError, and_more
+from fxq.graph.hub import WeightSource
+from fxq.graph.program import Program
+from fxq.graph.structure.views import statistics
+from fxq.run.expressions import RunGraph, Variant
 from fxq.run.streaming import Streaming
 
-
-class Simulate(Streaming):
-    """The deployed model: calibrated amaxes instead of fresh ones, everything quantized as it will be
-    served. Slices that are stacked again are quantized there, in one launch."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.together = {q: n for n in self.graph.nodes for q in _quantized_alike(n)}
-
-    def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if n.target is dialect.AMAX:
-            return self.program.values[n.name].to(self.device)
-        if n in self.together:
-            return args[0]
-        if n.target is dialect.STACK and self.together.get(nodes_at(n, 0)[0]) is n:
-            return self._quantize(_base(args[0]), nodes_at(n, 0))
-        return super().call(n, args, kwargs)
-
-    def _quantize(self, w: Tensor, quantizes: Sequence[Node]) -> Tensor:
-        amax = torch.stack([amax_value(node_at(q, 1), self.program.values) for q in quantizes])
-        format = FORMATS[str(quantizes[0].kwargs["format"])]
-        packed = format.quantize(w, amax.to(w.device), str(quantizes[0].kwargs["scale"]))
-        out = torch.empty_like(w)
-        for e in range(len(w)):
-            out[e] = format.dequantize(packed.part(e, slice(None)))
-        return out
+DEPLOYED = Variant()
+UNROUNDED = Variant(roundings=False)
+ORIGINAL = Variant(roundings=False, rewrites=False)
 
 
-class Unquantized(Streaming):
-    """The model as it was: quantize nodes pass their operand through."""
-
-    def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if n.target is dialect.QUANTIZE:
-            return args[0]
-        if n.target in (dialect.SYNC, dialect.AMAX):
-            return None
-        if n.target is dialect.STACK:
-            return _base(args[0])
-        return super().call(n, args, kwargs)
-
-
-def _quantized_alike(stack: Node) -> Sequence[Node]:
-    """The quantize nodes that a stack consists of, if all choose scales alike and have no other user."""
-    if stack.target is not dialect.STACK:
-        return ()
-    pieces = nodes_at(stack, 0)
-    options = pieces[0].kwargs
-    format = FORMATS.get(str(options.get("format")))
-    in_blocks = format is not None and format.block is not None and options["scale"] in format.scales
-    alike = in_blocks and all(
-        q.target is dialect.QUANTIZE and q.kwargs == options and list(q.users) == [stack] for q in pieces
-    )
-    return pieces if alike else ()
-
-
-def _base(slices: Sequence[Tensor]) -> Tensor:
-    """The fused weight itself when its slices come back untouched and in order, instead of a copy."""
-    first = slices[0]
-    stride = slices[1].storage_offset() - first.storage_offset() if len(slices) > 1 else first.numel()
-    untouched = all(
-        s.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and s.storage_offset() == first.storage_offset() + e * stride
-        and s.stride() == first.stride()
-        for e, s in enumerate(slices)
-    )
-    if untouched and stride > 0:
-        return first.as_strided(
-            (len(slices), *first.shape), (stride, *first.stride()), first.storage_offset()
+def simulation(
+    program: Program,
+    source: WeightSource,
+    device: torch.device,
+    variants: Sequence[Variant] = (DEPLOYED,),
+    *,
+    step: Callable[[], None] = lambda: None,
+    reduce: Callable[[Any, int], Any] = lambda value, i: value,
+) -> Streaming:
+    """Runs a program's model; its output is that of the variant, or a list of those of several, which share
+    every weight that is read. Statistics are those that calibration found; VerifyError if it did not keep
+    them."""
+    graph = program.calibrated or program.graph
+    values = program.known_values()
+    output = [node for node in graph.nodes if node.op == "output"]
+    run = RunGraph(graph, output, variants, values=values)
+    if unknown := [node.name for node in statistics(run.graph)]:
+        raise VerifyError(
+            f"{and_more([f'%{name}' for name in unknown])}: this program's calibration did not keep what it "
+            "found; expected a program that is calibrated and not written yet. fxq.evaluate (fxq eval) runs "
+            "what was written"
         )
-    return torch.stack(list(slices))
-
-
-def amax_value(node: Node, values: Mapping[str, Tensor]) -> Tensor:
-    """The float32 [] that an amax, sync, value or constant node stands for once calibrated."""
-    if node.target is dialect.SYNC:
-        return torch.stack([amax_value(n, values) for n in nodes_at(node, 0)]).amax()
-    if node.target is torch.ops.aten.scalar_tensor.default:
-        return torch.tensor(float(cast(float, node.args[0])), dtype=torch.float32)
-    name = str(node.args[0]) if node.target is dialect.VALUE else node.name
-    return values[name]
+    return Streaming(
+        run.graph,
+        source,
+        device,
+        constants=program.constants,
+        values=values,
+        origins=run.origins,
+        step=step,
+        reduce=reduce,
+    )

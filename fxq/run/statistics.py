@@ -1,145 +1,114 @@
-"""Statistics: what calibration reads off tensors while the graph runs, the largest magnitudes above all."""
+"""Statistics: runs a program over batches and keeps what its statistics show.
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
+The order of work follows from the graph: what reads a statistic runs when all batches have passed it.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.errors import SourceError, VerifyError
-from fxq.graph import dialect
-from fxq.graph.arguments import node_at, nodes_at
-from fxq.graph.hub import Hub
-from fxq.graph.places import places
-from fxq.graph.structure.views import VIEWS, parameter_name, root, strip, value_of
-from fxq.run.simulate import Unquantized
+from fxq.errors import SourceError
+from fxq.graph import dialect, edit
+from fxq.graph.arguments import node_at
+from fxq.graph.hub import WeightSource
+from fxq.graph.program import Program
+from fxq.graph.structure.views import is_quantized, parameter_name, shape_of, statistics
+from fxq.run.expressions import RunGraph, Variant
+from fxq.run.streaming import Resident, Sink, Streaming
+
+# What a linear's statistics are taken of: activations of the model before it, as it was, or already rounded.
+Prefix = Literal["original", "quantized"]
 
 
-def amax_of(w: Tensor, experts: Sequence[int] | None = None) -> Tensor:
-    """float32 [n]: the largest magnitude of each (chosen) w[e], without a temporary of the weight's size."""
-    rows = range(len(w)) if experts is None else experts
-    found = [torch.aminmax(w[e]) for e in rows]
-    return torch.stack([torch.maximum(high, -low) for low, high in found]).to(torch.float32)
+class Calibration:
+    """Fills `program.values` and `program.tokens`.
 
-
-def slice_of(hole: Node) -> Node | None:
-    """The expert slice whose amax this is; None for any other amax."""
-    node = strip(node_at(hole, 0), VIEWS)
-    return node if node.target is dialect.SLICE else None
-
-
-def check_finite(hub: Hub, hole: Node, value: Tensor, t: Tensor | None = None) -> None:
-    """SourceError if an amax f32 [] is NaN or Inf. t: the tensor that it is of, if that is a weight
-    [out, in]."""
-    if bool(torch.isfinite(value)):
-        return
-    if t is not None:
-        check_weight(hub, node_at(hole, 0), t)
-    raise SourceError(
-        f"%{hole.name}: calibration produced {_kind(value)} in an activation; is the model or the text "
-        "broken?"
-    )
-
-
-def check_weight(hub: Hub, w: Node, values: Tensor) -> None:
-    """SourceError, naming the tensor of the checkpoint, if the values [out, in] of a parameter or of a slice
-    of one hold NaN or Inf."""
-    broken = torch.nonzero(~torch.isfinite(values))
-    if len(broken):
-        row, value = int(broken[0, 0]), values[tuple(broken[0])]
-        raise SourceError(
-            f"{_tensor_of(hub, w, row)}: the weight holds {_kind(value)}; expected finite values"
-        )
-
-
-def _tensor_of(hub: Hub, w: Node, row: int) -> str:
-    """What holds a row of a weight in the source; parameters that rows do not describe by their own name."""
-    try:
-        found = places(dataclasses.replace(hub, names={}), w)  # `names` are those of the output
-    except VerifyError:
-        piece = strip(w, VIEWS)
-        name, expert = parameter_name(w), piece.args[1] if piece.target is dialect.SLICE else None
-    else:
-        place = next(place for place in found if place.start <= row < place.end)
-        name, expert = place.key, place.expert if place.experts > 1 else None
-    return name if expert is None else f"{name}, expert {expert}"
-
-
-def _kind(value: Tensor) -> str:
-    return "NaN" if bool(value.isnan()) else "Inf"
-
-
-class Max(Unquantized):
-    """Records the amax of activations and weights, and counts the tokens that reach each expert; an expert's
-    weight is looked at when a token reaches it.
-
-    Only what leads to an amax or to an expert is computed; statistics are those of the unquantized model.
+    prefix: whether statistics are those of the unquantized model (rewrites done), or each those of the model
+    whose earlier weights and activations are rounded already. sink: takes what weights are packed as on the
+    way, with a quantized prefix. hold: whether `segments` gives all parameters of a segment, or may lack
+    those that were used up. Raises SourceError for a statistic that is NaN or infinite.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.values: dict[str, Tensor] = {}
-        self.tokens: dict[str, Tensor] = {}
-        self.inputs: dict[Node, Tensor] = {}
-        self.holes: dict[Node, list[Node | None]] = {}
+    def __init__(
+        self,
+        program: Program,
+        source: WeightSource,
+        device: torch.device,
+        *,
+        prefix: Prefix = "original",
+        sink: Sink | None = None,
+        hold: bool = False,
+    ) -> None:
+        self.program = program
+        graph = program.calibrated or program.graph
+        wanted = [node for node in statistics(graph) if node.name not in program.values]
+        experts = {
+            parameter_name(node_at(n, 1)): n
+            for n in graph.nodes
+            if n.target is dialect.EXPERT_LINEAR and is_quantized(node_at(n, 1))
+        }
+        ids = [node_at(n, 2) for n in experts.values()]
+        variant = Variant(roundings=prefix == "quantized")
+        run = RunGraph(graph, [*wanted, *ids], [variant], values=program.values)
+        (copies,) = run.copies
+        self.names = {copies[node]: node for node in wanted}
+        self.tokens: dict[Node, str] = {}
+        for name, linear in experts.items():
+            counted = copies[node_at(linear, 2)]
+            with run.graph.inserting_after(counted):
+                count = shape_of(node_at(linear, 1))[0]
+                made = edit.call(
+                    run.graph, f"{linear.name}_tokens", dialect.EXPERT_TOKENS, counted, experts=count
+                )
+            self.tokens[made] = name
+        self.streaming = Streaming(
+            run.graph,
+            source,
+            device,
+            constants=program.constants,
+            values=program.values,
+            origins=run.origins,
+            sink=sink,
+            hold=hold,
+        )
 
-    def wanted(self) -> set[Node]:
-        needed: set[Node] = set()
-        for node in reversed(self.graph.nodes):
-            if (
-                node in needed
-                or node.target in (dialect.AMAX, dialect.EXPERT_LINEAR)
-                or node.op == "placeholder"
-            ):
-                needed.update((node, *node.all_input_nodes))
-        return needed
+    @property
+    def steps(self) -> int:
+        """How often a run calls `step`."""
+        return len(self.streaming.graph.nodes)
 
-    def run_batches(self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> list[Any]:
-        outputs = super().run_batches(batches, masks)
-        for hole, value in self.inputs.items():
-            self._found(hole, value.cpu())
-        return outputs
+    def run(self, batches: Sequence[Tensor], step: Callable[[], None] = lambda: None) -> int:
+        """Calibrate on batches int64 [B, S]; returns how many statistics were found."""
+        self.streaming.step = step
+        before = len(self.program.values)
+        for _ in self.segments(batches):
+            pass
+        return len(self.program.values) - before
 
-    def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if n.target is dialect.AMAX:
-            return self._amax(n, args[0])
-        if n.target is dialect.EXPERT_LINEAR:
-            self._count(n, args[1], args[2])
-        return super().call(n, args, kwargs)
+    def segments(self, batches: Sequence[Tensor]) -> Generator[Resident]:
+        """`run`, a segment at a time, whose statistics are known by then: its parameters, by name."""
+        run = self.streaming
+        for event in run.walk(batches):
+            if not isinstance(event, int):
+                self._keep()
+                yield event
+            del event  # parameters that are used up
 
-    def _amax(self, n: Node, t: Tensor) -> None:
-        if root(node_at(n, 0)) is None:
-            if t.numel():  # else bootstrap looks at its peers
-                value = amax_of(t[None])[0]
-                self.inputs[n] = torch.maximum(self.inputs[n], value) if n in self.inputs else value
-        elif slice_of(n) is None:  # an expert's amax waits for a token to reach it
-            self._found(n, amax_of(t[None])[0].cpu(), t)
-
-    def _count(self, n: Node, w: Tensor, expert_ids: Tensor) -> None:
-        stack = node_at(n, 1)
-        holes = self.holes.setdefault(stack, _expert_holes(stack))
-        if not holes:
-            return
-        parameter = parameter_name(stack)
-        counts = torch.bincount(expert_ids, minlength=len(w))[: len(w)].cpu()
-        seen = self.tokens.get(parameter, torch.zeros_like(counts))
-        self.tokens[parameter] = seen + counts
-        new = [e for e in torch.nonzero(counts).flatten().tolist() if holes[e].name not in self.values]
-        if new:
-            for expert, value in zip(new, amax_of(w, new).cpu(), strict=True):
-                self._found(holes[expert], value, w[expert])
-
-    def _found(self, hole: Node, value: Tensor, weight: Tensor | None = None) -> None:
-        check_finite(self.program.hub, hole, value, weight)
-        self.values[hole.name] = value
-
-
-def _expert_holes(stack: Node) -> list[Node | None]:
-    """The amax node of each expert of a fused weight, in order; None for one that has none; [] if the weight
-    is not taken apart."""
-    if stack.target is not dialect.STACK:
-        return []
-    pieces = (value_of(piece) for piece in nodes_at(stack, 0))
-    return [next((user for user in piece.users if user.target is dialect.AMAX), None) for piece in pieces]
+    @torch.no_grad()
+    def _keep(self) -> None:
+        """Take over the statistics that are complete."""
+        complete = self.streaming.complete()
+        for made in [n for n in complete if n in self.names]:
+            node, value = self.names.pop(made), complete[made].cpu()
+            if not bool(torch.isfinite(value).all()):
+                kind = "NaN" if bool(value.isnan().any()) else "Inf"
+                raise SourceError(
+                    f"%{node.name}: calibration produced {kind} in an activation; is the model or the text "
+                    "broken?"
+                )
+            self.program.values[node.name] = value
+        for made in [n for n in complete if n in self.tokens]:
+            self.program.tokens[self.tokens.pop(made)] = complete[made].cpu()

@@ -5,56 +5,72 @@ read meanwhile: a weight is read once for the whole calibration set, not once a 
 """
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
+from torch.fx import Graph, Interpreter, Node
 from torch.fx.node import map_aggregate, map_arg
 
+from fxq.graph import dialect
 from fxq.graph.hub import WeightSource
-from fxq.graph.program import Program
+from fxq.numbers.formats import FORMATS, Measured
 from fxq.run.loader import Request, loaded
 from fxq.run.segments import Segment, segments
 
 # The values that one batch has between two segments.
 BatchState = dict[Node, Any]
+# Parameters at hand, by name.
+Resident = dict[str, Tensor]
+# Takes (roundings, the weights [n, out, in] that they round, these packed).
+Sink = Callable[[tuple[Node, ...], Tensor, Measured], None]
 
 
 class Streaming(Interpreter):
-    """Runs a program over batches, fetching weights from a source and freeing every value after its last
-    use.
+    """Runs a graph over batches, fetching weights from a source and freeing every value after its last use.
 
-    device: where the graph runs; the devices written in the graph are those it was traced on, and are
-    replaced. reduce: what to keep of each batch's output (value, batch index), so that logits of many
-    batches never pile up. What batches keep between segments stays on a GPU as long as it takes no more than
-    half of the memory that was free, and lies in host memory beyond that.
+    graph: all of it runs; see `fxq.run.expressions.RunGraph` for one of what is wanted. values: what its
+    `fxq.value` nodes stand for. device: where it runs; the devices written in the graph are those it was
+    traced on, and are replaced. origins: roundings of weights in it -> the nodes of the program that each is;
+    sink: is given what these pack to. hold: whether parameters are kept to the end of their segment. reduce:
+    what to keep of each batch's output (value, batch index), so that logits of many batches never pile up.
+    found: its statistics, as far as batches have passed; see `complete`.
+    What batches keep between segments stays on a GPU as long as it takes no more than half of the memory that
+    was free, and lies in host memory beyond that.
     """
 
     def __init__(
         self,
-        program: Program,
+        graph: Graph,
         source: WeightSource,
         device: torch.device,
         *,
+        constants: Mapping[str, Tensor] = MappingProxyType({}),
+        values: Mapping[str, Tensor] = MappingProxyType({}),
+        origins: Mapping[Node, tuple[Node, ...]] = MappingProxyType({}),
+        sink: Sink | None = None,
+        hold: bool = False,
         step: Callable[[], None] = lambda: None,
         reduce: Callable[[Any, int], Any] = lambda value, i: value,
     ) -> None:
-        super().__init__(nn.Module(), graph=program.calibrated or program.graph)
-        self.program, self.source, self.device, self.step, self.reduce = program, source, device, step, reduce
+        super().__init__(nn.Module(), graph=graph)
+        self.source, self.device, self.step, self.reduce = source, device, step, reduce
+        self.constants, self.values, self.origins, self.sink = constants, values, origins, sink
+        self.hold = hold
+        self.starts: frozenset[Node] | None = None
+        self.found: dict[Node, Tensor] = {}
+        self.carried: BatchState = {}
+        self._complete: set[Node] = set()
         self.extra_traceback = False  # errors meant for users stay as they are worded
         outputs = [n for n in self.graph.nodes if n.op == "output"]
         self.result = next((n for node in outputs for n in node.all_input_nodes), None)
 
-    def wanted(self) -> set[Node]:
-        """The nodes that must run, with all their inputs."""
-        return set(self.graph.nodes)
-
     def run_batches(self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> list[Any]:
         """The graph's first output (as `reduce` keeps it) for each batch of token ids int64 [B, S]; None
-        where it is not wanted.
+        without an output.
 
         masks: attention masks int64 [B, S], for a graph traced with `padded`.
         """
@@ -63,7 +79,6 @@ class Streaming(Interpreter):
             outputs[i] = value
         return outputs
 
-    @torch.no_grad()
     def stream(
         self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None = None
     ) -> Generator[tuple[int, Any]]:
@@ -72,25 +87,57 @@ class Streaming(Interpreter):
         All batches have gone through every segment but the last by then, so that two models' outputs can be
         compared batch by batch while each weight is read once.
         """
-        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
-        given = zip(batches, strict=True) if masks is None else zip(batches, masks, strict=True)
-        states = BatchStates(self.device, [dict(zip(inputs, values, strict=True)) for values in given])
-        wanted = self.wanted()
+        with closing(self.walk(batches, masks)) as events:
+            for event in events:
+                if isinstance(event, int):
+                    yield event, self.outputs.pop(event)
+                del event  # parameters that are used up
+
+    def walk(
+        self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None = None
+    ) -> Generator[int | Resident]:
+        """Run, and say so: the number of a batch whose output is in `outputs`, and when all batches have
+        passed a segment its parameters, which are here until then."""
+        states = self._states(batches, masks)
         for node in self.graph.nodes:
-            if node not in wanted or node.op in ("placeholder", "output"):
+            if node.op in ("placeholder", "output"):
                 self.step()
-        tokens = sum(batch.numel() for batch in batches)
-        plan = segments(self.graph, wanted, tokens / inputs[0].meta["val"].numel()) if len(states) else []
-        self.outputs: dict[int, Any] = {}
-        with closing(self._parameters(plan)) as parameters:
-            for segment in plan:
+        with closing(self._parameters(plan := self._plan(states, batches))) as parameters:
+            last_use = _last_use(plan)
+            for number, segment in enumerate(plan):
                 shared = self._run_shared(segment, parameters, len(states))
                 for i in range(len(states)):
-                    states.put(i, self._run_varying(segment, {**shared, **states.take(i)}, i))
+                    env = {**self.found, **shared, **states.take(i)}
+                    states.put(i, self._run_varying(segment, env, i))
+                    env = {}
                     self.env = {}
                     if i in self.outputs:
-                        yield i, self.outputs.pop(i)
+                        yield i
+                self._complete.update(n for n in segment.varying if n in self.found)
+                yield {str(n.target): value for n, value in shared.items() if self._is_read(n)}
+                self.carried = {node: shared[node] for node in segment.carried}
                 self.env = shared = {}
+                for node in self.complete():
+                    if last_use.get(node, -1) <= number:
+                        del self.found[node]
+
+    def complete(self) -> dict[Node, Tensor]:
+        """The statistics that all batches have passed and that are still here: until the segment after the
+        last that uses them."""
+        return {node: value for node, value in self.found.items() if node in self._complete}
+
+    def _states(self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None) -> "BatchStates":
+        inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        given = zip(batches, strict=True) if masks is None else zip(batches, masks, strict=True)
+        return BatchStates(self.device, [dict(zip(inputs, values, strict=True)) for values in given])
+
+    def _plan(self, states: "BatchStates", batches: Sequence[Tensor]) -> list[Segment]:
+        first = next(n for n in self.graph.nodes if n.op == "placeholder")
+        tokens = sum(batch.numel() for batch in batches)
+        self.outputs: dict[int, Any] = {}
+        self.carried = {}
+        scale = tokens / first.meta["val"].numel()
+        return segments(self.graph, scale, self.starts) if len(states) else []
 
     def _parameters(self, plan: Sequence[Segment]) -> Generator[tuple[Node, Tensor]]:
         """The parameters of all segments in their order, each read while what is before it is used."""
@@ -108,13 +155,14 @@ class Streaming(Interpreter):
         return Request(n, tuple(val.shape), val.dtype, fills)
 
     def _is_read(self, n: Node) -> bool:
-        return n.op == "get_attr" and n.target not in self.program.constants
+        return n.op == "get_attr" and n.target not in self.constants
 
+    @torch.no_grad()
     def _run_shared(
         self, segment: Segment, parameters: Iterator[tuple[Node, Tensor]], batches: int
     ) -> BatchState:
         """What all batches need of a segment."""
-        self.env = {}
+        self.env = {**self.found, **self.carried}
         for node in segment.shared:
             if self._is_read(node):
                 self.env[node] = next(parameters)[1].view(node.meta["val"].shape)
@@ -123,15 +171,19 @@ class Streaming(Interpreter):
             if node is self.result:
                 self.outputs = {i: self.reduce(self.env[node], i) for i in range(batches)}
             for dead in segment.ends[node]:
-                del self.env[dead]
+                if not (self.hold and self._is_read(dead)):
+                    del self.env[dead]
             self.step()
-        return self.env
+        return {node: value for node, value in self.env.items() if node not in self.found}
 
+    @torch.no_grad()
     def _run_varying(self, segment: Segment, env: BatchState, i: int) -> BatchState:
         """Batch `i` through one segment: what later segments use of it."""
         self.env = env
         for node in segment.varying:
-            self.env[node] = self.run_node(node)
+            value = self.env[node] = self.run_node(node)
+            if (known := dialect.find(node.target)) is not None and known.fold is not None:
+                self.found[node] = known.fold(self.found[node], value) if node in self.found else value
             if node is self.result:
                 self.outputs[i] = self.reduce(self.env[node], i)
             for dead in segment.ends[node]:
@@ -142,15 +194,42 @@ class Streaming(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         if n.op == "get_attr":
-            return self.program.constants[str(n.target)].to(self.device)
+            return self.constants[str(n.target)].to(self.device)
+        if n.target is dialect.VALUE:
+            return self.values[str(n.args[0])].to(self.device)
         args, kwargs = map_arg((n.args, n.kwargs), lambda m: self.env[m])  # type: ignore[misc]
         return self.call(n, args, kwargs)
 
     def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The value of one call, for one batch if it depends on that; subclasses change the meaning of an
-        operator here."""
+        """The value of one call, for one batch if it depends on that."""
+        if n in self.origins:
+            return self._rounded(n, args, kwargs)
         moved = {k: self.device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
         return cast(Callable[..., Any], n.target)(*args, **moved)
+
+    def _rounded(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """One weight, or many at once, as what they pack to decodes."""
+        known, origins = dialect.find(n.target), self.origins[n]
+        assert known is not None
+        assert known.pack is not None
+        many = args if args[1].dim() else [a[None] if isinstance(a, Tensor) else a for a in args]
+        packed = known.pack(*many, **kwargs)
+        if self.sink is not None:
+            self.sink(origins, many[0], packed)
+        out, format = torch.empty_like(many[0]), FORMATS[str(kwargs["format"])]
+        for e in range(len(out)):
+            out[e] = format.dequantize(packed.part(e, slice(None)))
+        return dialect.straight_through(args[0], out if args[1].dim() else out[0])
+
+
+def _last_use(plan: Sequence[Segment]) -> dict[Node, int]:
+    """Node -> the number of the last segment that uses it."""
+    return {
+        source: number
+        for number, segment in enumerate(plan)
+        for node in (*segment.shared, *segment.varying)
+        for source in node.all_input_nodes
+    }
 
 
 class BatchStates:
@@ -168,6 +247,10 @@ class BatchStates:
         """The values of batch `i`, on the device and nowhere else."""
         values, self.values[i], self.held[i] = self.values[i], {}, 0
         return {node: map_aggregate(value, self._here) for node, value in values.items()}
+
+    def peek(self, i: int) -> BatchState:
+        """The values of batch `i`, on the device, and kept."""
+        return {node: map_aggregate(value, self._here) for node, value in self.values[i].items()}
 
     def put(self, i: int, values: BatchState) -> None:
         """Keep the values of batch `i`."""

@@ -7,6 +7,7 @@ Parameters are rows of the hub's tensors (`fxq.sources.conversion`), so that one
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ class Directory:
 
     config: its config.json. infos: every tensor as it decodes, in natural order of names; the scales of
     quantized ones are not among them. activations: what an NVFP4 checkpoint's inputs and cache are quantized
-    with. quantized: whether such a checkpoint may be read, decoded, instead of being refused. follow_links:
-    whether files may be links out of the directory. SourceError says what is wrong with a file of it.
+    with. bytes_read: of tensors, as they decode, that were read so far. quantized: whether such a checkpoint
+    may be read, decoded, instead of being refused. follow_links: whether files may be links out of the
+    directory. SourceError says what is wrong with a file of it.
     """
 
     concurrent = True
@@ -47,6 +49,7 @@ class Directory:
         self.infos, self._fp8, self._nvfp4 = dict(encoding.infos), encoding.fp8, encoding.nvfp4
         self.activations = encoding.activations
         self._turned: set[str] = set()
+        self.bytes_read, self._counting = 0, Lock()
         self.hub = Hub(tensors=self.infos)
         self._own: dict[str, TensorInfo] = {}
 
@@ -116,6 +119,8 @@ class Directory:
 
     def _rows(self, key: str, rows: range, expert: int | None, out: Tensor) -> None:
         """Some rows of one tensor, or of one expert of it, into `out`, decoded and cast to its dtype."""
+        with self._counting:
+            self.bytes_read += out.numel() * self.infos[key].dtype.itemsize
         shape = self.infos[key].shape
         lead = shape[: row_axis(shape)] if expert is None else shape[1:-2]
         first = 0 if expert is None else expert * math.prod(lead)

@@ -47,6 +47,12 @@ class Live:
             self.origin.attach(self._fake)
             self.hub = self._in_own_dtypes(self.origin.hub)
         self._where = _places(self.hub)
+        self._read = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read so far."""
+        return self._read + (self.origin.bytes_read if self.origin is not None else 0)
 
     def _in_own_dtypes(self, hub: Hub) -> Hub:
         """The directory's tensors, in the dtypes that the parameters have in memory."""
@@ -58,17 +64,21 @@ class Live:
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         value = self.parameters.read(name)
+        self._read += value.nbytes
         return value.cpu() if out is None else out.copy_(value)
 
     def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
         value = self.parameters.read(name)[expert]
+        self._read += value.nbytes
         return value.cpu() if out is None else out.copy_(value)
 
     def read_hub(self, key: str, part: range | None = None) -> Tensor:
         if not self._where.get(key) and self.origin is not None:
             return self.origin.read_hub(key, part)
         whole = self._made(key)
-        return whole if part is None else whole[part.start : part.stop]
+        wanted = whole if part is None else whole[part.start : part.stop]
+        self._read += wanted.nbytes
+        return wanted
 
     def _made(self, key: str) -> Tensor:
         """A tensor of the checkpoint, out of the parameters that lie there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -34,8 +35,7 @@ from fxq.graph.hub import Hub, TensorInfo
 from fxq.graph.program import Program
 from fxq.graph.text import parse
 from fxq.run import stages
-from fxq.run.bootstrap import Bootstrap
-from fxq.run.statistics import Max
+from fxq.run.statistics import Calibration
 from tests.families import Zoo, load, samples, without_times, write_lines, zoo
 
 __all__ = ["zoo"]
@@ -77,6 +77,7 @@ class Given:
 
     hub = Hub()
     concurrent = False
+    bytes_read = 0
 
     def __init__(self) -> None:
         self.reads: list[str] = []
@@ -644,57 +645,121 @@ def _figures(compiled: fxq.Compiled) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def left(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work directory of a compilation that died in the middle of writing."""
+    """The work directory of a compilation that died in the middle of calibrating and writing."""
     tmp_path = tmp_path_factory.mktemp("left")
-    plain, calls = Shards.write, iter(range(10_000))
+    plain, work = Calibration.segments, tmp_path / ".out.partial"
+
+    def die_in_the_last(self: Calibration, batches: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
+        for resident in plain(self, batches):
+            if any("layers.1" in name for name in resident):
+                while (work / "journal").read_bytes().count(b"piece") < 20:  # they are written behind
+                    time.sleep(0.01)
+                raise Crash
+            yield resident
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Calibration, "segments", die_in_the_last)
+        with pytest.raises(Crash):
+            _compile(model, tmp_path / "out")
+    return work
+
+
+def _left_calibrated(model: Path, tmp_path: Path, **options: Any) -> Path:
+    """The work directory of a compilation that died when it was calibrated and not all was written."""
+    plain, work = Shards.write, tmp_path / ".out.partial"
 
     def write(self: Shards, *args: Any) -> int:
-        if next(calls) >= 100:
+        if list(work.glob("statistics-*.safetensors")):
             raise Crash
         return plain(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Shards, "write", write)
         with pytest.raises(Crash):
-            _compile(model, tmp_path / "out")
-    return tmp_path / ".out.partial"
+            _compile(model, tmp_path / "out", **options)
+    return work
+
+
+@pytest.fixture(scope="module")
+def left_calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a compilation that died in the middle of writing."""
+    return _left_calibrated(model, tmp_path_factory.mktemp("left_calibrated"))
 
 
 @pytest.fixture
 def killed(left: Path, tmp_path: Path) -> Path:
-    """Where a compilation died in the middle of writing."""
+    """Where a compilation died in the middle of calibrating and writing."""
     shutil.copytree(left, tmp_path / left.name)
     return tmp_path / "out"
 
 
+@pytest.fixture
+def calibrated(left_calibrated: Path, tmp_path: Path) -> Path:
+    """Where a compilation died in the middle of writing."""
+    shutil.copytree(left_calibrated, tmp_path / left_calibrated.name)
+    return tmp_path / "out"
+
+
+def _never(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("calibrated again")
+
+
 def test_calibration_is_not_repeated_and_nothing_differs(
+    model: Path, calibrated: Path, uninterrupted: tuple[Files, fxq.Compiled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Calibration, "segments", _never)
+    resumed = _compile(model, calibrated, resume=True)
+    files, compiled = uninterrupted
+    assert _files(calibrated) == files
+    assert _figures(resumed) == _figures(compiled)
+    assert all(torch.equal(resumed.scales[name], value) for name, value in compiled.scales.items())
+    assert not list(calibrated.parent.glob(".*"))
+
+
+def test_a_run_that_died_while_calibrating_calibrates_again_and_keeps_what_it_wrote(
     model: Path, killed: Path, uninterrupted: tuple[Files, fxq.Compiled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("calibrated again")
+    before = (killed.parent / ".out.partial" / "journal").read_bytes()
+    assert before.count(b"piece") >= 20
+    assert b"calibrated" not in before
+    plain, written = Shards.write, itertools.count()
 
-    monkeypatch.setattr(Max, "run_batches", never)
-    monkeypatch.setattr(Bootstrap, "run", never)
+    def write(self: Shards, *args: Any) -> int:
+        next(written)
+        return plain(self, *args)
+
+    monkeypatch.setattr(Shards, "write", write)
     resumed = _compile(model, killed, resume=True)
     files, compiled = uninterrupted
     assert _files(killed) == files
     assert _figures(resumed) == _figures(compiled)
-    assert all(torch.equal(resumed.scales[name], value) for name, value in compiled.scales.items())
     assert not list(killed.parent.glob(".*"))
+    rest = next(written)
+    _compile(model, killed.parent / "whole")
+    assert rest + 20 < next(written) - rest
+
+
+@pytest.mark.parametrize("harm", ["flip", "lose"])
+def test_statistics_that_a_crash_spoiled_are_found_again(
+    harm: str, model: Path, calibrated: Path, uninterrupted: tuple[Files, fxq.Compiled]
+) -> None:
+    (path,) = (calibrated.parent / ".out.partial").glob("statistics-*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    if harm == "lose":
+        path.unlink()
+    _compile(model, calibrated, resume=True)
+    assert _files(calibrated) == uninterrupted[0]
+    assert not list(calibrated.parent.glob(".*"))
 
 
 @pytest.mark.slow
-def test_a_run_that_died_while_calibrating_calibrates_again(
+def test_a_run_that_calibrated_before_it_wrote_does_not_calibrate_again(
     model: Path, tmp_path: Path, uninterrupted: tuple[Files, fxq.Compiled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(*args: Any, **kwargs: Any) -> None:
-        raise Crash
-
-    monkeypatch.setattr(Bootstrap, "run", die)  # calibrate-max is done by then
-    with pytest.raises(Crash):
-        _compile(model, tmp_path / "out")
-    monkeypatch.undo()
-    monkeypatch.setattr(Max, "run_batches", die)
+    _left_calibrated(model, tmp_path, evaluate=samples(2))
+    monkeypatch.setattr(Calibration, "segments", _never)
     _compile(model, tmp_path / "out", resume=True)
     assert _files(tmp_path / "out") == uninterrupted[0]
 

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import fxq
 from fxq.model import open_model
-from fxq.run.streaming import Streaming
+from fxq.run.simulate import simulation
 from tests import oracle, reader, reference
 from tests.families import (
     DENSE,
@@ -410,6 +410,6 @@ def test_a_live_model_cast_as_a_whole_is_traced_with_its_buffers_cast() -> None:
     assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
     ids = torch.tensor([samples(1)[0]])
     opened = open_model(model)
-    (ours,) = Streaming(opened.program, opened.source, torch.device("cpu")).run_batches([ids])
+    (ours,) = simulation(opened.program, opened.source, torch.device("cpu")).run_batches([ids])
     with torch.no_grad():
         assert torch.equal(ours, model(input_ids=ids, use_cache=False).logits)

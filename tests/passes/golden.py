@@ -111,6 +111,7 @@ class Tensors:
     hub: Hub = dataclasses.field(default_factory=Hub)
 
     concurrent: bool = False
+    bytes_read: int = 0
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         return self.held[name] if out is None else out.copy_(self.held[name])

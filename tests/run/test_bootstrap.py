@@ -1,28 +1,34 @@
-"""Amaxes from weights: when they are found, and how often a weight is read for it."""
+"""Amaxes: when they are found, how often a weight is read for it, and passes that change them."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.fx import Node
 
 import fxq
 from fxq.checkpoint.shards import Shards
-from fxq.graph import dialect
+from fxq.graph import dialect, edit
+from fxq.graph.arguments import int_at, node_at
+from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
+from fxq.graph.structure.views import root
 from fxq.passes import PASSES
 from fxq.pipeline.base import Pass
-from fxq.pipeline.facts import Fact, amaxes_filled
-from fxq.pipeline.spec import load
-from fxq.run.bootstrap import is_own
+from fxq.pipeline.facts import Fact, amaxes_filled, is_weight_quantize
+from fxq.pipeline.spec import Spec, load
 from fxq.sources import Directory
 from tests.families import EXPERTS, LAYERS, Zoo, samples, without_times, zoo
+from tests.families import load as load_model
 
 __all__ = ["zoo"]
 
@@ -48,38 +54,64 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
     return found
 
 
-def test_a_weight_with_an_amax_of_its_own_is_read_once_if_it_is_written_at_once(
-    reads: Counter[Any], zoo: Zoo, tmp_path: Path
+def _compile(model: Path, spec: str | Spec, **options: Any) -> fxq.Compiled:
+    needs = spec not in (WEIGHT_ONLY, CLIPPED)
+    return fxq.compile(model, spec, **({"calib": samples(4)} if needs else {}), **options)
+
+
+@pytest.mark.parametrize("spec", [WEIGHT_ONLY, DEFAULT])
+def test_every_weight_is_read_once_if_it_is_written_at_once(
+    spec: str, reads: Counter[Any], zoo: Zoo, tmp_path: Path
 ) -> None:
-    compiled = fxq.compile(zoo("qwen3_moe"), WEIGHT_ONLY, out=tmp_path / "out")
+    _compile(zoo("qwen3_moe"), spec, out=tmp_path / "out")
     experts = {name: count for name, count in reads.items() if isinstance(name, tuple)}
     assert len(experts) == LAYERS * 2 * EXPERTS
-    assert set(experts.values()) == {1}
-    once = {name.split(".")[-2] for name, count in reads.items() if isinstance(name, str) and count == 1}
-    twice = {name.split(".")[-2] for name, count in reads.items() if isinstance(name, str) and count == 2}
-    assert once == {"o_proj"}
-    assert twice == {"q_proj", "k_proj", "v_proj"}
-    assert compiled.report.bootstrapped == len(compiled.scales)  # these read the weights
+    linears = {str(name).split(".")[-2] for name in reads if "_proj.weight" in str(name)}
+    assert linears == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert set(reads.values()) == {1}
 
 
-def test_when_an_amax_is_found_changes_neither_scales_nor_bytes(zoo: Zoo, tmp_path: Path) -> None:
-    at_once = fxq.compile(zoo("qwen3_moe"), WEIGHT_ONLY, out=tmp_path / "at_once")
-    own = [node.name for node in at_once.graph.nodes if node.target is dialect.AMAX and is_own(node)]
-    assert len(own) == LAYERS * (2 * EXPERTS + 1)
-    assert not set(own) & at_once.program.values.keys()
-    before = fxq.compile(zoo("qwen3_moe"), WEIGHT_ONLY)
-    assert set(own) <= before.program.values.keys()
+def test_without_data_an_amax_is_no_reason_to_read_a_weight(reads: Counter[Any], zoo: Zoo) -> None:
+    compiled = fxq.compile(zoo("qwen3_moe"), WEIGHT_ONLY)
+    assert not reads
+    assert not compiled.program.values
+    assert compiled.report.bootstrapped == 0
+    assert len(compiled.scales) == LAYERS * (2 * EXPERTS + 4)
+    assert set(reads.values()) == {1}  # `scales` computes them
+
+
+@pytest.mark.parametrize("spec", [WEIGHT_ONLY, DEFAULT])
+def test_when_an_amax_is_found_changes_neither_scales_nor_bytes(spec: str, zoo: Zoo, tmp_path: Path) -> None:
+    at_once = _compile(zoo("qwen3_moe"), spec, out=tmp_path / "at_once")
+    before = _compile(zoo("qwen3_moe"), spec)
     before.save(tmp_path / "before")
+    assert at_once.program.values == before.program.values
     assert at_once.scales.keys() == before.scales.keys()
     assert all(torch.equal(before.scales[name], value) for name, value in at_once.scales.items())
     assert _files(tmp_path / "at_once") == _files(tmp_path / "before")
 
 
-def test_a_dead_expert_s_amax_can_wait_and_perplexity_does_not_miss_it(zoo: Zoo, tmp_path: Path) -> None:
+def test_amaxes_of_weights_are_those_of_the_weights_and_lie_beside_what_calibration_found(zoo: Zoo) -> None:
+    compiled = _compile(zoo("qwen3_moe"), DEFAULT)
+    model, scales = load_model(zoo("qwen3_moe")), compiled.scales
+    of_weights = 0
+    for node in (n for n in compiled.graph.nodes if n.target is dialect.AMAX):
+        if (parameter := root(node_at(node, 0))) is None:
+            assert torch.equal(scales[node.name], compiled.program.values[node.name])
+            continue
+        of_weights += 1
+        weight, piece = model.get_parameter(str(parameter.target)), node_at(node, 0)
+        weight = weight[int_at(piece, 1)] if piece.target is dialect.SLICE else weight
+        assert scales[node.name] == weight.abs().max()
+        assert node.name not in compiled.program.values
+    assert of_weights == LAYERS * (2 * EXPERTS + 4)
+    assert len(scales) == of_weights + len(compiled.program.values)
+
+
+def test_perplexity_is_the_same_before_and_after_a_dead_expert_is_written(zoo: Zoo, tmp_path: Path) -> None:
     texts = [[5] * 4]  # few experts are reached
     compiled = fxq.compile(zoo("qwen3_moe"), DEFAULT, calib=texts, out=tmp_path / "out")
     assert compiled.report.dead_experts
-    assert any(map(compiled.program.is_later, compiled.program.bootstrapped))
     evaluated = fxq.compile(zoo("qwen3_moe"), DEFAULT, calib=texts, evaluate=samples(2))
     after = evaluated.report.perplexity_after
     assert after is not None
@@ -88,7 +120,7 @@ def test_a_dead_expert_s_amax_can_wait_and_perplexity_does_not_miss_it(zoo: Zoo,
 
 @dataclass(frozen=True)
 class Halve(Pass):
-    """Clip every weight at half of its amax."""
+    """Clip every activation at half of what calibration found."""
 
     name: ClassVar[str] = "halve"
     requires: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
@@ -99,13 +131,55 @@ class Halve(Pass):
         return len(program.values)
 
 
-def test_a_pass_after_bootstrap_sees_every_amax(zoo: Zoo, tmp_path: Path) -> None:
-    spec = load(WEIGHT_ONLY, PASSES)
+def test_a_pass_that_reads_values_sees_every_one(zoo: Zoo, tmp_path: Path) -> None:
+    spec = load(DEFAULT, PASSES)
     halved = dataclasses.replace(spec, passes=(*spec.passes[:-1], Halve(), spec.passes[-1]))
-    plain = fxq.compile(zoo("qwen3_moe"), spec).scales
-    scales = fxq.compile(zoo("qwen3_moe"), halved, out=tmp_path / "out").scales
-    assert scales.keys() == plain.keys()
-    assert all(torch.equal(scales[name] * 2, value) for name, value in plain.items())
+    compiled = _compile(zoo("qwen3_moe"), halved, out=tmp_path / "out")
+    plain = _compile(zoo("qwen3_moe"), spec)
+    found, values = compiled.scales, plain.program.values
+    assert len(values) == LAYERS * 6  # what q, o, the experts' two weights, keys and values read
+    assert found.keys() == plain.scales.keys()
+    for name, value in plain.scales.items():
+        assert torch.equal(found[name] * 2 if name in values else found[name], value)
+
+
+@dataclass(frozen=True)
+class Clip(Pass):
+    """Clip every weight at half of its amax."""
+
+    name: ClassVar[str] = "clip"
+    reads_values: ClassVar[bool] = False
+
+    def sites(self, program: Program) -> Iterator[Match | Miss]:
+        for node in program.graph.nodes:
+            if is_weight_quantize(node) and node_at(node, 1).target is not torch.ops.aten.mul.Tensor:
+                yield Match("rounding of a weight", node, {"amax": node_at(node, 1)})
+
+    def run(self, program: Program) -> int:
+        halves: dict[Node, Node] = {}
+        for site in list(self.sites(program)):
+            amax, quantize = site["amax"], site.node
+            if amax not in halves:
+                mul = torch.ops.aten.mul.Tensor
+                halves[amax] = edit.call(program.graph, f"{amax.name}_half", mul, amax, 0.5)
+            quantize.args = (quantize.args[0], halves[amax])
+        return len(halves)
+
+
+_PASSES = load(WEIGHT_ONLY, PASSES)
+CLIPPED = dataclasses.replace(_PASSES, passes=(*_PASSES.passes[:-1], Clip(), _PASSES.passes[-1]))
+
+
+def test_a_pass_can_compute_an_amax_from_that_of_the_weight(
+    reads: Counter[Any], zoo: Zoo, tmp_path: Path
+) -> None:
+    _compile(zoo("qwen3_moe"), CLIPPED, out=tmp_path / "clipped")
+    assert set(reads.values()) == {1}
+    _compile(zoo("qwen3_moe"), WEIGHT_ONLY, out=tmp_path / "plain")
+    clipped, plain = (load_file(tmp_path / out / "model.safetensors") for out in ("clipped", "plain"))
+    scales = [name for name in plain if name.endswith("weight_scale_2")]
+    assert len(scales) == LAYERS * (3 * EXPERTS + 4)
+    assert all(torch.equal(clipped[name] * 2, plain[name]) for name in scales)
 
 
 @pytest.mark.slow

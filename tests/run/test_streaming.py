@@ -15,12 +15,12 @@ from fxq.graph import dialect, text
 from fxq.graph.hub import Hub
 from fxq.graph.program import Program
 from fxq.numbers import nvfp4
+from fxq.passes.calibrate_bootstrap import CalibrateBootstrap
 from fxq.run import stages
-from fxq.run.bootstrap import Bootstrap
-from fxq.run.simulate import Simulate, Unquantized
-from fxq.run.statistics import Max
+from fxq.run.simulate import DEPLOYED, ORIGINAL, UNROUNDED, simulation
+from fxq.run.statistics import Calibration, Prefix
 from fxq.run.streaming import Streaming
-from fxq.run.weights import WeightExpressions
+from fxq.run.weights import WeightExpressions, amaxes
 
 CPU = torch.device("cpu")
 DEPTH, EXPERTS = 6, 4
@@ -30,6 +30,7 @@ class Counting:
     """A weight source over a dictionary: hands out copies, and knows which of them are alive."""
 
     concurrent = False
+    bytes_read = 0
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors, self.hub = tensors, Hub()
@@ -116,7 +117,7 @@ BATCHES = [_ids([0, 1, 2], [3, 4, 5]), _ids([7]), _ids([1, 1, 6, 2, 0, 3, 3])]
 
 def test_each_weight_is_read_once_for_any_number_of_batches() -> None:
     program, source = _chain()
-    outputs = Streaming(program, source, CPU).run_batches(BATCHES * 3)
+    outputs = Streaming(program.graph, source, CPU).run_batches(BATCHES * 3)
     assert source.reads == Counter(source.tensors.keys())
     for ids, output in zip(BATCHES * 3, outputs, strict=True):
         wanted = source.tensors["emb"][ids.flatten()]
@@ -128,7 +129,7 @@ def test_each_weight_is_read_once_for_any_number_of_batches() -> None:
 def test_a_weight_is_freed_after_its_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(stages.AHEAD, "cpu", 1)
     program, source = _chain()
-    Streaming(program, source, CPU, step=source.look).run_batches([_ids([7])])
+    Streaming(program.graph, source, CPU, step=source.look).run_batches([_ids([7])])
     assert source.peak <= 2  # the one in use, and at most the next
     assert source.peak_bytes <= 2 * 16 * 16 * 4
     source.peak = 0
@@ -138,82 +139,93 @@ def test_a_weight_is_freed_after_its_last_use(monkeypatch: pytest.MonkeyPatch) -
 
 def test_only_what_reduce_keeps_of_each_output_stays() -> None:
     program, source = _chain()
-    kept = Streaming(program, source, CPU, reduce=lambda y, i: (i, tuple(y.shape))).run_batches(BATCHES)
+    kept = Streaming(program.graph, source, CPU, reduce=lambda y, i: (i, tuple(y.shape))).run_batches(BATCHES)
     assert kept == [(0, (6, 16)), (1, (1, 16)), (2, (7, 16))]
 
 
 def test_no_batches_give_no_outputs() -> None:
     program, source = _chain()
-    assert Streaming(program, source, CPU).run_batches([]) == []
+    assert Streaming(program.graph, source, CPU).run_batches([]) == []
 
 
-def _max(program: Program, source: Counting, batches: Sequence[Tensor]) -> Max:
-    interpreter = Max(program, source, CPU)  # type: ignore[arg-type]
-    interpreter.run_batches(batches)
-    return interpreter
+def _calibrated(
+    program: Program, source: Counting, batches: Sequence[Tensor], prefix: Prefix = "original"
+) -> Program:
+    Calibration(program, source, CPU, prefix=prefix).run(batches)
+    return program
 
 
-def test_max_records_exact_amaxes_over_batches_of_different_lengths() -> None:
+def _amaxes(program: Program, source: Counting) -> dict[str, Tensor]:
+    return amaxes(program, source, CPU)
+
+
+def test_calibration_finds_exact_amaxes_over_batches_of_different_lengths() -> None:
     program, source = _experts()
-    found = _max(program, source, BATCHES)
+    assert Calibration(program, source, CPU).run(BATCHES) == 1
     tokens = torch.cat([b.flatten() for b in BATCHES])
-    assert found.values["x_amax"] == source.tensors["emb"][tokens].abs().max()
-    for e in range(EXPERTS):
-        assert found.values[f"w_e{e}_amax"] == source.tensors["w"][e].abs().max()
-    assert all(v.dtype == torch.float32 and v.shape == () for v in found.values.values())
+    assert set(program.values) == {"x_amax"}
+    assert program.values["x_amax"] == source.tensors["emb"][tokens].abs().max()
+    assert program.values["x_amax"].dtype == torch.float32
+    assert program.values["x_amax"].shape == ()
+
+
+def test_calibration_reads_each_weight_that_it_needs_once_and_no_other() -> None:
+    program, source = _experts()
+    _calibrated(program, source, BATCHES)
+    assert source.reads == Counter(["emb"])
+    program, source = _experts("mse")
+    program.graph = text.parse(
+        text.dump(program.graph).replace("return [%y]", "%y_amax : f32[] = fxq.amax(%y)\nreturn [%y]")
+    )
+    _calibrated(program, source, BATCHES)
     assert source.reads == Counter(["emb", "w"])
 
 
-def test_max_counts_the_tokens_of_each_expert_over_all_batches() -> None:
+def test_calibration_counts_the_tokens_of_each_expert_over_all_batches() -> None:
     program, source = _experts()
     tokens = torch.cat([b.flatten() for b in BATCHES])
     wanted = torch.bincount(tokens % EXPERTS, minlength=EXPERTS)
-    assert torch.equal(_max(program, source, BATCHES).tokens["w"], wanted)
+    assert torch.equal(_calibrated(program, source, BATCHES).tokens["w"], wanted)
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_max_does_not_depend_on_the_order_or_the_cut_of_batches(order: int) -> None:
-    program, source = _experts()
+def test_calibration_does_not_depend_on_the_order_or_the_cut_of_batches(order: int) -> None:
     rows = [_ids([t]) for b in BATCHES for t in b.flatten().tolist()][::order]
-    one, other = _max(program, source, rows), _max(program, source, BATCHES)
+    one, other = _calibrated(*_experts(), rows), _calibrated(*_experts(), BATCHES)
     assert one.values == other.values
     assert torch.equal(one.tokens["w"], other.tokens["w"])
 
 
-def test_max_leaves_dead_experts_to_bootstrap_which_reads_only_those() -> None:
+def test_what_is_known_is_not_found_again() -> None:
     program, source = _experts()
-    found = _max(program, source, [_ids([0, 2, 4, 6])])
-    assert found.tokens["w"].tolist() == [2, 0, 2, 0]
-    assert set(found.values) == {"x_amax", "w_e0_amax", "w_e2_amax"}
-    program.values.update(found.values)
-    source.reads.clear()
-    filled = Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
-    assert set(filled) == {"w_e1_amax", "w_e3_amax"}
-    assert filled["w_e1_amax"] == source.tensors["w"][1].abs().max()
-    assert filled["w_e3_amax"] == source.tensors["w"][3].abs().max()
-    assert set(source.reads) == {"w[1]", "w[3]"}
+    program.values["x_amax"] = torch.tensor(7.0)
+    assert Calibration(program, source, CPU).run(BATCHES) == 0
+    assert program.values == {"x_amax": torch.tensor(7.0)}
 
 
-def test_bootstrap_without_any_data_fills_everything_from_weights_alone() -> None:
+def test_the_amax_of_a_weight_is_that_of_the_weight_whether_tokens_reach_it_or_not() -> None:
     program, source = _experts()
-    filled = Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
-    assert set(filled) == {n.name for n in program.graph.nodes if n.target is dialect.AMAX}
+    _calibrated(program, source, [_ids([0, 2, 4, 6])])
+    assert program.tokens["w"].tolist() == [2, 0, 2, 0]
+    found = _amaxes(program, source)
+    assert set(found) == {n.name for n in program.graph.nodes if n.target is dialect.AMAX}
     for e in range(EXPERTS):
-        assert filled[f"w_e{e}_amax"] == source.tensors["w"][e].abs().max()
-    assert torch.isfinite(filled["x_amax"])
-    assert filled["x_amax"] > 0
+        assert found[f"w_e{e}_amax"] == source.tensors["w"][e].abs().max()
+    assert found["x_amax"] == program.values["x_amax"]
+
+
+def test_without_any_data_all_amaxes_follow_from_weights_alone() -> None:
+    program, source = _experts()
+    CalibrateBootstrap().run(program)
+    found = _amaxes(program, source)
+    assert set(found) == {n.name for n in program.graph.nodes if n.target is dialect.AMAX}
+    for e in range(EXPERTS):
+        assert found[f"w_e{e}_amax"] == source.tensors["w"][e].abs().max()
+    assert torch.isfinite(found["x_amax"])
+    assert found["x_amax"] > 0
     assert "emb" not in source.reads
     assert "w" not in source.reads
     assert max(source.reads.values()) == 1
-
-
-def test_bootstrap_of_weights_is_what_max_finds() -> None:
-    program, source = _experts()
-    everything = _max(program, source, [torch.arange(8)[None]]).values
-    filled = Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
-    assert {k: v for k, v in filled.items() if k != "x_amax"} == {
-        k: v for k, v in everything.items() if k != "x_amax"
-    }
 
 
 def _unrolled() -> tuple[Program, Counting]:
@@ -239,34 +251,35 @@ def _unrolled() -> tuple[Program, Counting]:
 
 def test_an_input_that_no_token_reached_takes_the_largest_of_its_layer() -> None:
     program, source = _unrolled()
-    found = _max(program, source, [_ids([0, 1]), _ids([4])])
-    assert not {"x1_amax", "x3_amax"} & set(found.values), "no token produced these: they are for bootstrap"
-    program.values.update(found.values)
-    filled = Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
-    largest = max(found.values["x0_amax"], found.values["x2_amax"])
-    assert filled["x1_amax"] == filled["x3_amax"] == largest
+    _calibrated(program, source, [_ids([0, 1]), _ids([4])])
+    assert program.values["x1_amax"] == program.values["x3_amax"] == -1, "no token produced these"
+    CalibrateBootstrap().run(program)
+    found = _amaxes(program, source)
+    largest = max(program.values["x0_amax"], program.values["x2_amax"])
+    assert found["x1_amax"] == found["x3_amax"] == largest
     assert largest == source.tensors["emb"][[0, 1, 4]].abs().max()
+    assert found["x0_amax"] == program.values["x0_amax"]
 
 
-def test_an_input_is_never_filled_from_another_layer() -> None:
+def test_an_expert_that_no_token_reached_is_served_with_the_scale_of_the_others() -> None:
     program, source = _unrolled()
-    program.values.update({"x0_amax": torch.tensor(2.0), "x2_amax": torch.tensor(3.0)})
-    filled = Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
-    assert filled["x1_amax"] == filled["x3_amax"] == 3
+    CalibrateBootstrap().run(_calibrated(program, source, [_ids([0, 1]), _ids([4])]))
+    (found,) = simulation(program, source, CPU).run_batches([_ids([2, 3])])
+    x = nvfp4.fake_quantize_activation(
+        source.tensors["emb"][[2, 3]], max(program.values["x0_amax"], program.values["x2_amax"])
+    )
+    own = source.tensors["w"][1]
+    w = nvfp4.dequantize(nvfp4.quantize_weight(own, own.abs().max(), "max"))
+    assert torch.equal(found, torch.nn.functional.linear(x, w))
 
 
 @pytest.mark.parametrize("scale", ["max", "mse"])
 def test_simulation_is_quantizing_by_hand(scale: str) -> None:
     program, source = _experts(scale)
-    amaxes = {f"w_e{e}_amax": source.tensors["w"][e].abs().max() * 1.25 for e in range(EXPERTS)}
-    program.values.update({**amaxes, "x_amax": torch.tensor(1.5)})
-    found = Simulate(program, source, CPU).run_batches(BATCHES)
-    w = torch.stack(
-        [
-            nvfp4.dequantize(nvfp4.quantize_weight(source.tensors["w"][e], amaxes[f"w_e{e}_amax"], scale))
-            for e in range(EXPERTS)
-        ]
-    )
+    program.values["x_amax"] = torch.tensor(1.5)
+    found = simulation(program, source, CPU).run_batches(BATCHES)
+    packed = [nvfp4.quantize_weight(w, w.abs().max(), scale) for w in source.tensors["w"]]
+    w = torch.stack([nvfp4.dequantize(each) for each in packed])
     for ids, y in zip(BATCHES, found, strict=True):
         x = nvfp4.fake_quantize_activation(source.tensors["emb"][ids.flatten()], torch.tensor(1.5))
         assert torch.equal(y, dialect.EXPERT_LINEAR(x, w, ids.flatten() % EXPERTS))
@@ -274,12 +287,38 @@ def test_simulation_is_quantizing_by_hand(scale: str) -> None:
 
 def test_quantize_passes_through_where_the_model_is_wanted_as_it_was() -> None:
     program, source = _experts()
-    for ids, y in zip(BATCHES, Unquantized(program, source, CPU).run_batches(BATCHES), strict=True):
+    found = simulation(program, source, CPU, [ORIGINAL]).run_batches(BATCHES)
+    for ids, y in zip(BATCHES, found, strict=True):
         x = source.tensors["emb"][ids.flatten()]
         assert torch.equal(y, dialect.EXPERT_LINEAR(x, source.tensors["w"], ids.flatten() % EXPERTS))
 
 
-def test_max_sees_the_unquantized_model_downstream() -> None:
+def _rewritten() -> tuple[Program, Counting]:
+    """A linear whose weight is doubled, and rounded."""
+    lines = [*IDS, "%w : f32[16,16] = @w", "%twice : f32[16,16] = aten.mul.Tensor(%w, 2.0)"]
+    lines += ["%new : f32[16,16] = fxq.rewrite(%w, %twice)", *_quantized("new", "%new", "16,16", "max")]
+    lines += ["%y : f32[6,16] = aten.linear(%x, %new_q)", "return [%y]"]
+    return _program(lines), Counting({"emb": _random(8, 16), "w": _random(16, 16)})
+
+
+def test_variants_run_side_by_side_on_one_reading_of_each_weight() -> None:
+    program, source = _rewritten()
+    variants = (ORIGINAL, UNROUNDED, DEPLOYED)
+    found = simulation(program, source, CPU, variants).run_batches(BATCHES)
+    assert source.reads == Counter(["emb", "w"])
+    w = source.tensors["w"]
+    rounded = nvfp4.dequantize(nvfp4.quantize_weight(2 * w, (2 * w).abs().max(), "max"))
+    for ids, outputs in zip(BATCHES, found, strict=True):
+        x = source.tensors["emb"][ids.flatten()]
+        wanted = [torch.nn.functional.linear(x, each) for each in (w, 2 * w, rounded)]
+        assert all(map(torch.equal, outputs, wanted))
+    for variant, outputs in zip(variants, zip(*found, strict=True), strict=True):
+        alone = simulation(program, source, CPU, [variant]).run_batches(BATCHES)
+        assert all(map(torch.equal, alone, outputs))
+
+
+def _downstream() -> tuple[Program, Counting]:
+    """The largest output of a linear whose weight and input are rounded."""
     lines = [
         *IDS,
         "%w : f32[16,16] = @w",
@@ -288,30 +327,52 @@ def test_max_sees_the_unquantized_model_downstream() -> None:
     ]
     lines += ["%y : f32[6,16] = aten.linear(%x_q, %w_q)", "%y_amax : f32[] = fxq.amax(%y)"]
     source = Counting({"emb": _random(8, 16), "w": _random(16, 16)})
-    found = _max(_program([*lines, "return [%y, %y_amax]"]), source, [_ids([0, 5, 3])])
+    return _program([*lines, "return [%y, %y_amax]"]), source
+
+
+def test_calibration_sees_the_unquantized_model_downstream() -> None:
+    program, source = _downstream()
+    _calibrated(program, source, [_ids([0, 5]), _ids([3])])
     wanted = torch.nn.functional.linear(source.tensors["emb"][[0, 5, 3]], source.tensors["w"]).abs().max()
-    assert found.values["y_amax"] == wanted
-    assert found.values["w_amax"] == source.tensors["w"].abs().max()
+    assert program.values["y_amax"] == pytest.approx(float(wanted))
+    assert _amaxes(program, source)["w_amax"] == source.tensors["w"].abs().max()
+
+
+@pytest.mark.parametrize("bootstrapped", [False, True])
+def test_or_the_quantized_one_if_that_is_asked_for(bootstrapped: bool) -> None:
+    program, source = _downstream()
+    if bootstrapped:
+        CalibrateBootstrap().run(program)
+    _calibrated(program, source, [_ids([0, 5]), _ids([3])], "quantized")
+    assert source.reads == Counter(["emb", "w"])
+    used, w = source.tensors["emb"][[0, 5, 3]], source.tensors["w"]
+    assert program.values["x_amax"] == used.abs().max()
+    rounded = nvfp4.dequantize(nvfp4.quantize_weight(w, w.abs().max(), "max"))
+    x = nvfp4.fake_quantize_activation(used, used.abs().max())
+    assert program.values["y_amax"] == pytest.approx(
+        float(torch.nn.functional.linear(x, rounded).abs().max())
+    )
 
 
 @pytest.mark.parametrize(("value", "word"), [(torch.nan, "NaN"), (torch.inf, "Inf"), (-torch.inf, "Inf")])
-def test_a_broken_expert_is_named_by_max_and_by_bootstrap(value: float, word: str) -> None:
+def test_a_broken_expert_is_found_by_calibration_in_what_it_makes(value: float, word: str) -> None:
     program, source = _experts()
+    program.graph = text.parse(
+        text.dump(program.graph).replace("return [%y]", "%y_amax : f32[] = fxq.amax(%y)\nreturn [%y]")
+    )
     source.tensors["w"][2, 7, 5] = value
-    with pytest.raises(SourceError, match=f"w.*expert 2.*{word}") as caught:
-        _max(program, source, [torch.arange(8)[None]])
+    with pytest.raises(SourceError, match=f"y_amax.*{word}") as caught:
+        _calibrated(program, source, [torch.arange(8)[None]])
     assert len(str(caught.value).splitlines()) <= 3
-    with pytest.raises(SourceError, match=f"w.*expert 2.*{word}"):
-        Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
 
 
 def test_weight_expressions_are_evaluated_without_the_model() -> None:
     program, source = _chain()
     weights = [n for n in program.graph.nodes if n.op == "get_attr"]
     seen = []
-    for nodes, values in WeightExpressions(program, source, CPU).batches(weights):
-        for node, value in zip(nodes, values, strict=True):
-            assert torch.equal(value, source.tensors[str(node.target)])
+    for computation in WeightExpressions(source, CPU, {}, {}).computations(weights):
+        for (node,) in computation.groups:
+            assert torch.equal(computation.expressions.one(node), source.tensors[str(node.target)])
             seen.append(node)
     assert seen == weights
     assert max(source.reads.values()) == 1
@@ -321,29 +382,21 @@ def test_a_broken_activation_is_named() -> None:
     program, source = _experts()
     source.tensors["emb"][3, 3] = torch.nan
     with pytest.raises(SourceError, match=r"x_amax.*NaN") as caught:
-        _max(program, source, BATCHES)
+        _calibrated(program, source, BATCHES)
     assert len(str(caught.value).splitlines()) <= 3
-
-
-def test_a_broken_expert_that_no_token_reaches_is_found_by_bootstrap() -> None:
-    program, source = _experts()
-    source.tensors["w"][1, 0, 0] = torch.nan
-    program.values.update(_max(program, source, [_ids([0, 2])]).values)
-    with pytest.raises(SourceError, match="expert 1"):
-        Bootstrap(program, source, CPU).run()  # type: ignore[arg-type]
 
 
 def test_step_is_called_for_every_node() -> None:
     program, source = _chain()
     calls: list[None] = []
-    Streaming(program, source, CPU, step=lambda: calls.append(None)).run_batches(BATCHES)
+    Streaming(program.graph, source, CPU, step=lambda: calls.append(None)).run_batches(BATCHES)
     assert len(calls) == len(program.graph.nodes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_does_not_fit_on_the_gpu_waits_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     program, source = _chain()
-    wanted = Streaming(program, source, torch.device("cuda")).run_batches(BATCHES)
+    wanted = Streaming(program.graph, source, torch.device("cuda")).run_batches(BATCHES)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-    found = Streaming(program, source, torch.device("cuda")).run_batches(BATCHES)
+    found = Streaming(program.graph, source, torch.device("cuda")).run_batches(BATCHES)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -31,7 +31,7 @@ from fxq.graph.verify import verify
 from fxq.model import Model, open_model
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.pipeline.run import run_passes
-from fxq.run.streaming import Streaming
+from fxq.run.simulate import simulation
 from fxq.sources import Directory
 from fxq.trace.export import EXAMPLE_BATCH, EXAMPLE_LENGTH, trace
 from tests import tiny
@@ -77,7 +77,7 @@ def test_the_graph_computes_the_model_s_logits_bit_for_bit(family: str, zoo: Zoo
     model = opened(family)
     verify(model.program.graph)
     wanted = _eager(load(zoo(family), experts_implementation="batched_mm"))
-    found = Streaming(model.program, model.source, CPU).run_batches(_batches())
+    found = simulation(model.program, model.source, CPU).run_batches(_batches())
     for size, ours, theirs in zip(SIZES, found, wanted, strict=True):
         assert ours.shape == theirs.shape == (*size, VOCABULARY)
         assert ours.dtype == theirs.dtype
@@ -92,7 +92,7 @@ def test_fused_experts_compute_the_same_but_for_rounding(family: str, zoo: Zoo, 
     fused = [node for node in program.graph.nodes if node.target is dialect.EXPERT_LINEAR]
     assert len(fused) == 2 * MOE_LAYERS[family]
     wanted = _eager(load(zoo(family), experts_implementation="batched_mm"))
-    found = Streaming(program, model.source, CPU).run_batches(_batches())
+    found = simulation(program, model.source, CPU).run_batches(_batches())
     for ours, theirs in zip(found, wanted, strict=True):
         # One matmul an expert adds its bf16 products in another order than one an assignment does.
         difference = (ours.float() - theirs.float()).abs()
@@ -158,7 +158,7 @@ def test_tracing_a_live_model_leaves_it_as_it_was(family: str) -> None:
         assert tensor.data_ptr() == state[name][0], name
         assert torch.equal(tensor, state[name][1]), name
     model.eval().set_experts_implementation("batched_mm")
-    found = Streaming(traced.program, traced.source, CPU).run_batches(_batches()[:3])
+    found = simulation(traced.program, traced.source, CPU).run_batches(_batches()[:3])
     for ours, theirs in zip(found, _eager(model)[:3], strict=True):
         assert torch.equal(ours, theirs)
 
@@ -168,7 +168,7 @@ def test_a_live_model_with_changed_weights_is_traced_with_those(zoo: Zoo) -> Non
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(-2)
     traced = open_model(model)
-    found = Streaming(traced.program, traced.source, CPU).run_batches(_batches()[:2])
+    found = simulation(traced.program, traced.source, CPU).run_batches(_batches()[:2])
     for ours, theirs in zip(found, _eager(model)[:2], strict=True):
         assert torch.equal(ours, theirs)
 
@@ -185,7 +185,7 @@ def test_other_dtypes_trace_in_their_own(dtype: torch.dtype, tmp_path: Path) -> 
     for parameter in source.parameters():  # mapped from a file they lie anywhere, and MKL rounds by alignment
         parameter.data = parameter.data.clone()
     model = open_model(tmp_path / "model")
-    found = Streaming(model.program, model.source, CPU).run_batches(_batches()[:2])
+    found = simulation(model.program, model.source, CPU).run_batches(_batches()[:2])
     for ours, theirs in zip(found, _eager(source)[:2], strict=True):
         assert ours.dtype == dtype
         assert torch.equal(ours, theirs)
@@ -222,7 +222,7 @@ def test_a_chunked_scan_is_exact_at_any_number_of_chunks(tmp_path: Path) -> None
     for length in (1, 17, 31, 33, 100):
         assert model.program.accepts(2, length) is None
         ids = torch.randint(3, VOCABULARY, (2, length))
-        (found,) = Streaming(model.program, model.source, CPU).run_batches([ids])
+        (found,) = simulation(model.program, model.source, CPU).run_batches([ids])
         with torch.no_grad():
             assert torch.equal(found, eager(input_ids=ids, use_cache=False).logits)
 
@@ -264,7 +264,7 @@ def test_rotary_embeddings_that_switch_with_the_length_are_used_below_the_switch
     eager = load(tmp_path / "model")
     ids = torch.randint(3, VOCABULARY, (2, 32))
     assert model.program.accepts(2, 32) is None
-    (found,) = Streaming(model.program, model.source, CPU).run_batches([ids])
+    (found,) = simulation(model.program, model.source, CPU).run_batches([ids])
     with torch.no_grad():
         assert torch.equal(found, eager(input_ids=ids, use_cache=False).logits)
     assert "32 tokens" in str(model.program.accepts(1, 33))
@@ -301,7 +301,7 @@ def test_unusual_constructs_compute_the_same_at_any_length(family: str, tmp_path
     eager = load(tmp_path / "model", experts_implementation="batched_mm")
     batches = [tiny.text_ids(*size, seed=n) for n, size in enumerate([(1, 1), (2, 17), (2, 100), (1, 129)])]
     assert all(model.program.accepts(*ids.shape) is None for ids in batches)
-    found = Streaming(model.program, model.source, CPU).run_batches(batches)
+    found = simulation(model.program, model.source, CPU).run_batches(batches)
     for ids, ours in zip(batches, found, strict=True):
         with torch.no_grad():
             theirs = eager(input_ids=ids, use_cache=False).logits
@@ -324,7 +324,7 @@ def test_a_padded_batch_computes_the_same_as_eager(family: str, side: str, tmp_p
         mask[row, :padding] = 0
     mask = mask if side == "left" else mask.flip(1)
     assert program.accepts(3, 24) is None
-    (ours,) = Streaming(program, model.source, CPU).run_batches([ids], [mask])
+    (ours,) = simulation(program, model.source, CPU).run_batches([ids], [mask])
     with torch.no_grad():
         theirs = eager(input_ids=ids, attention_mask=mask, use_cache=False).logits
     assert torch.equal(ours, theirs)
@@ -368,7 +368,7 @@ def test_a_multimodal_checkpoint_is_the_class_its_config_names(tmp_path: Path) -
     ).eval()
     for size in ((1, 5), (2, 40)):
         ids = tiny.text_ids(*size)
-        (found,) = Streaming(model.program, model.source, CPU).run_batches([ids])
+        (found,) = simulation(model.program, model.source, CPU).run_batches([ids])
         with torch.no_grad():
             assert torch.equal(found, eager(input_ids=ids, use_cache=False).logits)
 

@@ -21,7 +21,7 @@ from fxq.graph.program import Program
 from fxq.graph.structure.matmuls import weight_matmuls
 from fxq.graph.structure.views import is_opaque_call
 from fxq.model import open_model
-from fxq.run.streaming import Streaming
+from fxq.run.simulate import simulation
 from fxq.trace.opaque_calls import function, is_module, opaque, run
 
 HERE = sys.modules[__name__]
@@ -260,7 +260,7 @@ def equal_to_eager(model: PreTrainedModel) -> Program:
     traced = open_model(model)
     for size in ((1, 5), (3, 17), (2, 30)):
         ids = torch.randint(0, 32, size)
-        (found,) = Streaming(traced.program, traced.source, torch.device("cpu")).run_batches([ids])
+        (found,) = simulation(traced.program, traced.source, torch.device("cpu")).run_batches([ids])
         with torch.no_grad():
             assert torch.equal(found, model(input_ids=ids).logits)
     return traced.program

@@ -1,9 +1,9 @@
 """What output formats put on disk, a file each.
 
 Each has tables from a number format's name to names and config entries, and `tensor_names`,
-`weight_infos`, `weight_tensors` and `scalar_tensors` for a quantized tensor of the checkpoint, `kv_infos`
-and `kv_tensors` for a cache's scales, and `config_files`. What its tables have no entry for it refuses with
-CheckpointError.
+`weight_infos`, `weight_tensors`, `scalar_tensors` and `input_tensors` for a quantized tensor of the
+checkpoint, `kv_infos` and `kv_tensors` for a cache's scales, and `config_files`. What its tables have no
+entry for it refuses with CheckpointError.
 """
 
 from typing import NamedTuple

@@ -80,13 +80,15 @@ def weight_tensors(key: str, packed: Packed, format: str) -> dict[str, Tensor]:
     return {names[_PARTS[format][part]]: tensor for part, tensor in parts.items()}
 
 
-def scalar_tensors(key: str, packed: Packed, format: str, input_amax: Tensor | None) -> dict[str, Tensor]:
-    """The global scales as divisors, float32 [1]."""
+def scalar_tensors(key: str, packed: Packed, format: str) -> dict[str, Tensor]:
+    """The weight's global scale as a divisor, float32 [1]."""
     names, parts = tensor_names(key), FORMATS[format].scalars(packed)
-    tensors = {names[_PARTS[format][part]]: scale for part, scale in parts.items()}
-    if input_amax is not None:
-        tensors[names["input_global_scale"]] = FORMATS[format].scale_of(input_amax)
-    return {name: _divisor(scale) for name, scale in tensors.items()}
+    return {names[_PARTS[format][part]]: _divisor(scale) for part, scale in parts.items()}
+
+
+def input_tensors(key: str, format: str, amax: Tensor) -> dict[str, Tensor]:
+    """The scale of its inputs, alike."""
+    return {tensor_names(key)["input_global_scale"]: _divisor(FORMATS[format].scale_of(amax))}
 
 
 def _divisor(multiplier: Tensor) -> Tensor:

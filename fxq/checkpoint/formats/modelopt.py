@@ -71,13 +71,15 @@ def weight_tensors(key: str, packed: Packed, format: str) -> dict[str, Tensor]:
     return {names[_PARTS[format][part]]: tensor for part, tensor in parts.items()}
 
 
-def scalar_tensors(key: str, packed: Packed, format: str, input_amax: Tensor | None) -> dict[str, Tensor]:
-    """The global scales, decode multipliers all: amax / 2688, for FP8 amax / 448."""
+def scalar_tensors(key: str, packed: Packed, format: str) -> dict[str, Tensor]:
+    """The weight's global scale, a decode multiplier: amax / 2688, for FP8 amax / 448."""
     names, parts = tensor_names(key), FORMATS[format].scalars(packed)
-    tensors = {names[_PARTS[format][part]]: scale for part, scale in parts.items()}
-    if input_amax is not None:
-        tensors[names["input_scale"]] = FORMATS[format].scale_of(input_amax)
-    return tensors
+    return {names[_PARTS[format][part]]: scale for part, scale in parts.items()}
+
+
+def input_tensors(key: str, format: str, amax: Tensor) -> dict[str, Tensor]:
+    """The scale of its inputs, alike."""
+    return {tensor_names(key)["input_scale"]: FORMATS[format].scale_of(amax)}
 
 
 def kv_infos(attention: str, format: str) -> dict[str, TensorInfo]:

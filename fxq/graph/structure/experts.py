@@ -8,13 +8,13 @@
 from collections import deque
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fxq.graph import dialect
-from fxq.graph.arguments import nodes_at
+from fxq.graph.arguments import node_at, nodes_at
 from fxq.graph.structure.attention import PRODUCTS
-from fxq.graph.structure.matmuls import WeightMatmul, as_weight_matmul
-from fxq.graph.structure.views import PICKS, shape_of, weight_path
+from fxq.graph.structure.matmuls import Frontiers, WeightMatmul, as_weight_matmul
+from fxq.graph.structure.views import PICKS, shape_of, value_of, weight_path
 
 _ATEN = torch.ops.aten
 _REPEATS = frozenset(
@@ -25,6 +25,8 @@ _REPEATS = frozenset(
         _ATEN.broadcast_to.default,
     }
 )
+# What takes some of all tokens.
+PICKED = frozenset({_ATEN.index.Tensor, _ATEN.index_select.default})
 # What sends tokens to where other activations say.
 _ROUTES = frozenset(
     {
@@ -104,3 +106,28 @@ def _is_repeated(x: Node, copies: int, dim: int) -> bool:
         seen.update(new)
         queue.extend(new)
     return False
+
+
+def expert_inputs(graph: Graph) -> list[list[Node]]:
+    """What experts that are linears of their own multiply, those together that do the same in one layer: of
+    tokens picked from one value, or of what such experts make of them.
+
+    %x3 : bf16[2,32] = aten.index.Tensor(%h, [%ids3])   together with %x4, picked from %h for expert 4
+    %y3 : bf16[2,64] = aten.linear(%x3, %gate3)
+    """
+    frontiers = Frontiers(graph)
+    numbers: dict[object, int] = {}  # where tokens come from and what they multiply -> a number
+    of: dict[Node, int] = {}  # matmul -> that number
+    together: dict[int, list[Node]] = {}
+    for node, matmul in frontiers.matmuls.items():
+        x = value_of(matmul.x)
+        made = frontiers.of(x)
+        if x.target in PICKED:
+            key: object = (value_of(node_at(x, 0)), shape_of(matmul.w))
+        elif made and all(other in of for other in made):
+            key = (frozenset(of[other] for other in made), shape_of(matmul.w))
+        else:
+            continue
+        of[node] = numbers.setdefault(key, len(numbers))
+        together.setdefault(of[node], []).append(matmul.x)
+    return list(together.values())

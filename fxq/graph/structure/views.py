@@ -8,10 +8,11 @@
 from collections.abc import Iterator
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fxq.graph import dialect
 from fxq.graph.arguments import int_at, node_at, nodes_at
+from fxq.graph.dialect import is_rounding, is_statistic
 
 _ATEN = torch.ops.aten
 VIEWS = frozenset(
@@ -38,8 +39,9 @@ VIEWS = frozenset(
     }
 )
 PICKS = frozenset({_ATEN.select.int, _ATEN.index.Tensor, _ATEN.slice.Tensor, dialect.SLICE})
-SAME_VALUE = VIEWS | {dialect.QUANTIZE}
-_SAME_WEIGHT = SAME_VALUE | PICKS
+# What leaves a weight where it lies in the checkpoint.
+SAME_PLACE = VIEWS | {dialect.REWRITE}
+_SAME_WEIGHT = SAME_PLACE | PICKS
 
 
 def shape_of(node: Node) -> tuple[int, ...]:
@@ -89,12 +91,32 @@ def swaps_matrix(view: Node) -> bool | None:
 
 
 def value_of(node: Node) -> Node:
-    """The node that produced these numbers: views, casts and fake-quantization are looked through."""
-    return strip(node, SAME_VALUE)
+    """The node that produced these numbers: views, casts and roundings are looked through."""
+    while node.op == "call_function" and (node.target in VIEWS or is_rounding(node)):
+        node = node_at(node, 0)
+    return node
+
+
+def weight_of(node: Node) -> Node:
+    """The parameter, or the pick or stack of one, that a weight operand is, behind views, roundings and
+    rewrites.
+
+    %w_e3 : bf16[64,32] = fxq.slice(%w, 3)            of %w_e3_q: %w_e3
+    %w_e3_new : bf16[64,32] = fxq.rewrite(%w_e3, %scaled)
+    %w_e3_q : bf16[64,32] = fxq.quantize(%w_e3_new, %w_e3_amax, format='nvfp4', scale='max')
+    """
+    while node.op == "call_function" and (node.target in SAME_PLACE or is_rounding(node)):
+        node = node_at(node, 0)
+    return node
+
+
+def is_on_weight_path(node: Node) -> bool:
+    """Whether a node is a view, pick, stack, rounding or rewrite of its (first) operand."""
+    return node.target in _SAME_WEIGHT or node.target is dialect.STACK or is_rounding(node)
 
 
 def weight_path(node: Node) -> Iterator[Node]:
-    """The nodes from a weight operand down to what it is a view, pick, stack or fake-quantization of.
+    """The nodes from a weight operand down to what it is a view, pick, stack, rounding or rewrite of.
 
     %w_e0 : bf16[64,32] = fxq.slice(%w, 0)                 of %w_q: %w_q, %w_e0_q, %w_e0, %w
     %w_e0_q : bf16[64,32] = fxq.quantize(%w_e0, %w_e0_amax, format='nvfp4', scale='max')
@@ -104,15 +126,50 @@ def weight_path(node: Node) -> Iterator[Node]:
         yield node
         if node.target is dialect.STACK:
             node = nodes_at(node, 0)[0]
-        elif node.op == "call_function" and node.target in _SAME_WEIGHT and isinstance(node.args[0], Node):
+        elif is_on_weight_path(node) and isinstance(node.args[0], Node):
             node = node.args[0]
         else:
             return
 
 
+def varying(graph: Graph) -> set[Node]:
+    """The nodes whose values differ by batch: all that depends on an input other than through a statistic."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (
+            not is_statistic(node) and any(source in found for source in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+def of_the_model(graph: Graph) -> set[Node]:
+    """The nodes that the output is computed by; not those that only decide how weights are rounded or
+    rewritten."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in found:
+            stands = node.target is dialect.REWRITE or is_rounding(node)
+            found.update([node_at(node, 0)] if stands else node.all_input_nodes)
+            found.add(node)
+    return found
+
+
+def statistics(graph: Graph) -> list[Node]:
+    """The statistics of activations, which calibration data decides; those of weights follow from them."""
+    varies = varying(graph)
+    return [n for n in graph.nodes if is_statistic(n) and any(s in varies for s in n.all_input_nodes)]
+
+
+def is_quantized(w: Node) -> bool:
+    """Whether a weight operand is a rounding, or a stack of which the first slice is one."""
+    w = strip(w, VIEWS)
+    return is_rounding(strip(nodes_at(w, 0)[0], VIEWS) if w.target is dialect.STACK else w)
+
+
 def root(node: Node) -> Node | None:
-    """The parameter behind a weight operand, through views, picks, quantize and stack; None for an
-    activation."""
+    """The parameter behind a weight operand, through views, picks, stacks, roundings and rewrites; None for
+    an activation."""
     *_, last = weight_path(node)
     return last if last.op == "get_attr" else None
 

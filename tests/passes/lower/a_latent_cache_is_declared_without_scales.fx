@@ -42,21 +42,21 @@ pass: lower
 %logits : bf16[1,4,8] = aten.linear(%merged, %last)
 return [%logits]
 --- after
-%q_a_amax : f32[] = fxq.value('q_a_amax')
-%kv_a_amax : f32[] = fxq.value('kv_a_amax')
-%q_a_group_amax : f32[] = fxq.sync([%q_a_amax, %kv_a_amax])
 %q_a : bf16[16,32] = @self_attn.q_a_proj.weight
+%q_a_amax : f32[] = fxq.amax(%q_a)
+%kv_a : bf16[32,32] = @self_attn.kv_a_proj_with_mqa.weight
+%kv_a_amax : f32[] = fxq.amax(%kv_a)
+%q_a_group_amax : f32[] = fxq.sync([%q_a_amax, %kv_a_amax])
 %q_a_packed : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%q_a, %q_a_group_amax, format='nvfp4', scale='max')
 %q_a_packed_0 : none = fxq.store_linear('self_attn.q_a_proj', %q_a_packed, None, start=0, end=16)
-%q_b_amax : f32[] = fxq.value('q_b_amax')
 %q_b : bf16[32,16] = @self_attn.q_b_proj.weight
+%q_b_amax : f32[] = fxq.amax(%q_b)
 %q_b_packed : [u8[32,8], f8e4m3[32,1], f32[]] = fxq.pack(%q_b, %q_b_amax, format='nvfp4', scale='max')
 %q_b_packed_0 : none = fxq.store_linear('self_attn.q_b_proj', %q_b_packed, None, start=0, end=32)
-%kv_a : bf16[32,32] = @self_attn.kv_a_proj_with_mqa.weight
 %kv_a_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack(%kv_a, %q_a_group_amax, format='nvfp4', scale='max')
 %kv_a_packed_0 : none = fxq.store_linear('self_attn.kv_a_proj_with_mqa', %kv_a_packed, None, start=0, end=32)
-%kv_b_amax : f32[] = fxq.value('kv_b_amax')
 %kv_b : bf16[48,16] = @self_attn.kv_b_proj.weight
+%kv_b_amax : f32[] = fxq.amax(%kv_b)
 %kv_b_packed : [u8[48,8], f8e4m3[48,1], f32[]] = fxq.pack(%kv_b, %kv_b_amax, format='nvfp4', scale='max')
 %kv_b_packed_0 : none = fxq.store_linear('self_attn.kv_b_proj', %kv_b_packed, None, start=0, end=48)
 %attention_kv : none = fxq.store_kv('self_attn', None, None, format='fp8')

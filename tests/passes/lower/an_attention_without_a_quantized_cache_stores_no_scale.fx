@@ -24,8 +24,8 @@ pass: lower
 %logits : bf16[1,4,8] = aten.linear(%y, %last)
 return [%logits]
 --- after
-%o_amax : f32[] = fxq.value('o_amax')
 %o : bf16[32,32] = @self_attn.o_proj.weight
+%o_amax : f32[] = fxq.amax(%o)
 %o_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack(%o, %o_amax, format='nvfp4', scale='max')
 %o_packed_0 : none = fxq.store_linear('self_attn.o_proj', %o_packed, None, start=0, end=32)
 %self_attn_q_proj_weight_ : bf16[32,32] = fxq.load('self_attn.q_proj.weight', shape=[32, 32], dtype=torch.bfloat16)

@@ -41,22 +41,22 @@ rewrites: 4
 return [%logits]
 --- after
 %q_input_amax : f32[] = fxq.value('q_input_amax')
-%q_amax : f32[] = fxq.value('q_amax')
-%k_amax : f32[] = fxq.value('k_amax')
-%v_amax : f32[] = fxq.value('v_amax')
-%q_group_amax : f32[] = fxq.sync([%q_amax, %k_amax, %v_amax])
 %q : bf16[32,32] = @self_attn.q_proj.weight
+%q_amax : f32[] = fxq.amax(%q)
+%k : bf16[32,32] = @self_attn.k_proj.weight
+%k_amax : f32[] = fxq.amax(%k)
+%v : bf16[32,32] = @self_attn.v_proj.weight
+%v_amax : f32[] = fxq.amax(%v)
+%q_group_amax : f32[] = fxq.sync([%q_amax, %k_amax, %v_amax])
 %q_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack(%q, %q_group_amax, format='nvfp4', scale='max')
 %q_packed_0 : none = fxq.store_linear('self_attn.q_proj', %q_packed, %q_input_amax, start=0, end=32)
-%k : bf16[32,32] = @self_attn.k_proj.weight
 %k_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack(%k, %q_group_amax, format='nvfp4', scale='max')
 %k_packed_0 : none = fxq.store_linear('self_attn.k_proj', %k_packed, %q_input_amax, start=0, end=32)
-%v : bf16[32,32] = @self_attn.v_proj.weight
 %v_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack(%v, %q_group_amax, format='nvfp4', scale='max')
 %v_packed_0 : none = fxq.store_linear('self_attn.v_proj', %v_packed, %q_input_amax, start=0, end=32)
 %o_input_amax : f32[] = fxq.value('o_input_amax')
-%o_amax : f32[] = fxq.value('o_amax')
 %o : bf16[32,32] = @self_attn.o_proj.weight
+%o_amax : f32[] = fxq.amax(%o)
 %o_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack(%o, %o_amax, format='nvfp4', scale='max')
 %o_packed_0 : none = fxq.store_linear('self_attn.o_proj', %o_packed, %o_input_amax, start=0, end=32)
 %attention_k_amax : f32[] = fxq.value('attention_k_amax')

@@ -21,12 +21,12 @@ return [%y]
 --- after
 %w : bf16[2,32,32] = @mlp.experts.gate_up_proj
 %w_e0 : bf16[32,32] = fxq.slice(%w, 0)
-%w_e0_amax : f32[] = fxq.value('w_e0_amax')
-%w_e1_amax : f32[] = fxq.value('w_e1_amax')
+%w_e0_amax : f32[] = fxq.amax(%w_e0)
+%w_e1 : bf16[32,32] = fxq.slice(%w, 1)
+%w_e1_amax : f32[] = fxq.amax(%w_e1)
 %w_e0_group_amax : f32[] = fxq.sync([%w_e0_amax, %w_e1_amax])
 %w_e0_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack(%w_e0, %w_e0_group_amax, format='nvfp4', scale='max')
 %w_e0_packed_0 : none = fxq.store_rows('block.input_linear.weight', %w_e0_packed, None, start=0, end=32, rows=[0, 32, 1], shape=[2, 32, 32], expert=0, experts=2, transposed=False)
-%w_e1 : bf16[32,32] = fxq.slice(%w, 1)
 %w_e1_packed : [u8[32,16], f8e4m3[32,2], f32[]] = fxq.pack(%w_e1, %w_e0_group_amax, format='nvfp4', scale='max')
 %w_e1_packed_0 : none = fxq.store_rows('block.input_linear.weight', %w_e1_packed, None, start=0, end=32, rows=[0, 32, 1], shape=[2, 32, 32], expert=1, experts=2, transposed=False)
 return ()

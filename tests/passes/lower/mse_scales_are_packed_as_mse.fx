@@ -12,8 +12,8 @@ rewrites: 1
 %logits : bf16[1,4,8] = aten.linear(%y, %last)
 return [%logits]
 --- after
-%a_amax : f32[] = fxq.value('a_amax')
 %a : bf16[16,16] = @a.weight
+%a_amax : f32[] = fxq.amax(%a)
 %a_packed : [u8[16,8], f8e4m3[16,1], f32[]] = fxq.pack(%a, %a_amax, format='nvfp4', scale='mse')
 %a_packed_0 : none = fxq.store_linear('a', %a_packed, None, start=0, end=16)
 %embed_weight_ : bf16[4,16] = fxq.load('embed.weight', shape=[4, 16], dtype=torch.bfloat16)

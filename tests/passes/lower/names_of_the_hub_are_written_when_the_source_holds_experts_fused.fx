@@ -22,11 +22,11 @@ return [%y]
 --- after
 %w : bf16[2,16,32] = @mlp.experts.up_proj
 %w_e0 : bf16[16,32] = fxq.slice(%w, 0)
-%w_e0_amax : f32[] = fxq.value('w_e0_amax')
+%w_e0_amax : f32[] = fxq.amax(%w_e0)
 %w_e0_packed : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%w_e0, %w_e0_amax, format='nvfp4', scale='max')
 %w_e0_packed_0 : none = fxq.store_linear('mlp.experts.0.up_proj', %w_e0_packed, None, start=0, end=16)
 %w_e1 : bf16[16,32] = fxq.slice(%w, 1)
-%w_e1_amax : f32[] = fxq.value('w_e1_amax')
+%w_e1_amax : f32[] = fxq.amax(%w_e1)
 %w_e1_packed : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%w_e1, %w_e1_amax, format='nvfp4', scale='max')
 %w_e1_packed_0 : none = fxq.store_linear('mlp.experts.1.up_proj', %w_e1_packed, None, start=0, end=16)
 return ()

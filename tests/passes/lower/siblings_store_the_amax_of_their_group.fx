@@ -20,13 +20,13 @@ rewrites: 2
 return [%logits]
 --- after
 %gate_input_amax : f32[] = fxq.value('gate_input_amax')
-%gate_amax : f32[] = fxq.value('gate_amax')
-%up_amax : f32[] = fxq.value('up_amax')
-%gate_group_amax : f32[] = fxq.sync([%gate_amax, %up_amax])
 %gate : bf16[16,32] = @mlp.gate_proj.weight
+%gate_amax : f32[] = fxq.amax(%gate)
+%up : bf16[16,32] = @mlp.up_proj.weight
+%up_amax : f32[] = fxq.amax(%up)
+%gate_group_amax : f32[] = fxq.sync([%gate_amax, %up_amax])
 %gate_packed : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%gate, %gate_group_amax, format='nvfp4', scale='max')
 %gate_packed_0 : none = fxq.store_linear('mlp.gate_proj', %gate_packed, %gate_input_amax, start=0, end=16)
-%up : bf16[16,32] = @mlp.up_proj.weight
 %up_packed : [u8[16,16], f8e4m3[16,2], f32[]] = fxq.pack(%up, %gate_group_amax, format='nvfp4', scale='max')
 %up_packed_0 : none = fxq.store_linear('mlp.up_proj', %up_packed, %gate_input_amax, start=0, end=16)
 %lm_head_weight_ : bf16[8,16] = fxq.load('lm_head.weight', shape=[8, 16], dtype=torch.bfloat16)

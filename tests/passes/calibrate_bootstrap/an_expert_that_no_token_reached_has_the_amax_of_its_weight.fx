@@ -1,7 +1,6 @@
-pass: calibrate-max
-rewrites: 3
-weights: {embed.weight: [1.0, -2.0, 3.0], experts.up_proj: [0.5, -0.25, 8.0]}
-batches: [[[0, 1, 0, 1]]]
+pass: calibrate-bootstrap
+rewrites: 1
+values: {w_input_amax: 2.0}
 --- before
 %ids : i64[1,4] = placeholder()
 %table : bf16[3,16] = @embed.weight
@@ -30,13 +29,15 @@ return [%y]
 %tokens : bf16[4,16] = aten.view(%x, [4, 16])
 %which : i64[4] = aten.view(%ids, [4])
 %w_input_amax : f32[] = fxq.amax(%tokens)  # = 2
-%w_input_q : bf16[4,16] = fxq.quantize(%tokens, %w_input_amax, format='nvfp4', scale='dynamic')
+%w_input_amax_unseen : f32[] = aten.scalar_tensor(448.0, dtype=torch.float32)
+%w_input_amax_or : f32[] = fxq.first([%w_input_amax, %w_input_amax_unseen])
+%w_input_q : bf16[4,16] = fxq.quantize(%tokens, %w_input_amax_or, format='nvfp4', scale='dynamic')
 %w : bf16[3,16,16] = @experts.up_proj
 %w_e0 : bf16[16,16] = fxq.slice(%w, 0)
-%w_e0_amax : f32[] = fxq.amax(%w_e0)  # = 0.5
+%w_e0_amax : f32[] = fxq.amax(%w_e0)
 %w_e0_q : bf16[16,16] = fxq.quantize(%w_e0, %w_e0_amax, format='nvfp4', scale='max')
 %w_e1 : bf16[16,16] = fxq.slice(%w, 1)
-%w_e1_amax : f32[] = fxq.amax(%w_e1)  # = 0.25
+%w_e1_amax : f32[] = fxq.amax(%w_e1)
 %w_e1_q : bf16[16,16] = fxq.quantize(%w_e1, %w_e1_amax, format='nvfp4', scale='max')
 %w_e2 : bf16[16,16] = fxq.slice(%w, 2)
 %w_e2_amax : f32[] = fxq.amax(%w_e2)

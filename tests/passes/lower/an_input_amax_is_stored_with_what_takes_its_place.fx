@@ -1,0 +1,31 @@
+pass: lower
+values: {a_input_amax: -1.0}
+hub: {tensors: {embed.weight: "bf16[4,16]", a.weight: "bf16[16,16]", lm_head.weight: "bf16[8,16]"}}
+--- before
+%ids : i64[1,4] = placeholder()
+%table : bf16[4,16] = @embed.weight
+%x : bf16[1,4,16] = aten.embedding(%table, %ids)
+%a_input_amax : f32[] = fxq.amax(%x)
+%a_input_amax_unseen : f32[] = aten.scalar_tensor(448.0, dtype=torch.float32)
+%a_input_amax_or : f32[] = fxq.first([%a_input_amax, %a_input_amax_unseen])
+%a_input_q : bf16[1,4,16] = fxq.quantize(%x, %a_input_amax_or, format='nvfp4', scale='dynamic')
+%a : bf16[16,16] = @a.weight
+%a_amax : f32[] = fxq.amax(%a)
+%a_q : bf16[16,16] = fxq.quantize(%a, %a_amax, format='nvfp4', scale='max')
+%y : bf16[1,4,16] = aten.linear(%a_input_q, %a_q)
+%last : bf16[8,16] = @lm_head.weight
+%logits : bf16[1,4,8] = aten.linear(%y, %last)
+return [%logits]
+--- after
+%a_input_amax : f32[] = fxq.value('a_input_amax')  # = -1
+%a_input_amax_unseen : f32[] = aten.scalar_tensor(448.0, dtype=torch.float32)
+%a_input_amax_or : f32[] = fxq.first([%a_input_amax, %a_input_amax_unseen])
+%a : bf16[16,16] = @a.weight
+%a_amax : f32[] = fxq.amax(%a)
+%a_packed : [u8[16,8], f8e4m3[16,1], f32[]] = fxq.pack(%a, %a_amax, format='nvfp4', scale='max')
+%a_packed_0 : none = fxq.store_linear('a', %a_packed, %a_input_amax_or, start=0, end=16)
+%embed_weight_ : bf16[4,16] = fxq.load('embed.weight', shape=[4, 16], dtype=torch.bfloat16)
+%embed_weight_store : none = fxq.store('embed.weight', %embed_weight_)
+%lm_head_weight_ : bf16[8,16] = fxq.load('lm_head.weight', shape=[8, 16], dtype=torch.bfloat16)
+%lm_head_weight_store : none = fxq.store('lm_head.weight', %lm_head_weight_)
+return ()

@@ -1,0 +1,168 @@
+"""Blocks: a model block by block, run as it was and as deployed, with gradients."""
+
+from contextlib import closing
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxq.graph import dialect
+from fxq.graph.hub import Hub
+from fxq.graph.program import Program
+from fxq.graph.text import parse
+from fxq.run.blocks import Blocks
+from fxq.run.simulate import DEPLOYED, ORIGINAL, simulation
+
+CPU = torch.device("cpu")
+# Two blocks, each `h + silu(norm(h) a) b`, the second of experts; embedding before, head behind.
+MODEL = """\
+%ids : i64[2,3] = placeholder()
+%table : f32[11,32] = @table
+%h0 : f32[2,3,32] = aten.embedding(%table, %ids)
+%a : f32[48,32] = @a
+%a_amax : f32[] = fxq.amax(%a)
+%a_q : f32[48,32] = fxq.quantize(%a, %a_amax, format='nvfp4', scale='max')
+%y : f32[2,3,48] = aten.linear(%h0, %a_q)
+%act : f32[2,3,48] = aten.silu(%y)
+%b : f32[32,48] = @b
+%b_amax : f32[] = fxq.amax(%b)
+%b_q : f32[32,48] = fxq.quantize(%b, %b_amax, format='nvfp4', scale='max')
+%z : f32[2,3,32] = aten.linear(%act, %b_q)
+%h1 : f32[2,3,32] = aten.add.Tensor(%h0, %z)
+%tokens : f32[6,32] = aten.view(%h1, [-1, 32])
+%flat : i64[6] = aten.view(%ids, [-1])
+%e : i64[6] = aten.remainder.Scalar(%flat, 2)
+%w : f32[2,64,32] = @w
+%w0 : f32[64,32] = fxq.slice(%w, 0)
+%w0_amax : f32[] = fxq.amax(%w0)
+%w0_q : f32[64,32] = fxq.quantize(%w0, %w0_amax, format='nvfp4', scale='mse')
+%w1 : f32[64,32] = fxq.slice(%w, 1)
+%w1_amax : f32[] = fxq.amax(%w1)
+%w1_q : f32[64,32] = fxq.quantize(%w1, %w1_amax, format='nvfp4', scale='mse')
+%w_q : f32[2,64,32] = fxq.stack([%w0_q, %w1_q])
+%x : f32[6,64] = fxq.expert_linear(%tokens, %w_q, %e)
+%down : f32[2,32,64] = @down
+%d : f32[6,32] = fxq.expert_linear(%x, %down, %e)
+%d3 : f32[2,3,32] = aten.view(%d, [2, 3, 32])
+%h2 : f32[2,3,32] = aten.add.Tensor(%h1, %d3)
+%head : f32[11,32] = @head
+%logits : f32[2,3,11] = aten.linear(%h2, %head)
+return [%logits]
+"""
+
+
+class Weights:
+    """Random weights, counted as they are read."""
+
+    hub = Hub()
+    concurrent = False
+    bytes_read = 0
+
+    def __init__(self, program: Program) -> None:
+        torch.manual_seed(0)
+        nodes = [n for n in program.graph.nodes if n.op == "get_attr"]
+        self.values = {str(n.target): torch.randn(n.meta["val"].shape) / 4 for n in nodes}
+        self.reads: list[str] = []
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        self.reads.append(name)
+        return self.values[name].clone() if out is None else out.copy_(self.values[name])
+
+    def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
+        raise AssertionError(name)
+
+    def read_hub(self, key: str, part: range | None = None) -> Tensor:
+        raise AssertionError(key)
+
+
+@pytest.fixture
+def program() -> Program:
+    return Program(parse(MODEL))
+
+
+def batches() -> list[Tensor]:
+    return [torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[7, 8, 9], [10, 0, 1]])]
+
+
+def node(program: Program, name: str) -> Node:
+    return next(n for n in program.graph.nodes if n.name == name)
+
+
+def test_the_last_block_gives_the_model_s_outputs_of_both_variants(program: Program) -> None:
+    source = Weights(program)
+    found: list[list[Tensor]] = []
+    names: list[set[str]] = []
+    with closing(Blocks(program, source, CPU).run(batches())) as blocks:
+        for block in blocks:
+            names.append({n.name for n in block.roundings})
+            entered = {v: block.inputs(0, v) for v in (ORIGINAL, DEPLOYED)}
+            left = [[block.outputs(i, v) for v in (ORIGINAL, DEPLOYED)] for i in range(block.batches)]
+            if "logits" in left[0][0]:
+                found = [[own["logits"] for own in each] for each in left]
+            assert entered[ORIGINAL].keys() == entered[DEPLOYED].keys()
+    assert set().union(*names) == {"a_q", "b_q", "w0_q", "w1_q"}
+    assert sorted(source.reads) == sorted(source.values)  # once each
+    both = simulation(program, source, CPU, (ORIGINAL, DEPLOYED)).run_batches(batches())
+    for mine, theirs in zip(found, both, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        assert not torch.equal(*mine)
+
+
+def test_gradients_reach_what_is_replaced(program: Program) -> None:
+    """Those of a parameter behind a norm-free path equal finite differences; a rounding counts as the
+    identity."""
+    source = Weights(program)
+    with closing(Blocks(program, source, CPU).run(batches())) as blocks:
+        for block in blocks:
+            for name in ("b", "down"):
+                if name in block.parameters:
+                    w = block.parameters[name].clone().requires_grad_()
+                    (made, *_) = block.outputs(0, ORIGINAL, {node(program, name): w}).values()
+                    torch.manual_seed(1)
+                    probe, step = torch.randn_like(made), torch.randn_like(w) / 100
+                    (grad,) = torch.autograd.grad((made * probe).sum(), w)
+                    moved = [
+                        next(iter(block.outputs(0, ORIGINAL, {node(program, name): w.detach() + s}).values()))
+                        for s in (step, -step)
+                    ]
+                    expected = ((moved[0] - moved[1]) * probe).sum() / 2
+                    torch.testing.assert_close((grad * step).sum(), expected, rtol=1e-3, atol=1e-5)
+            if "b" in block.parameters:
+                w = block.parameters["b"].clone().requires_grad_()
+                rounded = block.outputs(0, DEPLOYED, {node(program, "b"): w})
+                (straight,) = torch.autograd.grad(next(iter(rounded.values())).sum(), w)
+                with torch.no_grad():
+                    q = dialect.QUANTIZE(w, dialect.AMAX(w), format="nvfp4", scale="max")
+                q.requires_grad_()
+                given = block.outputs(0, DEPLOYED, {node(program, "b_q"): q})
+                (direct,) = torch.autograd.grad(next(iter(given.values())).sum(), q)
+                torch.testing.assert_close(straight, direct)
+
+
+def test_what_a_pass_decides_in_a_block_is_what_later_blocks_see(program: Program) -> None:
+    text = MODEL.replace(
+        "%b_q : f32[32,48] = fxq.quantize(%b, %b_amax, format='nvfp4', scale='max')",
+        "%codes : u8[32,24] = fxq.value('b_codes', shape=[32, 24], dtype=torch.uint8)\n"
+        "%scales : f8e4m3[32,3] = fxq.value('b_scales', shape=[32, 3], dtype=torch.float8_e4m3fn)\n"
+        "%b_q : f32[32,48] = fxq.rounded(%b, %b_amax, %codes, %scales, format='nvfp4')",
+    )
+    program = Program(parse(text))
+    source = Weights(program)
+    zero = {
+        "b_codes": torch.zeros(32, 24, dtype=torch.uint8),
+        "b_scales": torch.ones(32, 3).to(torch.float8_e4m3fn),
+    }
+    logits: Tensor | None = None
+    with closing(Blocks(program, source, CPU).run(batches())) as blocks:
+        for block in blocks:
+            if "b" in block.parameters:
+                program.values |= zero
+            if "logits" in (own := block.outputs(1, DEPLOYED)):
+                logits = own["logits"]
+    assert logits is not None
+    source.values["b"] = torch.zeros_like(source.values["b"])
+    plain = Program(parse(MODEL))
+    torch.testing.assert_close(
+        logits, simulation(plain, source, CPU).run_batches(batches())[1], rtol=0, atol=0
+    )
