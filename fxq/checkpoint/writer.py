@@ -113,7 +113,7 @@ def write(
         work.check_space(sum(shards.sizes))
         shards.open()
         device = device or torch.device("cpu")
-        background = BackgroundWriter(shards, work.journal, _version(shards))
+        background = BackgroundWriter(shards, work.journal, _version(program, shards))
         writer = _Writer(program, source, format, shards, background.finished, device, batches, keep, step)
         background.write(writer.pieces(), device)
         shards.finish()
@@ -155,9 +155,15 @@ def _summed(written: Written, program: Program, plan: Plan, format: ModuleType) 
     return written
 
 
-def _version(shards: Shards) -> str:
-    """What every piece depends on, besides what decides the run: where tensors lie, and how they are cut."""
-    return hashlib.blake2b(f"{shards.version} {PIECE_BYTES}".encode(), digest_size=16).hexdigest()
+def _version(program: Program, shards: Shards) -> str:
+    """What every piece depends on, besides what decides the run: where tensors lie, how they are cut, and
+    what calibration found before it began to write."""
+    digest = hashlib.blake2b(f"{shards.version} {PIECE_BYTES}".encode(), digest_size=16)
+    for name in sorted(program.values) if not program.is_deferred else ():
+        value = program.values[name].contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class _Writer:

@@ -509,7 +509,7 @@ ROUNDED = rounding(
     pack=_decided,
 )
 # The parts of a weight [out, in] in a format, as `Format.parts` lists them.
-PACK = find(QUANTIZE).pack_target  # type: ignore[union-attr]
+PACK = cast(Callable[..., Any], _OPERATORS[QUANTIZE].pack_target)
 # A weight w, or a slice of one, for which the checkpoint holds `new`, of the same shape, in the dtype of w.
 REWRITE = operator(
     "rewrite(Tensor w, Tensor new) -> Tensor",

@@ -41,7 +41,8 @@ class Program:
     format: what the lowered program is written as. packs: rounding of a weight in `calibrated` -> what packs
     it in `graph`. untied: modules that shared a tensor in the source and are written one of their own.
     pending: of which model statistics are to be found while the program is written, "original" or
-    "quantized"; None if they are found already.
+    "quantized"; None if they are found already. is_deferred: whether this run finds them, or an interrupted
+    one found them, while it is written.
     misses: where passes did not fire, in the order in which they looked.
     """
 
@@ -55,6 +56,7 @@ class Program:
     packs: dict[Node, Node] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
     pending: str | None = None
+    is_deferred: bool = False
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)

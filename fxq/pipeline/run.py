@@ -95,7 +95,7 @@ def _calibrate(step: CalibrationPass, place: str, program: Program, session: Ses
     if session is None:
         return 0
     before = len(program.values)
-    session.place = place
+    session.place, program.is_deferred = place, session.is_deferred
     if place in session.found:
         program.restore(session.found[place])
         return len(program.values) - before

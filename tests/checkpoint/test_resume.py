@@ -596,7 +596,7 @@ def test_what_fails_in_front_ends_the_thread(tmp_path: Path, shards: Shards) -> 
 def test_few_pieces_are_alive_at_a_time(
     tmp_path: Path, shards: Shards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(stages.AT_ONCE, "cpu", 4000)
+    monkeypatch.setitem(stages.AHEAD, "cpu", 4000)
     alive: list[weakref.ref[Tensor]] = []
     most = 0
 

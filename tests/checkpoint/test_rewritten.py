@@ -207,7 +207,6 @@ FORMS = [
     pytest.param("phi3", "compressed-tensors", marks=SLOW),  # joined rows that are one linear
     pytest.param("granitemoe", "modelopt", marks=SLOW),  # all experts are rows of one tensor
     ("gpt_oss", "modelopt"),  # the same, transposed, gate and up interleaved
-    pytest.param("gpt_oss", "compressed-tensors", marks=SLOW),
     pytest.param("llama4_text", "modelopt", marks=SLOW),
 ]
 

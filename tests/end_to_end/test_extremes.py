@@ -21,7 +21,7 @@ import fxq
 from fxq import audit
 from fxq.checkpoint.shards import Shards
 from fxq.cli.main import main
-from fxq.sources import files
+from fxq.sources import Directory, files
 from tests.families import Zoo, load, samples, zoo
 
 __all__ = ["zoo"]
@@ -115,8 +115,8 @@ def test_what_was_found_is_said_once_and_after_a_resumption_too(
         with pytest.raises(fxq.FxqError):
             fxq.compile(model, "nvfp4_weight_only", out=tmp_path / "out")
     with monkeypatch.context() as patch:  # all is written: nothing is packed or carried through again
-        patch.setattr("fxq.checkpoint.writer._quantized", None)
-        patch.setattr("fxq.checkpoint.writer._is_finite", None)
+        for name in ("read", "read_expert", "read_hub"):
+            patch.setattr(Directory, name, None)
         resumed = fxq.compile(model, "nvfp4_weight_only", out=tmp_path / "out", resume=True)
     assert resumed.report.warnings == warnings
 
