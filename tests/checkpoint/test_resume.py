@@ -652,13 +652,16 @@ def left(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def die_in_the_last(self: Calibration, batches: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
         for resident in plain(self, batches):
             if any("layers.1" in name for name in resident):
-                while (work / "journal").read_bytes().count(b"piece") < 20:  # they are written behind
+                for _ in range(500):  # pieces are written behind
+                    if (work / "journal").read_bytes().count(b"piece") >= 15:
+                        raise Crash
                     time.sleep(0.01)
-                raise Crash
+                raise AssertionError("nothing was written before")
             yield resident
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Calibration, "segments", die_in_the_last)
+        patch.setitem(stages.AHEAD, "cpu", 1)  # nothing waits that can be written
         with pytest.raises(Crash):
             _compile(model, tmp_path / "out")
     return work
@@ -720,7 +723,7 @@ def test_a_run_that_died_while_calibrating_calibrates_again_and_keeps_what_it_wr
     model: Path, killed: Path, uninterrupted: tuple[Files, fxq.Compiled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (killed.parent / ".out.partial" / "journal").read_bytes()
-    assert before.count(b"piece") >= 20
+    assert before.count(b"piece") >= 15
     assert b"calibrated" not in before
     plain, written = Shards.write, itertools.count()
 
