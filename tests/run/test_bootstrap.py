@@ -21,11 +21,14 @@ from fxq.graph import dialect, edit
 from fxq.graph.arguments import int_at, node_at
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
+from fxq.graph.structure.matmuls import weight_matmuls
 from fxq.graph.structure.views import root
 from fxq.passes import PASSES
+from fxq.passes.calibrate_max import CalibrateMax
 from fxq.pipeline.base import Pass
 from fxq.pipeline.facts import Fact, amaxes_filled, is_weight_quantize
 from fxq.pipeline.spec import Spec, load
+from fxq.run.statistics import Prefix
 from fxq.sources import Directory
 from tests.families import EXPERTS, LAYERS, Zoo, samples, without_times, zoo
 from tests.families import load as load_model
@@ -55,6 +58,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
 
 
 def _compile(model: Path, spec: str | Spec, **options: Any) -> fxq.Compiled:
+    """Compiled on data, if the spec needs some."""
     calib = samples(4) if spec not in (WEIGHT_ONLY, CLIPPED) else None
     return fxq.compile(model, spec, calib=calib, **options)
 
@@ -180,6 +184,48 @@ def test_a_pass_can_compute_an_amax_from_that_of_the_weight(
     scales = [name for name in plain if name.endswith("weight_scale_2")]
     assert len(scales) == LAYERS * (3 * EXPERTS + 4)
     assert all(torch.equal(clipped[name] * 2, plain[name]) for name in scales)
+
+
+@dataclass(frozen=True)
+class ScaleColumns(Pass):
+    """Scale each column of a linear's weight by the largest input that it sees, and one."""
+
+    name: ClassVar[str] = "scale-columns"
+    reads_values: ClassVar[bool] = False
+
+    def sites(self, program: Program) -> Iterator[Match | Miss]:
+        for matmul in list(weight_matmuls(program.graph)):
+            if matmul.node.target is torch.ops.aten.linear.default and matmul.w.name.endswith("proj_weight"):
+                yield Match("linear", matmul.node, {"x": matmul.x, "w": matmul.w})
+
+    def rewrite(self, site: Match) -> None:
+        w, aten = site["w"], torch.ops.aten
+        largest = edit.call(w.graph, f"{w.name}_largest", dialect.ABSMAX, site["x"])
+        factor = edit.call(w.graph, f"{w.name}_factor", aten.add.Tensor, largest, 1.0)
+        scaled = edit.call(w.graph, f"{w.name}_scaled", aten.mul.Tensor, w, factor)
+        edit.replace(w, edit.call(w.graph, f"{w.name}_new", dialect.REWRITE, w, scaled), [site.node])
+
+
+@pytest.mark.parametrize("prefix", ["original", "quantized"])
+def test_weights_that_statistics_decide_are_the_same_when_these_are_found_while_writing(
+    prefix: Prefix, reads: Counter[Any], zoo: Zoo, tmp_path: Path
+) -> None:
+    passes = [
+        dataclasses.replace(step, prefix=prefix) if isinstance(step, CalibrateMax) else step
+        for step in load(DEFAULT, PASSES).passes
+    ]
+    spec = dataclasses.replace(load(DEFAULT, PASSES), passes=(passes[0], ScaleColumns(), *passes[1:]))
+    _compile(zoo("llama"), spec, out=tmp_path / "at_once")
+    linears = {name: count for name, count in reads.items() if "_proj" in str(name)}
+    assert len(linears) == LAYERS * 7
+    assert set(linears.values()) == {1}
+    _compile(zoo("llama"), spec).save(tmp_path / "before")
+    _compile(zoo("llama"), DEFAULT).save(tmp_path / "plain")
+    at_once, before, plain = (
+        (tmp_path / out / "model.safetensors").read_bytes() for out in ("at_once", "before", "plain")
+    )
+    assert at_once == before
+    assert at_once != plain
 
 
 @pytest.mark.slow
