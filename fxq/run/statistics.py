@@ -18,6 +18,7 @@ from fxq.graph.program import Program
 from fxq.graph.structure.views import is_quantized, parameter_name, shape_of, statistics
 from fxq.run.expressions import RunGraph, Variant
 from fxq.run.streaming import Resident, Sink, Streaming
+from fxq.run.weights import check_weight
 
 # What a linear's statistics are taken of: activations of the model before it, as it was, or already rounded.
 Prefix = Literal["original", "quantized"]
@@ -93,17 +94,22 @@ class Calibration:
         run = self.streaming
         for event in run.walk(batches):
             if not isinstance(event, int):
-                self._keep()
+                self._keep(event)
                 yield event
             del event  # parameters that are used up
 
     @torch.no_grad()
-    def _keep(self) -> None:
-        """Take over the statistics that are complete."""
+    def _keep(self, resident: Resident) -> None:
+        """Take over the statistics that are complete; SourceError for a broken one, or the parameter of its
+        segment that broke it."""
         complete = self.streaming.complete()
         for made in [n for n in complete if n in self.names]:
             node, value = self.names.pop(made), complete[made].cpu()
             if not bool(torch.isfinite(value).all()):
+                parameters = {str(n.target): n for n in self.streaming.graph.nodes if n.op == "get_attr"}
+                for name, weight in resident.items():
+                    if weight.dim() == 2:
+                        check_weight(self.program.hub, parameters[name], weight)
                 kind = "NaN" if bool(value.isnan().any()) else "Inf"
                 raise SourceError(
                     f"%{node.name}: calibration produced {kind} in an activation; is the model or the text "
