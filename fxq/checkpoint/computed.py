@@ -150,7 +150,8 @@ class Computed:
         """What is packed or rewritten, of parameters at hand or read."""
         for node in nodes:
             del self.left[node]
-        expressions = WeightExpressions(self.source, self.device, self.program.constants, self.program.values)
+        values = dict(self.program.values)  # as some go before a thread comes to what needs them
+        expressions = WeightExpressions(self.source, self.device, self.program.constants, values)
         with closing(expressions.computations(nodes, resident)) as computations:
             for computation in computations:
                 yield _Task(computation.nbytes, functools.partial(self._compute, computation))

@@ -38,6 +38,7 @@ class Operator:
     `rounding`."""
 
     schema: str
+    run: Callable[..., Any]
     shape: Callable[..., object]
     rules: tuple[Rule, ...]
     fold: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -86,22 +87,9 @@ def operator(
     library.impl(name, run or _nothing, "CompositeExplicitAutograd" if has_tensors else "BackendSelect")
     if shape is not None and has_tensors:
         library.impl(name, shape, "Meta")
-    if run is not None and shape is not None and has_tensors:
-        library.impl(name, _with_gradients(run, shape), "Autograd")
     target = getattr(getattr(torch.ops, namespace), name).default
-    _OPERATORS[target] = Operator(signature, shape or _nothing, rules, fold)
+    _OPERATORS[target] = Operator(signature, run or _nothing, shape or _nothing, rules, fold)
     return target  # type: ignore[no-any-return]
-
-
-def _with_gradients(run: Callable[..., object], shape: Callable[..., object]) -> Callable[..., object]:
-    """`run`, through whose own operators gradients flow."""
-
-    def call(*args: Any, **kwargs: Any) -> object:
-        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a])]
-        is_typing = any(isinstance(t, Tensor) and t.is_meta for t in tensors)
-        return shape(*args, **kwargs) if is_typing else run(*args, **kwargs)
-
-    return call
 
 
 def rounding(
@@ -161,6 +149,12 @@ def rounding(
 def find(target: object) -> Operator | None:
     """The operator whose nodes have this target; None for torch's own and others'."""
     return _OPERATORS.get(target)
+
+
+def function(target: object) -> Callable[..., Any]:
+    """What computes a call: an operator's own `run`, through which gradients flow, or `target` itself."""
+    known = _OPERATORS.get(target)
+    return known.run if known else cast(Callable[..., Any], target)
 
 
 class _StraightThrough(torch.autograd.Function):

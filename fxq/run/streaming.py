@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +205,7 @@ class Streaming(Interpreter):
         if n in self.origins:
             return self._rounded(n, args, kwargs)
         moved = {k: self.device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
-        return cast(Callable[..., Any], n.target)(*args, **moved)
+        return dialect.function(n.target)(*args, **moved)
 
     def _rounded(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """One weight, or many at once, as what they pack to decodes."""

@@ -114,9 +114,13 @@ def test_what_was_found_is_said_once_and_after_a_resumption_too(
         patch.setattr(Shards, "finish", fail)
         with pytest.raises(fxq.FxqError):
             fxq.compile(model, "nvfp4_weight_only", out=tmp_path / "out")
+
+    def never(*args: Any) -> None:
+        raise AssertionError("read again")
+
     with monkeypatch.context() as patch:  # all is written: nothing is packed or carried through again
         for name in ("read", "read_expert", "read_hub"):
-            patch.setattr(Directory, name, None)
+            patch.setattr(Directory, name, never)
         resumed = fxq.compile(model, "nvfp4_weight_only", out=tmp_path / "out", resume=True)
     assert resumed.report.warnings == warnings
 

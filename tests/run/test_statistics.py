@@ -149,13 +149,24 @@ def test_every_statistic_is_that_of_all_tokens(prefix: Prefix) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in STATISTICS if name not in ("over", "expert_tokens")])
-@pytest.mark.parametrize(("broken", "kind"), [(torch.nan, "NaN"), (torch.inf, "Inf")])
+@pytest.mark.parametrize(("broken", "kind"), [(-1.0, "NaN"), (0.0, "Inf")])
 def test_what_is_not_finite_is_an_error_that_names_the_statistic(name: str, broken: float, kind: str) -> None:
-    source = Source({"emb": _random(40, WIDTH)})
+    source = Source({"emb": _random(40, WIDTH).abs() + 0.1})
     source.tensors["emb"][22, 3] = broken  # a token of the third batch, in a mixed block with finite ones
     wanted = "NaN|Inf" if "gram" in name else kind  # Inf times 0, or minus Inf, is NaN
+    logs = INPUTS.replace("%x : f32[2,3,32]", "%e : f32[2,3,32]").replace("%e : i64", "%expert : i64")
+    logs = logs.replace("%rows :", "%x : f32[2,3,32] = aten.log(%e)\n%rows :")
+    call = STATISTICS[name].replace("%e,", "%expert,")
     with pytest.raises(SourceError, match=rf"^%{name}: calibration produced ({wanted})"):
-        _found(f"{INPUTS}%{name} : {STATISTICS[name]}\nreturn [%x]\n", source)
+        _found(f"{logs}%{name} : {call}\nreturn [%x]\n", source)
+
+
+@pytest.mark.parametrize(("broken", "kind"), [(torch.nan, "NaN"), (torch.inf, "Inf")])
+def test_a_weight_that_is_not_finite_is_named_rather_than_what_it_breaks(broken: float, kind: str) -> None:
+    source = Source({"emb": _random(40, WIDTH)})
+    source.tensors["emb"][22, 3] = broken
+    with pytest.raises(SourceError, match=rf"^emb: the weight holds {kind}"):
+        _found(f"{INPUTS}%gram : {STATISTICS['gram']}\nreturn [%x]\n", source)
 
 
 # Two linears, inputs and weights of both rounded; the second's inputs are looked at.

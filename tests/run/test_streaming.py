@@ -379,9 +379,9 @@ def test_weight_expressions_are_evaluated_without_the_model() -> None:
 
 
 def test_a_broken_activation_is_named() -> None:
-    program, source = _experts()
-    source.tensors["emb"][3, 3] = torch.nan
-    with pytest.raises(SourceError, match=r"x_amax.*NaN") as caught:
+    lines = [*IDS, "%y : f32[6,16] = aten.log(%x)", *_quantized("y", "%y", "6,16", "dynamic")]
+    program, source = _program([*lines, "return [%y_q]"]), Counting({"emb": _random(8, 16)})
+    with pytest.raises(SourceError, match=r"y_amax: calibration produced NaN in an activation") as caught:
         _calibrated(program, source, BATCHES)
     assert len(str(caught.value).splitlines()) <= 3
 
