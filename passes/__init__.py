@@ -12,13 +12,16 @@ from typing import Any
 
 from fxq.errors import SpecError, choices
 from fxq.passes.calibrate_bootstrap import CalibrateBootstrap
+from fxq.passes.calibrate_hessian import CalibrateHessian
 from fxq.passes.calibrate_max import CalibrateMax
 from fxq.passes.calibrate_mse import CalibrateMse
 from fxq.passes.fuse_experts import FuseExperts
+from fxq.passes.gptq import Gptq
 from fxq.passes.lower import Lower
 from fxq.passes.quantize_experts import QuantizeExperts
 from fxq.passes.quantize_kv import QuantizeKv
 from fxq.passes.quantize_linears import QuantizeLinears
+from fxq.passes.retarget import Retarget
 from fxq.passes.sync_groups import SyncGroups
 from fxq.pipeline.base import Pass
 from fxq.pipeline.schema import schema
@@ -31,6 +34,9 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeExperts,
         QuantizeKv,
         SyncGroups,
+        Retarget,
+        CalibrateHessian,
+        Gptq,
         CalibrateMax,
         CalibrateBootstrap,
         CalibrateMse,

@@ -127,6 +127,8 @@ class Computed:
             sink=sink if is_rounded else None,
             hold=True,
         )
+        rounded = (node for nodes in calibration.streaming.origins.values() for node in nodes)
+        coming = {self.program.packs[node] for node in rounded if node in self.program.packs} if is_rounded else ()
         waiting = needs(self.left, self.program.constants)
         held: dict[str, Tensor] = {}  # until all that needs it is computed
         with closing(calibration.segments(self.batches)) as segments:
@@ -135,11 +137,12 @@ class Computed:
                     yield ready.pop(0)
                 held |= resident
                 known = self.program.values.keys() | held.keys()
-                now = [node for node in waiting.reading(held) if node in self.left]
+                now = [node for node in waiting.reading(held) if node in self.left and node not in coming]
                 yield from self._computed([node for node in now if waiting.of[node] <= known], held)
                 yield from self._whole(resident)
                 needed = {name for node in self.left for name in waiting.of[node]}
-                held = {name: value for name, value in held.items() if name in needed}
+                at_hand = {name for node in self.left if node not in coming for name in waiting.of[node]}
+                held = {name: value for name, value in held.items() if name in at_hand}
                 used_up = [n for n, v in self.program.values.items() if v.dim() and n not in needed]
                 for name in used_up:  # of a large model all of them would not fit
                     del self.program.values[name]

@@ -260,9 +260,14 @@ def _is_index(node: Node) -> bool:
 
 
 def _is_by_expert(node: Node) -> bool:
-    w = node_at(node, 0)
-    found = is_statistic(w) or str(w.target) == "fxq.value.default"
-    return len(shape_at(node, 0) or ()) == 3 or (found and bool(shape_at(node, 0)))
+    w, shape = node_at(node, 0), shape_at(node, 0) or ()
+    return len(shape) >= 3 or (w.op == "call_function" and bool(shape) and not _is_weight(w))
+
+
+def _is_weight(node: Node) -> bool:
+    while node.op == "call_function" and not is_statistic(node) and node.args and isinstance(node.args[0], (Node, list, tuple)):
+        node = nodes_at(node, 0)[0] if node.target is STACK else node_at(node, 0)
+    return node.op == "get_attr"
 
 
 def _same_shapes(node: Node) -> bool:
@@ -387,6 +392,25 @@ def _expert_gram_blocks(x: Tensor, expert_ids: Tensor, *, experts: int) -> Tenso
     return torch.stack([_gram_blocks(rows) for rows in _by_expert(x, expert_ids, experts)])
 
 
+def _halves(rows: Tensor) -> list[Tensor]:
+    """The first three quarters of a batch's tokens, and the rest, which is held back."""
+    return list(rows.tensor_split([-(-3 * len(rows) // 4)]))
+
+
+def _split_gram(x: Tensor, y: Tensor) -> Tensor:
+    pairs = zip(_halves(_rows_of(x)), _halves(_rows_of(y)), strict=True)
+    return torch.stack([a.T @ b for a, b in pairs])
+
+
+def _expert_split_gram(x: Tensor, y: Tensor, expert_ids: Tensor, *, experts: int) -> Tensor:
+    pairs = zip(_by_expert(x, expert_ids, experts), _by_expert(y, expert_ids, experts), strict=True)
+    return torch.stack([_split_gram(a, b) for a, b in pairs])
+
+
+def _expert_square_sum(x: Tensor, expert_ids: Tensor, *, experts: int) -> Tensor:
+    return torch.stack([rows.square().sum(0) for rows in _by_expert(x, expert_ids, experts)])
+
+
 def _vector(x: Tensor) -> Tensor:
     return tensor_type(x.shape[-1:], torch.float32)
 
@@ -452,6 +476,22 @@ EXPERT_GRAM_BLOCKS = operator(
     rules=(_ROWS, _BLOCKS, _IDS),
     fold=torch.add,
 )
+# The same of rows of two kinds, x [..., J] and y [..., K]: sum of x y^T over three of four tokens, and over
+# the fourth, which is held back for judging: [2, J, K], and for each expert [experts, 2, J, K].
+SPLIT_GRAM = operator(
+    "split_gram(Tensor x, Tensor y) -> Tensor",
+    run=_split_gram,
+    shape=lambda x, y: tensor_type((2, x.shape[-1], y.shape[-1]), torch.float32),
+    rules=(_ROWS,),
+    fold=torch.add,
+)
+EXPERT_SPLIT_GRAM = operator(
+    "expert_split_gram(Tensor x, Tensor y, Tensor expert_ids, *, int experts) -> Tensor",
+    run=_expert_split_gram,
+    shape=lambda x, y, ids, *, experts: tensor_type((experts, 2, x.shape[-1], y.shape[-1]), torch.float32),
+    rules=(_ROWS,),
+    fold=torch.add,
+)
 ABSMAX = operator(
     "absmax(Tensor x) -> Tensor",
     run=lambda x: _rows_of(x).abs().amax(0) if x.numel() else x.new_zeros(x.shape[-1], dtype=torch.float32),
@@ -466,11 +506,34 @@ SQUARE_SUM = operator(
     rules=(_ROWS,),
     fold=torch.add,
 )
+EXPERT_SQUARE_SUM = operator(
+    "expert_square_sum(Tensor x, Tensor expert_ids, *, int experts) -> Tensor",
+    run=_expert_square_sum,
+    shape=lambda x, ids, *, experts: tensor_type((experts, x.shape[-1]), torch.float32),
+    rules=(_ROWS, _IDS),
+    fold=torch.add,
+)
+# How many rows x [..., K] has, int64 [].
+TOKENS = operator(
+    "tokens(Tensor x) -> Tensor",
+    run=lambda x: x.new_tensor(x.shape[:-1].numel(), dtype=torch.int64),
+    shape=lambda x: tensor_type((), torch.int64),
+    fold=torch.add,
+)
 EXPERT_TOKENS = operator(
     "expert_tokens(Tensor expert_ids, *, int experts) -> Tensor",
     run=lambda ids, *, experts: torch.bincount(ids.flatten(), minlength=experts)[:experts],
     shape=lambda ids, *, experts: tensor_type((experts,), torch.int64),
     fold=torch.add,
+)
+
+
+# What t is in the model as it was, unrounded and not rewritten, for statistics that compare. With expert_ids,
+# that tokens go to the experts to which they go now: t then is of the same tokens in the same rows.
+ORIGINAL = operator(
+    "original(Tensor(a) t, Tensor? expert_ids=None) -> Tensor(a)",
+    run=lambda t, expert_ids=None: t,
+    shape=lambda t, expert_ids=None: tensor_type(t.shape, t.dtype),
 )
 
 

@@ -156,8 +156,15 @@ class RunGraph:
         self.graph = Graph()
         shared: dict[Node, Node] = {}
         made = [_Copy(self.graph, other, variant, wanted, values, shared) for variant in variants]
-        for node in other.nodes:
+        compared = {node for copy in made for node in copy.needed if node.target is dialect.ORIGINAL}
+        if compared:
+            sources = [node_at(node, 0) for node in compared]
+            original = _Copy(self.graph, other, Variant(False, False), sources, values, shared)
             for copy in made:
+                copy.original = original
+        before = [original] if compared else []
+        for node in other.nodes:
+            for copy in (*before, *made):
                 copy.visit(node)
         outputs = [node for node in wanted if node.op == "output"]
         if outputs:
@@ -195,6 +202,8 @@ class _Copy(Expressions[Node]):
     ) -> None:
         super().__init__()
         self.graph, self.variant, self.values, self.shared = graph, variant, values, shared
+        self.original: _Copy | None = None  # the model as it was, for what compares with it
+        self.routed: dict[Node, _Routed] = {}
         self.origins: dict[Node, tuple[Node, ...]] = {}
         self.varying = varying(other)
         self.needed = set(wanted)
@@ -218,6 +227,8 @@ class _Copy(Expressions[Node]):
             return node.all_input_nodes[:1]
         if self._gives_way(node):
             return [node_at(node, 0)]
+        if node.target is dialect.ORIGINAL:
+            return node.all_input_nodes[1:]
         return [] if self._is_known(node) else node.all_input_nodes
 
     def _gives_way(self, node: Node) -> bool:
@@ -245,11 +256,23 @@ class _Copy(Expressions[Node]):
             return self.shared[node]
         if self._gives_way(node):
             return self.one(node_at(node, 0))
+        if node.target is dialect.ORIGINAL:
+            return self._as_it_was(node)
         if self._is_known(node):
             return edit.value(self.graph, node.name, node.meta["val"])
         if node in self.varying or self._is_taken(node):
             return self._copied(node)
         return super()._one(node)
+
+    def _as_it_was(self, node: Node) -> Node:
+        """What `fxq.original` stands for: of the original model, or of it with the routing of this one."""
+        assert self.original is not None
+        t, *ids = node.all_input_nodes
+        if not ids:
+            return self.original.one(t)
+        if ids[0] not in self.routed:
+            self.routed[ids[0]] = _Routed(self, self.original, ids[0])
+        return self.routed[ids[0]].one(t)
 
     def _many(self, nodes: tuple[Node, ...]) -> Node:
         if all(map(self._gives_way, nodes)):
@@ -260,7 +283,7 @@ class _Copy(Expressions[Node]):
         return None
 
     def is_given(self, node: Node) -> bool:
-        return self._is_known(node) or self._is_taken(node)
+        return self._is_known(node) or self._is_taken(node) or node.target is dialect.ORIGINAL
 
     def call(
         self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], origin: tuple[Node, ...]
@@ -270,3 +293,28 @@ class _Copy(Expressions[Node]):
         if is_rounding(made):
             self.origins[made] = origin
         return made
+
+
+class _Routed(_Copy):
+    """The original model from where tokens are sent to experts on, with the choice of another variant: the
+    integers that `ids` is computed from are those of that one, and what follows from them is computed anew."""
+
+    def __init__(self, copy: _Copy, original: _Copy, ids: Node) -> None:
+        graph = ids.graph
+        super().__init__(original.graph, graph, original.variant, [], original.values, original.shared)
+        stack, chosen = [ids], set[Node]()
+        while stack:
+            node = stack.pop()
+            val = node.meta.get("val")
+            is_choice = isinstance(val, Tensor) and not val.is_floating_point() and node in self.varying
+            if is_choice and node.op != "placeholder" and node not in chosen:
+                chosen.add(node)
+                stack += node.all_input_nodes
+        self.known.update((node, copy.one(node)) for node in chosen)
+        self.source, self.follows = original, set(chosen)
+        for node in graph.nodes:
+            if any(source in self.follows for source in node.all_input_nodes):
+                self.follows.add(node)
+
+    def _one(self, node: Node) -> Node:
+        return super()._one(node) if node in self.follows else self.source.one(node)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxq.errors import SourceError
+from fxq.errors import SourceError, SpecError
 from fxq.graph import dialect, edit
 from fxq.graph.arguments import node_at
 from fxq.graph.hub import WeightSource
@@ -18,7 +18,7 @@ from fxq.graph.program import Program
 from fxq.graph.structure.views import is_quantized, parameter_name, shape_of, statistics
 from fxq.run.expressions import RunGraph, Variant
 from fxq.run.streaming import Resident, Sink, Streaming
-from fxq.run.weights import check_weight
+from fxq.run.weights import check_parameters
 
 # What a linear's statistics are taken of: activations of the model before it, as it was, or already rounded.
 Prefix = Literal["original", "quantized"]
@@ -53,6 +53,12 @@ class Calibration:
         }
         ids = [node_at(n, 2) for n in experts.values()]
         variant = Variant(roundings=prefix == "quantized")
+        compared = next((node for node in graph.nodes if node.target is dialect.ORIGINAL), None)
+        if compared is not None and prefix == "original":
+            raise SpecError(
+                f"%{compared.name} compares the quantized model with the original one: expected "
+                "calibrate-max: {prefix: quantized}, found prefix: original, in which they are the same"
+            )
         run = RunGraph(graph, [*wanted, *ids], [variant], values=program.values)
         (copies,) = run.copies
         self.names = {copies[node]: node for node in wanted}
@@ -106,10 +112,7 @@ class Calibration:
         for made in [n for n in complete if n in self.names]:
             node, value = self.names.pop(made), complete[made].cpu()
             if not bool(torch.isfinite(value).all()):
-                parameters = {str(n.target): n for n in self.streaming.graph.nodes if n.op == "get_attr"}
-                for name, weight in resident.items():
-                    if weight.dim() == 2:
-                        check_weight(self.program.hub, parameters[name], weight)
+                check_parameters(self.program, resident)
                 kind = "NaN" if bool(value.isnan().any()) else "Inf"
                 raise SourceError(
                     f"%{node.name}: calibration produced {kind} in an activation; is the model or the text "

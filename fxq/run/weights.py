@@ -336,6 +336,16 @@ def check_weight(hub: Hub, w: Node, values: Tensor) -> None:
         )
 
 
+def check_parameters(program: Program, parameters: Mapping[str, Tensor]) -> None:
+    """`check_weight` of whole parameters, by name, as the program reads them."""
+    for node in program.graph.nodes:
+        leaf = Leaf.of(node, program.constants)
+        if leaf is not None and leaf.name in parameters:
+            value = leaf.part(parameters[leaf.name])
+            if value.dim() == 2:
+                check_weight(program.hub, node, value)
+
+
 def _tensor_of(hub: Hub, w: Node, row: int) -> str:
     """What holds a row of a weight in the source; parameters that rows do not describe by their own name."""
     try:

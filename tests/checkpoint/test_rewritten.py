@@ -424,7 +424,8 @@ print(json.dumps([int(changes), ends]))
 """
 
 
-@pytest.mark.parametrize("moments", [2, pytest.param(20, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", [20])
 def test_a_run_that_decides_by_statistics_and_is_killed_goes_on_to_the_same_bytes(
     moments: int, tmp_path: Path
 ) -> None:

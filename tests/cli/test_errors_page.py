@@ -206,6 +206,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="the page has the paths of POSIX")
 def test_the_page_says_what_fxq_says(zoo: Zoo, tmp_path: Path, update_golden: bool) -> None:
     rows = []

@@ -43,6 +43,32 @@ def quantize(
     return scales, packed, sums
 
 
+def round_block(
+    t: Tensor, u: Tensor, scale_2: Tensor, near: Tensor | None, window: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q, errors, codes, losses) of blocks of 16 columns rounded one after the other, each column's error e_j
+    moving the later ones by -e_j u_j,j+1.., under the scale for which the sum of all e_j^2 is least:
+    q and errors f32 [n, R, 16], e4m3 codes uint8 [n, R] of the scales, losses f32 [n, R].
+
+    t f32 [n, R, 16]; u f32 [n, 16, 16], upper triangular; scale_2 f32 [n]. Scales are tried in the window
+    (first, last) of codes about `near` uint8 [n, R], or about the one that reaches the block's maximum; of
+    equal losses the smaller code is taken.
+    """
+    name = {"cpu": "cpu"}.get(t.device.type)
+    return ((name and _module(name)) or eager).round_block(t, u, scale_2, near, window)
+
+
+def weighted_scales(w: Tensor, scale_2: Tensor, gram: Tensor, least: Tensor) -> Tensor:
+    """e4m3 codes uint8 [n, R, K/16] of the block scales of least d G d^T, ties to the smaller: see
+    `fxq.numbers.hessian`.
+
+    w [n, R, K]; scale_2 f32 [n]; gram float64 [n, K/16, 16, 16], symmetric; least: a lower bound of each
+    one's eigenvalues, float64 [n, K/16].
+    """
+    name = {"cpu": "cpu"}.get(w.device.type)
+    return ((name and _module(name)) or eager).weighted_scales(w, scale_2, gram, least)
+
+
 def implementation(w: Tensor) -> ModuleType:
     """The module whose `quantize` serves this device, dtype and installation."""
     name = {"cuda": "gpu", "cpu": "cpu"}.get(w.device.type) if w.dtype in _DTYPES else None

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxq.numbers.kernels.cpu_jit import quantize_rows
+from fxq.numbers.kernels.cpu_jit import quantize_rows, round_rows, weighted_rows
 from fxq.numbers.kernels.eager import BLOCK
 
 # About so many weights are a part: enough for Python's share of its time to be small.
@@ -58,6 +58,46 @@ def quantize(
 
     finite = _all(part, len(parts)) and bool(torch.isfinite(scale_2).all())
     return scales, packed if pack else None, _totals(sums, n) if measure else None, finite
+
+
+def round_block(
+    t: Tensor, u: Tensor, scale_2: Tensor, near: Tensor | None, window: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.round_block`."""
+    n, rows, _ = t.shape
+    q, e = torch.empty_like(t), torch.empty_like(t)
+    codes, losses = torch.empty(n, rows, dtype=torch.uint8), torch.empty(n, rows)
+    middle = torch.empty(n, 0, dtype=torch.uint8) if near is None else near
+    units, at_once = scale_2.numpy(), PART // BLOCK
+    parts = list(itertools.product(range(n), range(0, rows, at_once)))
+
+    def part(number: int) -> bool:
+        i, row = parts[number]
+        own = slice(row, row + at_once)
+        rows_of = [each[i, own].numpy() for each in (t, q, e, codes, losses, middle)]
+        t_, q_, e_, codes_, losses_, middle_ = rows_of
+        round_rows(t_, u[i].numpy(), units[i], middle_, *window, q_, e_, codes_, losses_)
+        return True
+
+    _all(part, len(parts))
+    return q, e, codes, losses
+
+
+def weighted_scales(w: Tensor, scale_2: Tensor, gram: Tensor, least: Tensor) -> Tensor:
+    """See `kernels.weighted_scales`."""
+    n, rows, width = w.shape
+    codes = torch.empty(n, rows, width // BLOCK, dtype=torch.uint8)
+    units, at_once = scale_2.tolist(), max(1, CONVERTED // width)
+    parts = list(itertools.product(range(n), range(0, rows, at_once)))
+
+    def part(number: int) -> bool:
+        i, row = parts[number]
+        values = w[i, row : row + at_once].to(torch.float32).contiguous().numpy()
+        weighted_rows(values, gram[i].numpy(), least[i].numpy(), units[i], codes[i, row : row + at_once].numpy())
+        return True
+
+    _all(part, len(parts))
+    return codes
 
 
 def _part_shape(w: Tensor) -> tuple[int, int]:

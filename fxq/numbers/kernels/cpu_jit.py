@@ -154,3 +154,107 @@ def _quantize_rows(rows, shift, scales, packed, sums, unit, search, pack):
 # Compiled for these alone; results may be columns of a larger tensor.
 _REST = "i4, u1[:, :], u1[:, :], f8[::1], f8, b1, b1"
 quantize_rows = _jit(_quantize_rows, [f"b1({rows}[:, ::1], {_REST})" for rows in ("i2", "i4")])
+
+
+@_jit
+def _round_row(t, u, unit, low, high, best_q, best_e, q, e, left):
+    """(code, loss) of the best of the scales low..high for one row: see `kernels.round_block`. What it
+    rounds to goes to best_q, the errors to best_e; q, e and left are scratch."""
+    best, best_loss = low, np.float32(np.inf)
+    for code in range(low, high + 1):
+        step = np.float32(_VALUES[code]) * unit
+        inverse = np.float32(1) / step
+        loss = np.float32(0)
+        for k in range(16):
+            left[k] = t[k]
+        for k in range(16):
+            x = min(abs(left[k]) * inverse, np.float32(6))
+            c = np.float32(2.0**22 if x < 2 else 2.0**23 if x < 4 else 2.0**24)
+            r = ((c + x) - c) * step
+            if left[k] < 0:
+                r = -r
+            error = (left[k] - r) / u[k, k]
+            q[k], e[k] = r, error
+            loss += error * error
+            for j in range(k + 1, 16):
+                left[j] -= error * u[k, j]
+        if loss < best_loss:
+            best, best_loss = code, loss
+            for k in range(16):
+                best_q[k], best_e[k] = q[k], e[k]
+    return best, best_loss
+
+
+def _round_block(t, u, unit, near, begin, end, q, e, codes, losses):
+    """The rows of one weight's block t [R, 16]: see `kernels.round_block`. near: codes [R], or [0] if the
+    window lies about the one that reaches the maximum."""
+    row_q, row_e, left = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
+    for r in range(t.shape[0]):
+        if len(near):
+            middle = np.int64(near[r])
+        else:
+            largest = np.float32(0)
+            for k in range(16):
+                largest = max(largest, abs(t[r, k]))
+            middle = np.int64(_reaching(largest, unit))
+        low, high = max(middle + begin, 1), min(middle + end, _LAST)
+        codes[r], losses[r] = _round_row(t[r], u, unit, low, high, q[r], e[r], row_q, row_e, left)
+
+
+round_rows = _jit(
+    _round_block,
+    ["void(f4[:, ::1], f4[:, ::1], f4, u1[::1], i8, i8, f4[:, ::1], f4[:, ::1], u1[::1], f4[::1])"],
+)
+
+
+@_jit
+def _weighted_loss(w, a, gram, step):
+    """d G d^T of rounding w [16] of maximum a with a step, in float64."""
+    d = np.empty(16)
+    for i in range(16):
+        x = min(abs(w[i]) / step, 6.0)
+        c = 2.0**51 if x < 2 else 2.0**52 if x < 4 else 2.0**53
+        d[i] = abs(w[i]) - ((c + x) - c) * step
+        if w[i] < 0:
+            d[i] = -d[i]
+    loss = 0.0
+    for i in range(16):
+        t = 0.0
+        for j in range(16):
+            t += gram[i, j] * d[j]
+        loss += t * d[i]
+    return loss
+
+
+def _weighted_rows(rows, gram, least, unit, scales):
+    """Codes, to scales uint8 [R, K/16], of least d G d^T for rows f4 [R, K]; gram f8 [K/16, 16, 16]; least:
+    a lower bound of each G's eigenvalues, f8 [K/16]."""
+    w = np.empty(16)
+    for r in range(rows.shape[0]):
+        for b in range(rows.shape[1] // 16):
+            a = 0.0
+            for i in range(16):
+                w[i] = np.float64(rows[r, 16 * b + i])
+                a = max(a, abs(w[i]))
+            if a == 0:
+                scales[r, b] = 0x38
+                continue
+            start = min(max(_floor_code(a / (6 * unit)), 1), _LAST)
+            best, best_loss = start, _weighted_loss(w, a, gram[b], _VALUES[start] * unit)
+            for code in range(start + 1, _LAST + 1):
+                if _VALUES[code - 1] * unit >= 4 * a:  # all is zero under that one already
+                    break
+                loss = _weighted_loss(w, a, gram[b], _VALUES[code] * unit)
+                if loss < best_loss:
+                    best, best_loss = code, loss
+            for code in range(start - 1, 0, -1):
+                clipped = a - 6 * _VALUES[code] * unit
+                if clipped > 0 and least[b] * clipped * clipped > best_loss:
+                    break
+                loss = _weighted_loss(w, a, gram[b], _VALUES[code] * unit)
+                if loss <= best_loss:
+                    best, best_loss = code, loss
+            scales[r, b] = best
+
+
+weighted_rows = _jit(_weighted_rows, ["void(f4[:, ::1], f8[:, :, ::1], f8[::1], f8, u1[:, ::1])"])

@@ -54,6 +54,53 @@ def quantize(
     return scales, packed if pack else None, sums if measure else None, bool(finite)
 
 
+def round_block(
+    t: Tensor, u: Tensor, scale_2: Tensor, near: Tensor | None, window: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.round_block`: all scales of the window side by side."""
+    if near is None:
+        reach = t.abs().amax(-1) / (E2M1_MAX * scale_2[:, None])
+        reach = torch.where(reach > 0, reach.clamp(E4M3_TINY, E4M3_MAX), torch.ones_like(reach))
+        near = reach.to(torch.float8_e4m3fn).view(torch.uint8)
+    offsets = torch.arange(window[0], window[1] + 1, device=t.device)[:, None, None]
+    codes = (near.int() + offsets).clamp(1, 126)  # [candidates, n, R]
+    values = e4m3_values(t.device).to(torch.float32)
+    step = values[codes - 1] * scale_2[:, None]
+    left = t.expand(len(codes), *t.shape).clone()
+    q, errors = torch.empty_like(left), torch.empty_like(left)
+    for k in range(BLOCK):
+        x = left[..., k]
+        q[..., k] = torch.copysign(round_e2m1(x.abs() / step) * step, x)
+        errors[..., k] = (x - q[..., k]) / u[:, k, k, None]
+        left[..., k + 1 :] -= errors[..., k, None] * u[:, None, k, k + 1 :]
+    losses = errors.square().sum(-1)
+    best = losses.argmin(0, keepdim=True)
+    rows = best[..., None].expand(-1, -1, -1, BLOCK)
+    chosen = codes.gather(0, best)[0].to(torch.uint8)
+    return q.gather(0, rows)[0], errors.gather(0, rows)[0], chosen, losses.gather(0, best)[0]
+
+
+def weighted_scales(w: Tensor, scale_2: Tensor, gram: Tensor, least: Tensor) -> Tensor:
+    """See `kernels.weighted_scales`: every scale is tried, whatever `least` is."""
+    n, rows, width = w.shape
+    codes = torch.empty(n, rows, width // BLOCK, dtype=torch.uint8, device=w.device)
+    candidates = e4m3_values(w.device)
+    for index in range(n):
+        for part in _row_chunks(w[index]):
+            blocks = w[index, part].to(torch.float64).unflatten(-1, (-1, BLOCK))
+            best = torch.full(blocks.shape[:-1], torch.inf, dtype=torch.float64, device=w.device)
+            found = torch.full(best.shape, 0x38, dtype=torch.uint8, device=w.device)
+            for code, value in enumerate(candidates, 1):
+                step = value * scale_2[index].to(torch.float64)
+                d = blocks - torch.copysign(round_e2m1(blocks.abs() / step) * step, blocks)
+                loss = ((d.transpose(0, 1) @ gram[index]) * d.transpose(0, 1)).sum(-1).T
+                is_better = loss < best
+                best, found[is_better] = torch.where(is_better, loss, best), code
+            found[blocks.abs().amax(-1) == 0] = 0x38
+            codes[index, part] = found
+    return codes
+
+
 def pack_rows(rows: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     """e2m1 codes of `rows / (scale * scale_2)` [rows, K], two a byte: uint8 [rows, K/2]."""
     return _joined(_magnitudes(rows, scale, scale_2), rows)

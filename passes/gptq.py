@@ -1,0 +1,94 @@
+"""gptq: weights are rounded, codes and scales, so that what their linears and experts compute of the
+calibration text changes least."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from fxq.graph.dialect import rounding, shape_at
+from fxq.graph.pattern import Match, Miss
+from fxq.graph.program import Program
+from fxq.graph.structure.inputs import InputStatistics, Reader, readers
+from fxq.numbers import gptq
+from fxq.numbers.formats import Measured
+from fxq.pipeline.base import Pass, nothing_matched
+from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared
+
+
+def _pack(
+    t: Tensor, amax: Tensor, gram: Tensor, *, format: str, damp: float, order: gptq.Order, sweeps: int
+) -> Measured:
+    return gptq.gptq(t, amax, gram, damp=damp, order=order, sweeps=sweeps)
+
+
+# A weight t [out, in] in NVFP4, rounded for inputs of the Gram matrix `gram` [in, in]: see fxq.numbers.gptq.
+GPTQ = rounding(
+    "gptq(Tensor t, Tensor amax, Tensor gram, *, str format, float damp, str order, int sweeps) -> Tensor",
+    pack=_pack,
+    rules=(
+        (
+            lambda n: shape_at(n, 2) == (shape_at(n, 0) or ())[-1:] * 2,
+            "expected the Gram matrix [in, in] of a weight [out, in]",
+        ),
+        (lambda n: n.kwargs["format"] == "nvfp4", "gptq rounds to nvfp4"),
+        (lambda n: n.kwargs["order"] in ("none", "blocks"), "order is none or blocks"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Gptq(Pass):
+    """Round every NVFP4 weight column by column, with feedback, by the Gram matrix of its inputs: of all its
+    linear's, or of those routed to its expert, with some of the layer's other tokens counted in (an expert
+    that no token reached has theirs).
+
+    Inputs are those that calibrate-max finds: with `prefix: quantized` what the served model will multiply.
+
+    damp: added to a Gram's diagonal, as a share of its mean.
+    order: blocks rounds the 16 columns first that see the largest inputs; none goes from left to right.
+    sweeps: how often each block is solved again, given all others.
+    """
+
+    damp: float = 0.01
+    order: Literal["blocks", "none"] = "blocks"
+    sweeps: int = 2
+
+    name: ClassVar[str] = "gptq"
+    requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared,)
+    breaks: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
+    only_values: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = False
+
+    def sites(self, program: Program) -> Iterator[Match | Miss]:
+        """Every matmul by quantized weights; other formats miss, and a weight that two matmuls share."""
+        seen: set[object] = set()
+        for reader in readers(program.graph):
+            first = reader.roundings[0]
+            if first.target is GPTQ:
+                yield Miss("gptq", reader.node, "its weight is rounded by gptq already", depth=1)
+            elif first.kwargs["format"] != "nvfp4":
+                yield Miss("gptq", reader.node, f"its weight is {first.kwargs['format']}, which has no codes to choose")
+            elif first in seen:
+                yield Miss("gptq", reader.node, "its weight is rounded for another matmul that reads it first", depth=1)
+            else:
+                seen.add(first)
+                yield Match("gptq", reader.node, {"x": reader.x, "w": first})
+
+    def run(self, program: Program) -> int:
+        fires = {site.node for site in self.sites(program) if isinstance(site, Match)}
+        if not fires:
+            raise nothing_matched(self, program, "NVFP4 weights")
+        statistics = InputStatistics(program.graph)
+        for reader in readers(program.graph):
+            if reader.node in fires:
+                self._round(reader, statistics)
+        return len(fires)
+
+    def _round(self, reader: Reader, statistics: InputStatistics) -> None:
+        for node, gram in zip(reader.roundings, statistics.gram(reader), strict=True):
+            node.target = GPTQ
+            node.args = (node.args[0], node.args[1], gram)
+            format = node.kwargs["format"]
+            node.kwargs = {"format": format, "damp": self.damp, "order": self.order, "sweeps": self.sweeps}

@@ -1,0 +1,90 @@
+"""retarget: weights are changed, before they are rounded, to those that come nearest to the original outputs
+from the inputs that there will be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from fxq.graph import dialect, edit
+from fxq.graph.arguments import node_at
+from fxq.graph.dialect import operator, shape_at, tensor_type
+from fxq.graph.pattern import Match, Miss
+from fxq.graph.program import Program
+from fxq.graph.structure.inputs import InputStatistics, Reader, readers
+from fxq.numbers.retarget import retarget
+from fxq.pipeline.base import Pass, nothing_matched
+from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared
+
+# A weight [out, in] fitted to what is left of its inputs: see fxq.numbers.retarget.
+RETARGET = operator(
+    "retarget(Tensor w, Tensor cross, Tensor gram, Tensor tokens) -> Tensor",
+    run=retarget,
+    shape=lambda w, cross, gram, tokens: tensor_type(w.shape, torch.float32),
+    rules=(
+        (
+            lambda n: shape_at(n, 1) == shape_at(n, 2) == (2, *(shape_at(n, 0) or ())[-1:] * 2),
+            "expected Gram matrices [2, in, in] of a weight [out, in]",
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Retarget(Pass):
+    """Replace every quantized weight W, unrounded yet, by the V of least |W x - V y|^2 + ridge |V - W|^2 over
+    the calibration tokens: x is what its linear or expert reads in the original model, y the same tokens as
+    the quantized model hands them on, rounded. V undoes part of what earlier layers and its own inputs lose.
+
+    The ridge of each weight is chosen by a fourth of the tokens that the others did not fit; with fewer than
+    8 tokens an input a weight stays as it is. Needs `calibrate-max: {prefix: quantized}`.
+    """
+
+    name: ClassVar[str] = "retarget"
+    requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared,)
+    breaks: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
+    only_values: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = False
+
+    def sites(self, program: Program) -> Iterator[Match | Miss]:
+        """Every matmul by quantized weights; those miss whose weight another reads too."""
+        seen: set[Node] = set()
+        for reader in readers(program.graph):
+            w = node_at(reader.roundings[0], 0)
+            if w.target is dialect.REWRITE and node_at(w, 1).target is RETARGET:
+                yield Miss("retarget", reader.node, "its weight is retargeted already", depth=1)
+            elif w in seen:
+                reason = "its weight is fitted to another matmul that reads it first"
+                yield Miss("retarget", reader.node, reason, depth=1)
+            else:
+                seen.add(w)
+                yield Match("retarget", reader.node, {"x": reader.x, "w": w})
+
+    def run(self, program: Program) -> int:
+        fires = {site.node for site in self.sites(program) if isinstance(site, Match)}
+        if not fires:
+            raise nothing_matched(self, program, "quantized weights")
+        statistics = InputStatistics(program.graph)
+        originals: dict[Node, Node] = {}
+        for reader in readers(program.graph):
+            if reader.node in fires:
+                self._fit(reader, statistics, originals)
+        return len(fires)
+
+    def _fit(self, reader: Reader, statistics: InputStatistics, originals: dict[Node, Node]) -> None:
+        x = reader.before
+        if x not in originals:
+            routed = [] if reader.ids is None else [reader.ids]
+            originals[x] = edit.call(x.graph, f"{x.name}_original", dialect.ORIGINAL, x, *routed)
+        split = dialect.SPLIT_GRAM, dialect.EXPERT_SPLIT_GRAM
+        crosses = statistics.take(*split, reader, (originals[x], reader.x))
+        grams = statistics.take(*split, reader, (reader.x, reader.x))
+        tokens = statistics.tokens(reader)
+        for node, cross, gram, count in zip(reader.roundings, crosses, grams, tokens, strict=True):
+            w = node_at(node, 0)
+            fitted = edit.call(w.graph, f"{w.name}_fitted", RETARGET, w, cross, gram, count)
+            made = edit.call(w.graph, f"{w.name}_new", dialect.REWRITE, w, fitted)
+            users = [u for u in w.users if u.target is dialect.AMAX or u is node]
+            edit.replace(w, made, users)
