@@ -15,6 +15,7 @@ from fxq.passes.calibrate_bootstrap import CalibrateBootstrap
 from fxq.passes.calibrate_hessian import CalibrateHessian
 from fxq.passes.calibrate_max import CalibrateMax
 from fxq.passes.calibrate_mse import CalibrateMse
+from fxq.passes.fold_scales import FoldScales
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.passes.gptq import Gptq
 from fxq.passes.lower import Lower
@@ -33,6 +34,7 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeLinears,
         QuantizeExperts,
         QuantizeKv,
+        FoldScales,
         SyncGroups,
         Retarget,
         CalibrateHessian,

@@ -75,8 +75,9 @@ class CalibrateHessian(Pass):
                 yield Match("nvfp4", reader.node, {"x": reader.x, "w": first})
 
     def run(self, program: Program) -> int:
-        fires = {site.node for site in self.sites(program) if isinstance(site, Match)}
-        if not fires:
+        sites = list(self.sites(program))
+        fires = {site.node for site in sites if isinstance(site, Match)}
+        if not fires and not any(isinstance(site, Miss) and site.depth for site in sites):
             raise nothing_matched(self, program, "NVFP4 weights")
         statistics = InputStatistics(program.graph)
         for reader in readers(program.graph):

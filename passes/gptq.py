@@ -69,16 +69,26 @@ class Gptq(Pass):
             if first.target is GPTQ:
                 yield Miss("gptq", reader.node, "its weight is rounded by gptq already", depth=1)
             elif first.kwargs["format"] != "nvfp4":
-                yield Miss("gptq", reader.node, f"its weight is {first.kwargs['format']}, which has no codes to choose")
+                yield Miss(
+                    "gptq",
+                    reader.node,
+                    f"its weight is {first.kwargs['format']}, which has no codes to choose",
+                )
             elif first in seen:
-                yield Miss("gptq", reader.node, "its weight is rounded for another matmul that reads it first", depth=1)
+                yield Miss(
+                    "gptq",
+                    reader.node,
+                    "its weight is rounded for another matmul that reads it first",
+                    depth=1,
+                )
             else:
                 seen.add(first)
                 yield Match("gptq", reader.node, {"x": reader.x, "w": first})
 
     def run(self, program: Program) -> int:
-        fires = {site.node for site in self.sites(program) if isinstance(site, Match)}
-        if not fires:
+        sites = list(self.sites(program))
+        fires = {site.node for site in sites if isinstance(site, Match)}
+        if not fires and not any(isinstance(site, Miss) and site.depth for site in sites):
             raise nothing_matched(self, program, "NVFP4 weights")
         statistics = InputStatistics(program.graph)
         for reader in readers(program.graph):

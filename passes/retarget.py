@@ -14,18 +14,20 @@ from fxq.graph.dialect import operator, shape_at, tensor_type
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
 from fxq.graph.structure.inputs import InputStatistics, Reader, readers
+from fxq.graph.structure.views import strip
 from fxq.numbers.retarget import retarget
 from fxq.pipeline.base import Pass, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared
 
 # A weight [out, in] fitted to what is left of its inputs: see fxq.numbers.retarget.
 RETARGET = operator(
-    "retarget(Tensor w, Tensor cross, Tensor gram, Tensor tokens) -> Tensor",
+    "retarget(Tensor w, Tensor original, Tensor cross, Tensor gram, Tensor tokens) -> Tensor",
     run=retarget,
-    shape=lambda w, cross, gram, tokens: tensor_type(w.shape, torch.float32),
+    shape=lambda w, original, cross, gram, tokens: tensor_type(w.shape, torch.float32),
     rules=(
+        (lambda n: shape_at(n, 0) == shape_at(n, 1), "expected the original weight [out, in]"),
         (
-            lambda n: shape_at(n, 1) == shape_at(n, 2) == (2, *(shape_at(n, 0) or ())[-1:] * 2),
+            lambda n: shape_at(n, 2) == shape_at(n, 3) == (2, *(shape_at(n, 0) or ())[-1:] * 2),
             "expected Gram matrices [2, in, in] of a weight [out, in]",
         ),
     ),
@@ -34,9 +36,10 @@ RETARGET = operator(
 
 @dataclass(frozen=True)
 class Retarget(Pass):
-    """Replace every quantized weight W, unrounded yet, by the V of least |W x - V y|^2 + ridge |V - W|^2 over
-    the calibration tokens: x is what its linear or expert reads in the original model, y the same tokens as
-    the quantized model hands them on, rounded. V undoes part of what earlier layers and its own inputs lose.
+    """Replace every quantized weight W, unrounded yet, by the V of least |O x - V y|^2 + ridge |V - W|^2 over
+    the calibration tokens: x is what its linear or expert reads in the original model, whose weight is O (W,
+    unless an earlier pass rewrote it), y the same tokens as the quantized model hands them on, rounded. V
+    undoes part of what earlier layers and its own inputs lose.
 
     The ridge of each weight is chosen by a fourth of the tokens that the others did not fit; with fewer than
     8 tokens an input a weight stays as it is. Needs `calibrate-max: {prefix: quantized}`.
@@ -63,8 +66,9 @@ class Retarget(Pass):
                 yield Match("retarget", reader.node, {"x": reader.x, "w": w})
 
     def run(self, program: Program) -> int:
-        fires = {site.node for site in self.sites(program) if isinstance(site, Match)}
-        if not fires:
+        sites = list(self.sites(program))
+        fires = {site.node for site in sites if isinstance(site, Match)}
+        if not fires and not any(isinstance(site, Miss) and site.depth for site in sites):
             raise nothing_matched(self, program, "quantized weights")
         statistics = InputStatistics(program.graph)
         originals: dict[Node, Node] = {}
@@ -84,7 +88,7 @@ class Retarget(Pass):
         tokens = statistics.tokens(reader)
         for node, cross, gram, count in zip(reader.roundings, crosses, grams, tokens, strict=True):
             w = node_at(node, 0)
-            fitted = edit.call(w.graph, f"{w.name}_fitted", RETARGET, w, cross, gram, count)
+            original = strip(w, frozenset({dialect.REWRITE}))
+            fitted = edit.call(w.graph, f"{w.name}_fitted", RETARGET, w, original, cross, gram, count)
             made = edit.call(w.graph, f"{w.name}_new", dialect.REWRITE, w, fitted)
-            users = [u for u in w.users if u.target is dialect.AMAX or u is node]
-            edit.replace(w, made, users)
+            edit.replace(w, made, [u for u in w.users if u.target is dialect.AMAX or u is node])

@@ -128,7 +128,9 @@ class Computed:
             hold=True,
         )
         rounded = (node for nodes in calibration.streaming.origins.values() for node in nodes)
-        coming = {self.program.packs[node] for node in rounded if node in self.program.packs} if is_rounded else ()
+        coming = (
+            {self.program.packs[node] for node in rounded if node in self.program.packs} if is_rounded else ()
+        )
         waiting = needs(self.left, self.program.constants)
         held: dict[str, Tensor] = {}  # until all that needs it is computed
         with closing(calibration.segments(self.batches)) as segments:

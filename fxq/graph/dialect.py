@@ -265,7 +265,12 @@ def _is_by_expert(node: Node) -> bool:
 
 
 def _is_weight(node: Node) -> bool:
-    while node.op == "call_function" and not is_statistic(node) and node.args and isinstance(node.args[0], (Node, list, tuple)):
+    while (
+        node.op == "call_function"
+        and not is_statistic(node)
+        and node.args
+        and isinstance(node.args[0], (Node, list, tuple))
+    ):
         node = nodes_at(node, 0)[0] if node.target is STACK else node_at(node, 0)
     return node.op == "get_attr"
 

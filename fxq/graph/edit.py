@@ -1,7 +1,7 @@
 """Edits to a graph: new nodes get derived names and their value's type at birth; `tidy` orders and drops
 what is unused."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -108,7 +108,7 @@ def _place(node: Node, placed: dict[Node, None]) -> None:
     """Depth first without recursion: graphs are tens of thousands of nodes deep."""
     if node in placed:
         return
-    stack, open_ = [(node, iter(node.all_input_nodes))], {node}
+    stack, open_ = [(node, _inputs(node))], {node}
     while stack:
         current, inputs = stack[-1]
         for source in inputs:
@@ -117,10 +117,15 @@ def _place(node: Node, placed: dict[Node, None]) -> None:
                     f"%{source.name} and %{current.name} need each other: the graph has a cycle"
                 )
             if source not in placed:
-                stack.append((source, iter(source.all_input_nodes)))
+                stack.append((source, _inputs(source)))
                 open_.add(source)
                 break
         else:
             placed[current] = None
             open_.discard(current)
             stack.pop()
+
+
+def _inputs(node: Node) -> Iterator[Node]:
+    """What a node needs, parameters last: what else must be placed does not come between them and it."""
+    return iter(sorted(node.all_input_nodes, key=lambda source: source.op == "get_attr"))

@@ -45,7 +45,10 @@ def gptq(w: Tensor, amax: Tensor, gram: Tensor, *, damp: float, order: Order, sw
             solver.descend()
         codes[part], packed[part] = solver.result()
     made = Packed(packed, codes.view(torch.float8_e4m3fn), scale_2)
-    error, energy = torch.empty_like(scale_2, dtype=torch.float64), torch.empty_like(scale_2, dtype=torch.float64)
+    error, energy = (
+        torch.empty_like(scale_2, dtype=torch.float64),
+        torch.empty_like(scale_2, dtype=torch.float64),
+    )
     for i in range(len(w)):
         exact = w[i].double()
         error[i] = (dequantize(made.part(i, slice(None))).double() - exact).square().sum()
@@ -96,7 +99,9 @@ class _Solver:
         left = self.w.clone()
         for b, own in self.blocks():
             t, u = left[..., own].contiguous(), factor[:, own, own].contiguous()
-            self.q[..., own], error, self.codes[..., b], _ = kernels.round_block(t, u, self.scale_2, None, WINDOW)
+            self.q[..., own], error, self.codes[..., b], _ = kernels.round_block(
+                t, u, self.scale_2, None, WINDOW
+            )
             left[..., own.stop :] -= error @ factor[:, own, own.stop :]
 
     def descend(self) -> None:

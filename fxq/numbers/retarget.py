@@ -1,10 +1,10 @@
 """Retargeting: the weights that come nearest to the original outputs from the inputs that there will be.
 
-A linear of weights W [R, K] was to compute W x; while serving it is given y, what is left of x once earlier
-layers, and its own inputs, are rounded. With C = sum x y^T and H = sum y y^T, the V of least
-|W x - V y|^2 + ridge |V - W|^2 is
+A linear of weights O [R, K] was to compute O x; while serving it is given y, what is left of x once earlier
+layers, and its own inputs, are rounded. W is its weight by now: O, or O with scales folded into it. With
+C = sum x y^T and H = sum y y^T, the V of least |O x - V y|^2 + ridge |V - W|^2 is
 
-    V = W + W (C - H) (H + ridge I)^-1.
+    V = W + (O C - W H) (H + ridge I)^-1.
 
 A V that fits few tokens too well is worse on others: so the ridge is the one, of several, under which V as
 fitted on three of four tokens does best on the fourth.
@@ -19,44 +19,46 @@ RIDGES = (1e-3, 1e-2, 0.05, 0.2, 1.0, 4.0)
 LEAST_TOKENS = 8
 
 
-def retarget(w: Tensor, cross: Tensor, gram: Tensor, tokens: Tensor) -> Tensor:
-    """V, float32, for weights [..., R, K] of original inputs x and present ones y.
+def retarget(w: Tensor, original: Tensor, cross: Tensor, gram: Tensor, tokens: Tensor) -> Tensor:
+    """V, float32 [R, K], for weights w [R, K] that were `original` [R, K].
 
-    cross: sums of x y^T [..., 2, K, K], over the tokens that are fitted and those held back; gram: of y y^T.
-    tokens: how many there are, int64 [...]. Weights with fewer than 8 tokens an input stay.
+    cross: sums of x y^T [2, K, K], over the tokens that are fitted and those held back; gram: of y y^T.
+    tokens: how many there are, int64 []. With fewer than 8 an input w stays.
     """
-    width = w.shape[-1]
-    out = w.reshape(-1, *w.shape[-2:]).to(torch.float32, copy=True)
-    pairs = (cross.reshape(-1, 2, width, width), gram.reshape(-1, 2, width, width))
-    for i, (c, h, count) in enumerate(zip(*pairs, tokens.reshape(-1).tolist(), strict=True)):
-        if count >= LEAST_TOKENS * width:
-            c, h = c.to(w.device, torch.float64), h.to(w.device, torch.float64)
-            ridge = _ridge(out[i], c, h)
-            if ridge is not None:
-                out[i] += out[i] @ _change(c.sum(0), h.sum(0), ridge).to(torch.float32)
-    return out.view(w.shape)
+    w, o = w.to(torch.float32), original.to(torch.float32)
+    if int(tokens) < LEAST_TOKENS * w.shape[-1]:
+        return w
+    c, h = cross.to(w.device), gram.to(w.device)
+    ridge = _ridge(w, o, c, h)
+    if ridge is None:
+        return w
+    return w + _drift(w, o, c.sum(0), h.sum(0)) @ _inverse(h.sum(0), ridge)
 
 
-def _change(c: Tensor, h: Tensor, ridge: float) -> Tensor:
-    """(C - H) (H + ridge mean(diag H) I)^-1, float64 [K, K]."""
-    held = h.clone()
+def _drift(w: Tensor, o: Tensor, c: Tensor, h: Tensor) -> Tensor:
+    """O C - W H, [R, K]."""
+    return o @ c - w @ h
+
+
+def _inverse(h: Tensor, ridge: float) -> Tensor:
+    """(H + ridge mean(diag H) I)^-1, float32 [K, K]."""
+    held = h.double()
     held.diagonal().add_(ridge * h.diagonal().mean())
-    return torch.cholesky_solve((c - h).mT, torch.linalg.cholesky(held)).mT
+    return torch.cholesky_inverse(torch.linalg.cholesky(held)).to(torch.float32)
 
 
-def _ridge(w: Tensor, c: Tensor, h: Tensor) -> float | None:
+def _ridge(w: Tensor, o: Tensor, c: Tensor, h: Tensor) -> float | None:
     """The ridge that does best on the tokens held back; None if W itself does.
 
-    With V = W + W G, the error there changes by tr(S (G H G^T - 2 (C - H) G^T)), S = W^T W.
+    With V = W + D the error there changes by tr(D H D^T) - 2 tr((O C - W H) D^T).
     """
     if not float(h[0].diagonal().mean()) > 0:
         return None
-    s = (w.mT @ w).double()
-    drift = c[1] - h[1]
+    fitted, judged = (_drift(w, o, c[i], h[i]) for i in (0, 1))
     best, chosen = 0.0, None
     for ridge in RIDGES:
-        g = _change(c[0], h[0], ridge)
-        change = float(((g @ h[1] - 2 * drift) * (s @ g)).sum())
+        d = fitted @ _inverse(h[0], ridge)
+        change = float(((d @ h[1] - 2 * judged) * d).sum(dtype=torch.float64))
         if change < best:
             best, chosen = change, ridge
     return chosen

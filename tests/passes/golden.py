@@ -124,7 +124,7 @@ class Tensors:
 
 
 class Evaluate(Interpreter):
-    """Runs a graph on given weights; with `exact`, quantize nodes pass their operand through."""
+    """Runs a graph on given weights; with `exact`, roundings and rewrites pass their operand through."""
 
     def __init__(self, program: Program, weights: Mapping[str, Tensor], *, exact: bool = False) -> None:
         super().__init__(nn.Module(), graph=program.graph)
@@ -134,7 +134,7 @@ class Evaluate(Interpreter):
         return self.weights[target]
 
     def run_node(self, n: Node) -> Any:
-        if self.exact and n.target is dialect.QUANTIZE:
+        if self.exact and (dialect.is_rounding(n) or n.target is dialect.REWRITE):
             return self.env[n.args[0]]  # type: ignore[index]
         return super().run_node(n)
 

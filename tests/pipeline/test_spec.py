@@ -175,7 +175,7 @@ def test_a_null_format_means_none() -> None:
         ),
         (
             "description: nothing\n",
-            "mine.yaml: expected `passes:`, a list of calibrate-bootstrap, calibrate-max,",
+            "mine.yaml: expected `passes:`, a list of calibrate-bootstrap, calibrate-hessian,",
         ),
         ("", "mine.yaml: expected a mapping with description, passes"),
     ],

@@ -95,7 +95,9 @@ class InputStatistics:
     def tokens(self, reader: Reader) -> list[Node]:
         """How many rows there were, int64 [], for each of the roundings."""
         if reader.ids is None:
-            return [self._once((dialect.TOKENS, reader.x), lambda: self._call("tokens", dialect.TOKENS, reader.x))]
+            return [
+                self._once((dialect.TOKENS, reader.x), lambda: self._call("tokens", dialect.TOKENS, reader.x))
+            ]
         counted = self._expert_tokens(reader)
         return [self._slice(counted, e) for e in range(len(reader.roundings))]
 
@@ -151,9 +153,7 @@ class InputStatistics:
         return self._call(f"{split.name}_sum", _ATEN.sum.dim_IntList, split, [0])
 
     def _slice(self, of: Node, expert: int) -> Node:
-        return self._once(
-            (of, expert), lambda: self._call(f"{of.name}_e{expert}", dialect.SLICE, of, expert)
-        )
+        return self._once((of, expert), lambda: self._call(f"{of.name}_e{expert}", dialect.SLICE, of, expert))
 
     def _once(self, key: object, make: Callable[[], Node]) -> Node:
         if key not in self.made:

@@ -93,7 +93,9 @@ def weighted_scales(w: Tensor, scale_2: Tensor, gram: Tensor, least: Tensor) -> 
     def part(number: int) -> bool:
         i, row = parts[number]
         values = w[i, row : row + at_once].to(torch.float32).contiguous().numpy()
-        weighted_rows(values, gram[i].numpy(), least[i].numpy(), units[i], codes[i, row : row + at_once].numpy())
+        weighted_rows(
+            values, gram[i].numpy(), least[i].numpy(), units[i], codes[i, row : row + at_once].numpy()
+        )
         return True
 
     _all(part, len(parts))

@@ -1,0 +1,31 @@
+pass: gptq
+rewrites: 2
+--- before
+%x : bf16[2,4,32] = placeholder()
+%x_amax : f32[] = fxq.amax(%x)
+%x_q : bf16[2,4,32] = fxq.quantize(%x, %x_amax, format='nvfp4', scale='dynamic')
+%w : bf16[48,32] = @q.weight
+%w_amax : f32[] = fxq.amax(%w)
+%v : bf16[16,32] = @k.weight
+%v_amax : f32[] = fxq.amax(%v)
+%sync : f32[] = fxq.sync([%w_amax, %v_amax])
+%w_q : bf16[48,32] = fxq.quantize(%w, %sync, format='nvfp4', scale='max')
+%y : bf16[2,4,48] = aten.linear(%x_q, %w_q)
+%v_q : bf16[16,32] = fxq.quantize(%v, %sync, format='nvfp4', scale='max')
+%z : bf16[2,4,16] = aten.linear(%x_q, %v_q)
+return [%y, %z]
+--- after
+%x : bf16[2,4,32] = placeholder()
+%x_amax : f32[] = fxq.amax(%x)
+%x_q : bf16[2,4,32] = fxq.quantize(%x, %x_amax, format='nvfp4', scale='dynamic')
+%w : bf16[48,32] = @q.weight
+%w_amax : f32[] = fxq.amax(%w)
+%v : bf16[16,32] = @k.weight
+%v_amax : f32[] = fxq.amax(%v)
+%sync : f32[] = fxq.sync([%w_amax, %v_amax])
+%x_q_gram : f32[32,32] = fxq.gram(%x_q)
+%w_q : bf16[48,32] = fxq.gptq(%w, %sync, %x_q_gram, format='nvfp4', damp=0.01, order='blocks', sweeps=2)
+%y : bf16[2,4,48] = aten.linear(%x_q, %w_q)
+%v_q : bf16[16,32] = fxq.gptq(%v, %sync, %x_q_gram, format='nvfp4', damp=0.01, order='blocks', sweeps=2)
+%z : bf16[2,4,16] = aten.linear(%x_q, %v_q)
+return [%y, %z]

@@ -1,0 +1,48 @@
+pass: retarget
+rewrites: 1
+--- before
+%x : bf16[4,32] = placeholder()
+%ids : i64[4] = placeholder()
+%x_amax : f32[] = fxq.amax(%x)
+%x_q : bf16[4,32] = fxq.quantize(%x, %x_amax, format='nvfp4', scale='dynamic')
+%w : bf16[2,16,32] = @experts.up_proj
+%w_e0 : bf16[16,32] = fxq.slice(%w, 0)
+%w_e0_amax : f32[] = fxq.amax(%w_e0)
+%w_e0_q : bf16[16,32] = fxq.quantize(%w_e0, %w_e0_amax, format='nvfp4', scale='max')
+%w_e1 : bf16[16,32] = fxq.slice(%w, 1)
+%w_e1_amax : f32[] = fxq.amax(%w_e1)
+%w_e1_q : bf16[16,32] = fxq.quantize(%w_e1, %w_e1_amax, format='nvfp4', scale='max')
+%w_q : bf16[2,16,32] = fxq.stack([%w_e0_q, %w_e1_q])
+%y : bf16[4,16] = fxq.expert_linear(%x_q, %w_q, %ids)
+return [%y]
+--- after
+%x : bf16[4,32] = placeholder()
+%ids : i64[4] = placeholder()
+%x_amax : f32[] = fxq.amax(%x)
+%x_q : bf16[4,32] = fxq.quantize(%x, %x_amax, format='nvfp4', scale='dynamic')
+%w : bf16[2,16,32] = @experts.up_proj
+%w_e0 : bf16[16,32] = fxq.slice(%w, 0)
+%x_original : bf16[4,32] = fxq.original(%x, %ids)
+%x_original_expert_split_gram : f32[2,2,32,32] = fxq.expert_split_gram(%x_original, %x_q, %ids, experts=2)
+%ids_tokens : i64[2] = fxq.expert_tokens(%ids, experts=2)
+%x_original_expert_split_gram_shrunk : f32[2,2,32,32] = fxq.shrunk(%x_original_expert_split_gram, %ids_tokens, by=64)
+%x_original_expert_split_gram_shrunk_e0 : f32[2,32,32] = fxq.slice(%x_original_expert_split_gram_shrunk, 0)
+%x_q_expert_split_gram : f32[2,2,32,32] = fxq.expert_split_gram(%x_q, %x_q, %ids, experts=2)
+%x_q_expert_split_gram_shrunk : f32[2,2,32,32] = fxq.shrunk(%x_q_expert_split_gram, %ids_tokens, by=64)
+%x_q_expert_split_gram_shrunk_e0 : f32[2,32,32] = fxq.slice(%x_q_expert_split_gram_shrunk, 0)
+%ids_tokens_e0 : i64[] = fxq.slice(%ids_tokens, 0)
+%w_e0_fitted : f32[16,32] = fxq.retarget(%w_e0, %w_e0, %x_original_expert_split_gram_shrunk_e0, %x_q_expert_split_gram_shrunk_e0, %ids_tokens_e0)
+%w_e0_new : bf16[16,32] = fxq.rewrite(%w_e0, %w_e0_fitted)
+%w_e0_amax : f32[] = fxq.amax(%w_e0_new)
+%w_e0_q : bf16[16,32] = fxq.quantize(%w_e0_new, %w_e0_amax, format='nvfp4', scale='max')
+%w_e1 : bf16[16,32] = fxq.slice(%w, 1)
+%x_original_expert_split_gram_shrunk_e1 : f32[2,32,32] = fxq.slice(%x_original_expert_split_gram_shrunk, 1)
+%x_q_expert_split_gram_shrunk_e1 : f32[2,32,32] = fxq.slice(%x_q_expert_split_gram_shrunk, 1)
+%ids_tokens_e1 : i64[] = fxq.slice(%ids_tokens, 1)
+%w_e1_fitted : f32[16,32] = fxq.retarget(%w_e1, %w_e1, %x_original_expert_split_gram_shrunk_e1, %x_q_expert_split_gram_shrunk_e1, %ids_tokens_e1)
+%w_e1_new : bf16[16,32] = fxq.rewrite(%w_e1, %w_e1_fitted)
+%w_e1_amax : f32[] = fxq.amax(%w_e1_new)
+%w_e1_q : bf16[16,32] = fxq.quantize(%w_e1_new, %w_e1_amax, format='nvfp4', scale='max')
+%w_q : bf16[2,16,32] = fxq.stack([%w_e0_q, %w_e1_q])
+%y : bf16[4,16] = fxq.expert_linear(%x_q, %w_q, %ids)
+return [%y]
