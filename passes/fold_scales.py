@@ -1,5 +1,5 @@
-"""fold-scales: channels of a norm's output are scaled where that makes rounding lose less: the norm's scale is
-divided by what the columns of all linears behind it are multiplied by."""
+"""fold-scales: channels of a norm's output are scaled where that makes rounding lose less: the norm's scale
+is divided by what the columns of all linears behind it are multiplied by."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _ATEN = torch.ops.aten
 _MUL, _ADD = _ATEN.mul.Tensor, _ATEN.add.Tensor
 _COLUMNS = (_ATEN.linear.default, dialect.EXPERT_LINEAR)  # columns of their weights are the inputs
 # Tokens that a fold is chosen by, and how many one batch gives.
-ROWS, OF_BATCH = 2048, 256
+ROWS, OF_BATCH = 1024, 128
 _LOOKED_AT = 24  # matrices, of which experts have many
 
 
@@ -46,7 +46,7 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-# Some rows of x [..., K], evenly from every batch until there are 2,048 [2048, K], the rest zeros.
+# Some rows of x [..., K], evenly from every batch until there are 1,024, [1024, K], the rest zeros.
 SAMPLE = operator(
     "sample(Tensor x) -> Tensor",
     run=_sample,

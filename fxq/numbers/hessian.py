@@ -1,5 +1,5 @@
-"""Block scales of least output error: of a block w of 16 weights whose inputs have the Gram matrix G, rounding
-it to w - d costs d G d^T, whatever the other blocks do, if their errors do not go with its.
+"""Block scales of least output error: of a block w of 16 weights whose inputs have the Gram matrix G,
+rounding it to w - d costs d G d^T, whatever the other blocks do, if their errors do not go with its.
 
 All 126 FP8 scales count. Two bounds spare most of them: under a step of four times the block's maximum all is
 zero, and stays so; below, where the maximum is clipped by c, the loss is at least c^2 times G's least

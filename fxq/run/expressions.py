@@ -296,8 +296,8 @@ class _Copy(Expressions[Node]):
 
 
 class _Routed(_Copy):
-    """The original model from where tokens are sent to experts on, with the choice of another variant: the
-    integers that `ids` is computed from are those of that one, and what follows from them is computed anew."""
+    """The original model from where tokens are sent to experts on, with the choice of another variant: its
+    integers that `ids` is computed from, and what follows from them, computed anew."""
 
     def __init__(self, copy: _Copy, original: _Copy, ids: Node) -> None:
         graph = ids.graph

@@ -193,7 +193,9 @@ def test_the_pass_that_needs_data_is_named() -> None:
     assert needs_data(steps(Step(), Calibration())) == "calibration"
     assert needs_data(steps(Step())) is None
     for name in shipped():
-        assert needs_data(load(name, PASSES).passes) == (None if "weight_only" in name else "calibrate-max")
+        assert needs_data(load(name, PASSES).passes) == (
+            None if name in ("nvfp4_weight_only", "nvfp4_weight_only_mse") else "calibrate-max"
+        )
 
 
 @pytest.mark.parametrize("name", list(PASSES))
@@ -345,7 +347,8 @@ def test_every_shipped_spec_runs_over_a_small_graph_without_weights(spec: str) -
     packs = [node for node in program.graph.nodes if node.target is dialect.PACK]
     blocks = [node for node in packs if node.kwargs["format"] == "nvfp4"]
     modes = {node.kwargs["scale"] for node in blocks}  # FP8 weights have no block scales to search
-    assert modes == {"mse" if "mse" in spec else "max"}
+    decided = any(kind in spec for kind in ("hessian", "gptq"))
+    assert modes == (set() if decided else {"mse" if "mse" in spec else "max"})
 
 
 def test_every_shipped_spec_fills_every_amax(spec: str) -> None:
@@ -359,8 +362,10 @@ def test_every_shipped_spec_fills_every_amax(spec: str) -> None:
     assert bool(wanted) == (needs_data(passes) is not None)
     found = amaxes(program, Tensors(held), torch.device("cpu"))
     assert all(float(value) > 0 and torch.isfinite(value) for value in found.values())
-    assert set(program.values) < found.keys()
-    assert found["w_e1_amax"] == 1  # all router outputs are equal, so every token goes to expert 0
+    assert {name for name in program.values if name.endswith("amax")} < found.keys()
+    assert found["w_e1_amax"] == pytest.approx(
+        1, rel=1e-2
+    )  # all router outputs are equal, so every token goes to expert 0
     if needs_data(passes):
         assert program.tokens["layers.0.mlp.experts.up_proj"].tolist() == [4, 0]
 

@@ -22,13 +22,19 @@ FILE = "mine.yaml"
 SHIPPED = (
     "nvfp4_default-fp8_cast_kv",
     "nvfp4_default-fp8_kv",
+    "nvfp4_default_gptq-fp8_cast_kv",
+    "nvfp4_default_hessian-fp8_cast_kv",
     "nvfp4_default_mse-fp8_cast_kv",
     "nvfp4_experts_fp8_rest_mse-fp8_kv",
     "nvfp4_experts_only-fp8_cast_kv",
+    "nvfp4_experts_only_gptq-fp8_cast_kv",
+    "nvfp4_experts_only_hessian-fp8_cast_kv",
     "nvfp4_experts_only_mse-fp8_cast_kv",
     "nvfp4_mlp_fp8_attention_mse-fp8_kv",
     "nvfp4_mlp_only_mse-fp8_cast_kv",
     "nvfp4_weight_only",
+    "nvfp4_weight_only_gptq",
+    "nvfp4_weight_only_hessian",
     "nvfp4_weight_only_mse",
 )
 
@@ -72,6 +78,8 @@ def test_these_are_the_shipped_specs() -> None:
 def test_a_shipped_spec_is_what_its_name_says(name: str) -> None:
     steps = {step.name: step for step in load(name, PASSES).passes}
     assert ("calibrate-mse" in steps) == ("mse" in name)
+    assert ("calibrate-hessian" in steps) == ("hessian" in name)
+    assert ("gptq" in steps) == ("retarget" in steps) == ("fold-scales" in steps) == ("gptq" in name)
     assert ("quantize-linears" in steps) == ("experts_only" not in name)
     assert ("quantize-kv" in steps) == name.endswith("_kv")
     if name.endswith("_kv"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxq.errors import SourceError
+from fxq.errors import SourceError, SpecError
 from fxq.graph import dialect
 from fxq.graph.hub import Hub
 from fxq.graph.program import Program
@@ -51,8 +51,13 @@ STATISTICS = {
     "over": "i64[32] = test_statistics.over(%x)",
     "expert_gram": "f32[4,32,32] = fxq.expert_gram(%rows, %e, experts=4)",
     "expert_gram_blocks": "f32[4,2,16,16] = fxq.expert_gram_blocks(%rows, %e, experts=4)",
+    "expert_square_sum": "f32[4,32] = fxq.expert_square_sum(%rows, %e, experts=4)",
     "expert_tokens": "i64[4] = fxq.expert_tokens(%e, experts=4)",
+    "tokens": "i64[] = fxq.tokens(%x)",
+    "split_gram": "f32[2,32,32] = fxq.split_gram(%x, %x)",
+    "expert_split_gram": "f32[4,2,32,32] = fxq.expert_split_gram(%rows, %rows, %e, experts=4)",
 }
+COUNTS = ("over", "expert_tokens", "tokens")
 
 
 class Source:
@@ -125,8 +130,29 @@ def _references(x: Tensor) -> dict[str, Tensor]:
         "over": (x > 0.5).sum(0),
         "expert_gram": torch.stack(of_experts),
         "expert_gram_blocks": torch.stack([_blocks(gram) for gram in of_experts]),
+        "expert_square_sum": torch.stack([gram.diagonal() for gram in of_experts]),
         "expert_tokens": torch.tensor([(TOKENS % 5).tolist().count(e) for e in range(EXPERTS)]),
+        "tokens": torch.tensor(len(TOKENS)),
+        "split_gram": _split([range(len(TOKENS))], x),
+        "expert_split_gram": torch.stack([_split(_of_expert(e), x) for e in range(EXPERTS)]),
     }
+
+
+def _of_expert(expert: int) -> list[list[int]]:
+    return [[i for i in range(len(TOKENS)) if int(TOKENS[i]) % 5 == expert]]
+
+
+def _split(kinds: Sequence[Sequence[int]], x: Tensor) -> Tensor:
+    """Of each batch, the first three quarters of the tokens that count, and the rest."""
+    sums = torch.zeros(2, WIDTH, WIDTH).double()
+    ends = np.cumsum([batch.numel() for batch in BATCHES]).tolist()
+    for start, end in zip([0, *ends], ends, strict=False):
+        own = [i for i in kinds[0] if start <= i < end]
+        kept = -(-3 * len(own) // 4)
+        for half, part in enumerate((own[:kept], own[kept:])):
+            for i in part:
+                sums[half] += torch.outer(x[i], x[i])
+    return sums
 
 
 def _equal(found: Tensor, wanted: Tensor) -> None:
@@ -148,7 +174,7 @@ def test_every_statistic_is_that_of_all_tokens(prefix: Prefix) -> None:
     assert found["over"].dtype == torch.int64
 
 
-@pytest.mark.parametrize("name", [name for name in STATISTICS if name not in ("over", "expert_tokens")])
+@pytest.mark.parametrize("name", [name for name in STATISTICS if name not in COUNTS])
 @pytest.mark.parametrize(("broken", "kind"), [(-1.0, "NaN"), (0.0, "Inf")])
 def test_what_is_not_finite_is_an_error_that_names_the_statistic(name: str, broken: float, kind: str) -> None:
     source = Source({"emb": _random(40, WIDTH).abs() + 0.1})
@@ -287,3 +313,70 @@ def test_a_statistic_that_is_known_is_not_taken_again() -> None:
     assert program.values["x_absmax"] is known
     y = source.tensors["emb"][TOKENS].double() @ (source.tensors["a"].double() / 2).T
     _equal(program.values["y_absmax"], y.abs().amax(0))
+
+
+COMPARED = LAYERS.replace(
+    "return [%out]",
+    "%z_original : f32[2,3,48] = fxq.original(%z)\n"
+    "%cross : f32[2,48,48] = fxq.split_gram(%z_original, %z)\nreturn [%out]",
+)
+
+
+def test_a_statistic_compares_with_the_model_as_it_was() -> None:
+    source = Source(_weights())
+    found = _found(COMPARED, source, "quantized")
+    before, after = (_second_layer(source.tensors, TOKENS, r).double() for r in (torch.clone, _rounded))
+    _equal(found["cross"].sum(0), before.T @ after)
+
+
+def test_a_comparison_with_itself_is_an_error() -> None:
+    with pytest.raises(
+        SpecError, match=r"%z_original compares .* expected calibrate-max: \{prefix: quantized\}"
+    ):
+        _found(COMPARED, Source(_weights()))
+
+
+# A router after a rounded linear sends each token to one of two experts; what the second experts read depends
+# on it. The original model would send some tokens elsewhere.
+ROUTED = """\
+%ids : i64[2,3] = placeholder()
+%emb : f32[40,32] = @emb
+%e : f32[2,3,32] = aten.embedding(%emb, %ids)
+%x : f32[6,32] = aten.view(%e, [-1, 32])
+%a : f32[32,32] = @a
+%a_amax : f32[] = fxq.amax(%a)
+%a_q : f32[32,32] = fxq.quantize(%a, %a_amax, format='nvfp4', scale='max')
+%h : f32[6,32] = aten.linear(%x, %a_q)
+%router : f32[2,32] = @router
+%logits : f32[6,2] = aten.linear(%h, %router)
+%choice : i64[6] = aten.argmax(%logits, -1)
+%order : i64[6] = aten.argsort(%choice)
+%which : i64[6] = aten.index.Tensor(%choice, [%order])
+%rows : f32[6,32] = aten.index.Tensor(%h, [%order])
+%up : f32[2,32,32] = @up
+%y : f32[6,32] = fxq.expert_linear(%rows, %up, %which)
+%y_original : f32[6,32] = fxq.original(%y, %which)
+%cross : f32[2,2,32,32] = fxq.expert_split_gram(%y_original, %y, %which, experts=2)
+return [%y]
+"""
+
+
+def test_tokens_of_experts_are_compared_with_themselves_whatever_the_original_routing() -> None:
+    tensors = {"emb": _random(40, 32), "a": _random(32, 32), "up": _random(2, 32, 32)}
+    of_token = tensors["emb"][TOKENS[0]] @ tensors["a"].T
+    along = of_token / of_token.square().sum()
+    side = _random(2, 32)[0]
+    side -= (side @ of_token) * along  # to which the first token gives nothing, before it is rounded
+    moved = side @ (tensors["emb"][TOKENS[0]] @ _rounded(tensors["a"]).T)
+    side -= along * moved.sign() * 1e-3
+    tensors["router"] = torch.stack([side, -side])
+    found = _found(ROUTED, Source(tensors), "quantized")
+    x = tensors["emb"][TOKENS]
+    before, after = (x @ w.T for w in (tensors["a"], _rounded(tensors["a"])))
+    chosen, elsewhere = ((h @ tensors["router"].T).argmax(-1) for h in (after, before))
+    assert (chosen != elsewhere).any(), "else there is nothing to tell apart"
+    for e in range(2):
+        own = chosen == e
+        of_original, of_rounded = ((h[own] @ tensors["up"][e].T).double() for h in (before, after))
+        wanted = of_original.T @ of_rounded
+        torch.testing.assert_close(found["cross"][e].sum(0).double(), wanted, rtol=1e-4, atol=1e-2)
