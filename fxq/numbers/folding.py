@@ -1,5 +1,5 @@
-"""Folded scales: weights W [R, K] take s_k W_:k, and what makes their inputs gives x_k / s_k: the same product,
-rounded otherwise: a channel of large inputs no longer decides the scale of its block.
+"""Folded scales: weights W [R, K] take s_k W_:k, and what makes their inputs gives x_k / s_k:
+the same product, rounded otherwise. A channel of large inputs no longer decides the scale of its block.
 
 s_k = rms(x_k)^a rms(W_:k)^-b over its geometric mean (a = b = 1/2 is SmoothQuant's, arXiv 2211.10438; b = 0
 AWQ's, arXiv 2306.00978). Which a and b, or none at all, the error of the output says, W x against its rounded
