@@ -24,9 +24,12 @@ from fxq.pipeline.base import Pass, Progress, Session, bystanders, no_progress
 from fxq.pipeline.run import NOTHING_TO_WRITE, needs_data, run_passes
 from fxq.pipeline.spec import Spec, load
 from fxq.report.measured import WritingReport, measure_memory, timed
+from fxq.report.reasons import doubts_of_text
 from fxq.report.summary import Report
 from fxq.run.batches import batches_of, predicted_batches
 from fxq.run.weights import amaxes
+
+SAMPLES = 128  # of calibration, if nothing is said
 
 
 def compile(
@@ -38,7 +41,7 @@ def compile(
     resume: bool = False,
     shard_bytes: int = checkpoint.SHARD_BYTES,
     evaluate: object = None,
-    samples: int = 128,
+    samples: int | None = None,
     seq_len: int = 512,
     device: str | torch.device = "cpu",
     format: str | None = None,
@@ -51,9 +54,10 @@ def compile(
     """Trace, transform and calibrate a model; with `out`, also write the checkpoint.
 
     model: a Hugging Face directory with safetensors, or a live model (left as it is). spec: a shipped spec's
-    name, a YAML file, or a Spec. calib: a .jsonl path or an iterable of texts, id lists or such mappings;
-    the first `samples` are used, cut to `seq_len` tokens each. resume: go on with what an interrupted run of
-    the same arguments left beside `out`, if there is anything; the output is the same, byte for byte.
+    name, a YAML file, or a Spec. calib: a .jsonl path, an iterable of texts, id lists or such mappings, or a
+    mapping of columns; the first `samples` (128) are used, cut to `seq_len` tokens each. resume: go on with
+    what an interrupted run of the same arguments left beside `out`, if there is anything; the output is the
+    same, byte for byte.
     shard_bytes: about how large the files of the output become. evaluate: text, given alike, to measure
     perplexity on. device: "cpu" or "cuda", where calibration and packing run. allow_partial: weights that
     the spec asks for and that cannot be quantized are left as they are, with a warning, instead of an error.
@@ -66,8 +70,9 @@ def compile(
     chosen = spec if isinstance(spec, Spec) else load(spec, known)
     chosen = chosen.with_flags(format=format, partial=allow_partial or None)
     where = device_of(device)
-    if samples < 1 or seq_len < 1:
-        raise SpecError(f"samples and seq_len are at least 1; found {samples} and {seq_len}")
+    wanted = SAMPLES if samples is None else samples
+    if wanted < 1 or seq_len < 1:
+        raise SpecError(f"samples and seq_len are at least 1; found {wanted} and {seq_len}")
     to = Path(out).expanduser() if out is not None else None
     if to is not None:
         check_output(to, directory_of(model))
@@ -84,7 +89,7 @@ def compile(
     report = Report(chosen.name)
     with working(to, resume=resume) if to is not None else nullcontext() as work:
         opened = open_model(model, follow_links=follow_links, trust_remote_code=trust_remote_code)
-        ids = samples_of(opened, calib, samples, seq_len) if calib is not None else None
+        ids = samples_of(opened, calib, wanted, seq_len) if calib is not None else None
         run = functools.partial(run_of, opened, chosen, ids, where)
         if work is not None:
             work.begin(run(shard_bytes))
@@ -96,6 +101,8 @@ def compile(
             session.found = work.calibrations()
             session.writes = evaluate is None
         report.calibration_tokens = sum(batch.numel() for batch in batches or ())
+        if needing is not None and ids is not None:
+            report.add_warnings(doubts_of_text(len(ids), samples, report.calibration_tokens))
         with timed(report, "passes"), gc_paused():
             run_passes(chosen.passes, program, session, beside=bystanders(chosen.passes, known))
         measure_memory(report, where)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with what an interrupted run left beside DIR: finished work is checked, not redone",
     )
     add("--calib", metavar="FILE", type=Path, help='JSON lines of {"text": ...} or {"input_ids": [...]}')
-    add("--samples", type=int, default=128, metavar="N", help="calibration lines to use (default 128)")
+    add("--samples", type=int, metavar="N", help="calibration lines to use (default 128)")
     add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
     add("--device", default="cpu", metavar="cpu|cuda", help="where calibration and packing run (default cpu)")
     add(

@@ -32,13 +32,15 @@ QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 class Divergence:
     """How the model's predictions differ from the base's, per predicted token.
 
-    kl: KL(base || model) in nats: mean, median, p90, p99, max. top1_agreement: the share of tokens where both
-    rank the same one first.
+    kl: KL(base || model) in nats: mean, median, p90, p99, max. kl_by_sample: the mean of each sample, in the
+    order in which they were run, by which two models can be compared that have one base, on one text.
+    top1_agreement: the share of tokens where both rank the same one first.
     """
 
     base: str
     perplexity: float
     kl: Mapping[str, float]
+    kl_by_sample: tuple[float, ...]
     top1_agreement: float
 
 
@@ -100,7 +102,7 @@ def evaluate(
         sum(len(batch) for batch in batches),
         len(losses[0]),
         likelihood.perplexity(losses[0]),
-        _divergence(names[1], losses[1], *apart) if apart is not None else None,
+        _divergence(names[1], losses[1], batches, *apart) if apart is not None else None,
         tuple(_notes(names, programs)),
         time.perf_counter() - start,
     )
@@ -128,11 +130,20 @@ def _run(
     return joined, (torch.cat(kl), torch.cat(same))
 
 
-def _divergence(base: str, losses: Tensor, kl: Tensor, same: Tensor) -> Divergence:
+def _divergence(base: str, losses: Tensor, batches: Sequence[Tensor], kl: Tensor, same: Tensor) -> Divergence:
     ordered = kl.sort().values
     found = {name: float(ordered[min(int(q * len(kl)), len(kl) - 1)]) for name, q in QUANTILES.items()}
-    agreement = float(same.double().mean())
-    return Divergence(base, likelihood.perplexity(losses), {"mean": float(kl.mean()), **found}, agreement)
+    parts = kl.split([len(batch) * (batch.shape[1] - 1) for batch in batches])
+    by_sample = [
+        part.view(len(batch), -1).mean(1).tolist() for part, batch in zip(parts, batches, strict=True)
+    ]
+    return Divergence(
+        base,
+        likelihood.perplexity(losses),
+        {"mean": float(kl.mean()), **found},
+        tuple(value for values in by_sample for value in values),
+        float(same.double().mean()),
+    )
 
 
 def _name(model: AnyModel, held: Model) -> str:

@@ -16,6 +16,8 @@ from fxq.numbers import nvfp4
 
 EXPONENTS = tuple(itertools.product((0.25, 0.5, 0.75), (0.0, 0.25, 0.5)))
 LARGEST = 64.0
+# Outputs of a matrix that are looked at, evenly spread.
+OUTPUTS = 256
 # By how much the error on tokens held back must fall for a fold to be made.
 GAIN = 0.03
 
@@ -26,7 +28,8 @@ def fold_scale(rows: Tensor, weights: Sequence[Tensor], *, inputs: bool) -> Tens
 
     Rows of zeros count for nothing. inputs: whether they are rounded too.
     """
-    matrices = [w.to(torch.float32) for w in weights]
+    matrices = [w[:: -(-len(w) // OUTPUTS)].to(torch.float32) for w in weights]
+    largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0).to(torch.float32)
     rows = rows[rows.abs().amax(-1) > 0].to(torch.float32)
     none = torch.ones(rows.shape[-1], device=rows.device)
     if len(rows) < 2:
@@ -35,8 +38,8 @@ def fold_scale(rows: Tensor, weights: Sequence[Tensor], *, inputs: bool) -> Tens
     of_x = chosen_by.square().mean(0).sqrt()
     of_w = torch.stack([m.square().sum(0) for m in matrices]).sum(0).sqrt()
     scales = [none, *(_scale(of_x, of_w, a, b) for a, b in EXPONENTS)]
-    best = min(scales, key=lambda s: _error(chosen_by, matrices, s, inputs))
-    before, after = (_error(judged_by, matrices, s, inputs) for s in (none, best))
+    best = min(scales, key=lambda s: _error(chosen_by, matrices, largest, s, inputs))
+    before, after = (_error(judged_by, matrices, largest, s, inputs) for s in (none, best))
     return best if after < (1 - GAIN) * before else none
 
 
@@ -48,12 +51,13 @@ def _scale(of_x: Tensor, of_w: Tensor, a: float, b: float) -> Tensor:
     return log.exp().clamp(1 / LARGEST, LARGEST)
 
 
-def _error(rows: Tensor, matrices: Sequence[Tensor], s: Tensor, inputs: bool) -> float:
-    """Sum over the matrices of |W x - Q(W s) q(x / s)|^2, block scales by squared error."""
+def _error(rows: Tensor, matrices: Sequence[Tensor], largest: Tensor, s: Tensor, inputs: bool) -> float:
+    """Sum over the matrices of |W x - Q(W s) q(x / s)|^2, block scales by squared error; largest: the most
+    that a column of any of them holds, f32 [K]."""
     x = rows / s
     if inputs:
         x = nvfp4.fake_quantize_activation(x, x.abs().amax())
-    amax = torch.stack([(m * s).abs().amax() for m in matrices]).amax()
+    amax = (largest * s).amax()
     lost = 0.0
     for m in matrices:
         rounded = nvfp4.fake_quantize(m * s, amax, "mse")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Ridges tried, as shares of the mean of H's diagonal; without end, V is W.
-RIDGES = (1e-3, 1e-2, 0.05, 0.2, 1.0, 4.0)
+RIDGES = (1e-2, 0.05, 0.2, 1.0, 4.0)
 # With fewer tokens an input, nothing is fitted: a split of so few says little.
 LEAST_TOKENS = 8
 

@@ -21,9 +21,9 @@ def load_samples(
     """At most `samples` lists of at most `length` token ids.
 
     calib: a .jsonl path whose lines are {"text": ...} or {"input_ids": [...]}, or an iterable of such
-    mappings, of strings or of id lists. Ids may be a batch [B, S]; what an "attention_mask" beside them
-    leaves out is padding, and dropped. Raises SourceError naming the line when one cannot be used, or when
-    there are none.
+    mappings, of strings or of id lists, or a mapping of columns "text" or "input_ids". Ids may be a batch
+    [B, S]; what an "attention_mask" beside them leaves out is padding, and dropped. Raises SourceError naming
+    the line when one cannot be used, or when there are none.
     """
     found: list[list[int]] = []
     count = 0
@@ -50,6 +50,9 @@ def _items(calib: object) -> Iterable[tuple[str, Any]]:
         raise SourceError(
             f"calib: expected a .jsonl path or an iterable of samples, found {type(calib).__name__}"
         )
+    if isinstance(calib, Mapping):
+        yield from _columns(calib)
+        return
     if not isinstance(calib, (str, Path)):
         yield from ((f"calib[{i}]", item) for i, item in enumerate(calib))
         return
@@ -63,6 +66,25 @@ def _items(calib: object) -> Iterable[tuple[str, Any]]:
         raise SourceError(f"{path}: cannot read lines of text: {error.strerror}") from error
     except ValueError as error:  # a NUL in the name
         raise SourceError(f"{str(path)!r}: cannot read lines of text: {error}") from error
+
+
+def _columns(calib: Mapping[Any, Any]) -> Iterable[tuple[str, Any]]:
+    """The samples of a mapping of columns, such as a tokenizer gives."""
+    if "input_ids" in calib:
+        yield "calib", calib
+        return
+    texts = calib.get("text")
+    if isinstance(texts, str):
+        yield "calib", calib
+    elif isinstance(texts, Iterable):
+        yield from ((f'calib["text"][{i}]', {"text": text}) for i, text in enumerate(texts))
+    else:
+        names = [str(name) for name in calib]
+        hint = f"; if they are datasets, give one of them: calib[{names[0]!r}]" if names else ""
+        raise SourceError(
+            f'calib: expected a column "text" or "input_ids" in a mapping, found '
+            f"{_short(', '.join(names)) if names else 'no key'}{hint}"
+        )
 
 
 def _json(line: bytes, where: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from fxq.errors import SourceError
 from fxq.sources.samples import load_samples
@@ -151,3 +152,33 @@ def test_a_mask_of_another_shape_is_refused() -> None:
 def test_samples_without_a_token_are_counted() -> None:
     with pytest.raises(SourceError, match=r"^calib: expected token ids, found none in 2 samples"):
         _load(["", {"input_ids": []}])
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": ["abc", "d"]},
+        {"input_ids": [[0, 1, 2], [3]]},
+        {"input_ids": torch.tensor([[0, 1, 2], [3, 9, 9]]), "attention_mask": [[1, 1, 1], [1, 0, 0]]},
+        BatchEncoding({"input_ids": [[0, 1, 2], [3]], "attention_mask": [[1, 1, 1], [1]]}),
+        {"text": (text for text in ("abc", "d")), "id": [1, 2]},
+    ],
+    ids=["texts", "ids", "padded ids", "what a tokenizer gives", "an iterator"],
+)
+def test_a_mapping_of_columns_is_a_batch(columns: object) -> None:
+    assert _load(columns) == [[0, 1, 2], [3]]
+
+
+def test_a_mapping_of_datasets_is_refused_with_a_way_out() -> None:
+    splits = {"train": ["abc"], "test": ["d"]}
+    with pytest.raises(
+        SourceError, match=r'^calib: expected a column "text".*train, test.*calib\[\'train\'\]$'
+    ):
+        _load(splits)
+    with pytest.raises(SourceError, match="found no key$"):
+        _load({})
+
+
+def test_a_column_is_named_with_the_index_of_what_is_wrong() -> None:
+    with pytest.raises(SourceError, match=r'^calib\["text"\]\[1\]: expected text, found None'):
+        _load({"text": ["abc", None]})

@@ -157,11 +157,12 @@ quantize_rows = _jit(_quantize_rows, [f"b1({rows}[:, ::1], {_REST})" for rows in
 
 
 @_jit
-def _round_row(t, u, unit, low, high, best_q, best_e, q, e, left):
-    """(code, loss) of the best of the scales low..high for one row: see `kernels.round_block`. What it
-    rounds to goes to best_q, the errors to best_e; q, e and left are scratch."""
+def _round_row(t, u, unit, low, middle, high, best_q, best_e, q, e, left):
+    """(code, loss) of the best of the scales low..high for one row, those from `middle` on tried first: see
+    `kernels.round_block`. What it rounds to goes to best_q, the errors to best_e; q, e, left are scratch."""
     best, best_loss = low, np.float32(np.inf)
-    for code in range(low, high + 1):
+    for number in range(high - low + 1):
+        code = middle + number if middle + number <= high else high - number  # one that is good comes first
         step = np.float32(_VALUES[code]) * unit
         inverse = np.float32(1) / step
         loss = np.float32(0)
@@ -176,9 +177,11 @@ def _round_row(t, u, unit, low, high, best_q, best_e, q, e, left):
             error = (left[k] - r) / u[k, k]
             q[k], e[k] = r, error
             loss += error * error
+            if loss > best_loss:
+                break
             for j in range(k + 1, 16):
                 left[j] -= error * u[k, j]
-        if loss < best_loss:
+        if loss < best_loss or (loss == best_loss and code < best):
             best, best_loss = code, loss
             for k in range(16):
                 best_q[k], best_e[k] = q[k], e[k]
@@ -198,7 +201,8 @@ def _round_block(t, u, unit, near, begin, end, q, e, codes, losses):
                 largest = max(largest, abs(t[r, k]))
             middle = np.int64(_reaching(largest, unit))
         low, high = max(middle + begin, 1), min(middle + end, _LAST)
-        codes[r], losses[r] = _round_row(t[r], u, unit, low, high, q[r], e[r], row_q, row_e, left)
+        start = min(max(middle, low), high)
+        codes[r], losses[r] = _round_row(t[r], u, unit, low, start, high, q[r], e[r], row_q, row_e, left)
 
 
 round_rows = _jit(
