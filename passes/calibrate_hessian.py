@@ -87,9 +87,9 @@ class CalibrateHessian(Pass):
 
     def _weigh(self, reader: Reader, statistics: InputStatistics) -> None:
         if self.gram == "full":
-            grams = statistics.take(dialect.GRAM_BLOCKS, dialect.EXPERT_GRAM_BLOCKS, reader, (reader.x,))
+            grams = statistics.take(dialect.GRAM_BLOCKS, dialect.EXPERT_GRAM_BLOCKS, reader, reader.x)
         else:
-            squares = statistics.take(dialect.SQUARE_SUM, dialect.EXPERT_SQUARE_SUM, reader, (reader.x,))
+            squares = statistics.take(dialect.SQUARE_SUM, dialect.EXPERT_SQUARE_SUM, reader, reader.x)
             grams = [_diagonal(square) for square in squares]
         for node, gram in zip(reader.roundings, grams, strict=True):
             node.target = WEIGHTED

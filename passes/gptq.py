@@ -20,16 +20,22 @@ from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared
 def _pack(
     t: Tensor, amax: Tensor, gram: Tensor, *, format: str, damp: float, order: gptq.Order, sweeps: int
 ) -> Measured:
+    gram = gram.sum(1) if gram.dim() == 4 else gram
     return gptq.gptq(t, amax, gram, damp=damp, order=order, sweeps=sweeps)
 
 
-# A weight t [out, in] in NVFP4, rounded for inputs of the Gram matrix `gram` [in, in]: see fxq.numbers.gptq.
+def _grams(width: int) -> tuple[tuple[int, ...], ...]:
+    return (width, width), (2, width, width)
+
+
+# A weight t [out, in] in NVFP4, rounded for inputs of the Gram matrix `gram` [in, in], or of the sum of two,
+# [2, in, in]: see fxq.numbers.gptq.
 GPTQ = rounding(
     "gptq(Tensor t, Tensor amax, Tensor gram, *, str format, float damp, str order, int sweeps) -> Tensor",
     pack=_pack,
     rules=(
         (
-            lambda n: shape_at(n, 2) == (shape_at(n, 0) or ())[-1:] * 2,
+            lambda n: (shape_at(n, 2) or ())[-3:] in _grams((shape_at(n, 0) or (0,))[-1]),
             "expected the Gram matrix [in, in] of a weight [out, in]",
         ),
         (lambda n: n.kwargs["format"] == "nvfp4", "gptq rounds to nvfp4"),
@@ -69,18 +75,9 @@ class Gptq(Pass):
             if first.target is GPTQ:
                 yield Miss("gptq", reader.node, "its weight is rounded by gptq already", depth=1)
             elif first.kwargs["format"] != "nvfp4":
-                yield Miss(
-                    "gptq",
-                    reader.node,
-                    f"its weight is {first.kwargs['format']}, which has no codes to choose",
-                )
+                yield Miss("gptq", reader.node, f"{first.kwargs['format']} has no block scales to choose")
             elif first in seen:
-                yield Miss(
-                    "gptq",
-                    reader.node,
-                    "its weight is rounded for another matmul that reads it first",
-                    depth=1,
-                )
+                yield Miss("gptq", reader.node, "its weight is rounded for another matmul", depth=1)
             else:
                 seen.add(first)
                 yield Match("gptq", reader.node, {"x": reader.x, "w": first})

@@ -83,8 +83,8 @@ class Retarget(Pass):
             routed = [] if reader.ids is None else [reader.ids]
             originals[x] = edit.call(x.graph, f"{x.name}_original", dialect.ORIGINAL, x, *routed)
         split = dialect.SPLIT_GRAM, dialect.EXPERT_SPLIT_GRAM
-        crosses = statistics.take(*split, reader, (originals[x], reader.x))
-        grams = statistics.take(*split, reader, (reader.x, reader.x))
+        crosses = statistics.take(*split, reader, originals[x], reader.x)
+        grams = statistics.take(*split, reader, reader.x, reader.x)
         tokens = statistics.tokens(reader)
         for node, cross, gram, count in zip(reader.roundings, crosses, grams, tokens, strict=True):
             w = node_at(node, 0)

@@ -397,6 +397,11 @@ def _expert_gram_blocks(x: Tensor, expert_ids: Tensor, *, experts: int) -> Tenso
     return torch.stack([_gram_blocks(rows) for rows in _by_expert(x, expert_ids, experts)])
 
 
+def _added(a: Tensor, b: Tensor) -> Tensor:
+    """In place: of a large statistic there is no third."""
+    return a.add_(b)
+
+
 def _halves(rows: Tensor) -> list[Tensor]:
     """The first three quarters of a batch's tokens, and the rest, which is held back."""
     return list(rows.tensor_split([-(-3 * len(rows) // 4)]))
@@ -456,21 +461,21 @@ GRAM = operator(
     run=_gram,
     shape=lambda x: tensor_type((x.shape[-1], x.shape[-1]), torch.float32),
     rules=(_ROWS,),
-    fold=torch.add,
+    fold=_added,
 )
 GRAM_BLOCKS = operator(
     "gram_blocks(Tensor x) -> Tensor",
     run=_gram_blocks,
     shape=lambda x: tensor_type((x.shape[-1] // BLOCK, BLOCK, BLOCK), torch.float32),
     rules=(_ROWS, _BLOCKS),
-    fold=torch.add,
+    fold=_added,
 )
 EXPERT_GRAM = operator(
     "expert_gram(Tensor x, Tensor expert_ids, *, int experts) -> Tensor",
     run=_expert_gram,
     shape=lambda x, ids, *, experts: tensor_type((experts, x.shape[-1], x.shape[-1]), torch.float32),
     rules=(_ROWS, _IDS),
-    fold=torch.add,
+    fold=_added,
 )
 EXPERT_GRAM_BLOCKS = operator(
     "expert_gram_blocks(Tensor x, Tensor expert_ids, *, int experts) -> Tensor",
@@ -479,7 +484,7 @@ EXPERT_GRAM_BLOCKS = operator(
         (experts, x.shape[-1] // BLOCK, BLOCK, BLOCK), torch.float32
     ),
     rules=(_ROWS, _BLOCKS, _IDS),
-    fold=torch.add,
+    fold=_added,
 )
 # The same of rows of two kinds, x [..., J] and y [..., K]: sum of x y^T over three of four tokens, and over
 # the fourth, which is held back for judging: [2, J, K], and for each expert [experts, 2, J, K].
@@ -488,14 +493,14 @@ SPLIT_GRAM = operator(
     run=_split_gram,
     shape=lambda x, y: tensor_type((2, x.shape[-1], y.shape[-1]), torch.float32),
     rules=(_ROWS,),
-    fold=torch.add,
+    fold=_added,
 )
 EXPERT_SPLIT_GRAM = operator(
     "expert_split_gram(Tensor x, Tensor y, Tensor expert_ids, *, int experts) -> Tensor",
     run=_expert_split_gram,
     shape=lambda x, y, ids, *, experts: tensor_type((experts, 2, x.shape[-1], y.shape[-1]), torch.float32),
     rules=(_ROWS,),
-    fold=torch.add,
+    fold=_added,
 )
 ABSMAX = operator(
     "absmax(Tensor x) -> Tensor",
@@ -509,27 +514,27 @@ SQUARE_SUM = operator(
     run=lambda x: _rows_of(x).square().sum(0),
     shape=_vector,
     rules=(_ROWS,),
-    fold=torch.add,
+    fold=_added,
 )
 EXPERT_SQUARE_SUM = operator(
     "expert_square_sum(Tensor x, Tensor expert_ids, *, int experts) -> Tensor",
     run=_expert_square_sum,
     shape=lambda x, ids, *, experts: tensor_type((experts, x.shape[-1]), torch.float32),
     rules=(_ROWS, _IDS),
-    fold=torch.add,
+    fold=_added,
 )
 # How many rows x [..., K] has, int64 [].
 TOKENS = operator(
     "tokens(Tensor x) -> Tensor",
     run=lambda x: x.new_tensor(x.shape[:-1].numel(), dtype=torch.int64),
     shape=lambda x: tensor_type((), torch.int64),
-    fold=torch.add,
+    fold=_added,
 )
 EXPERT_TOKENS = operator(
     "expert_tokens(Tensor expert_ids, *, int experts) -> Tensor",
     run=lambda ids, *, experts: torch.bincount(ids.flatten(), minlength=experts)[:experts],
     shape=lambda ids, *, experts: tensor_type((experts,), torch.int64),
-    fold=torch.add,
+    fold=_added,
 )
 
 

@@ -22,8 +22,9 @@ ALL = [
 ]
 # Stacked experts; a dense model; a norm that adds one, tied embeddings. Slow: MLA, interleaved gate and up in
 # one tensor, transposed experts, experts as modules, Conv1D, fused qkv, a linear attention, a state space.
-QUICK = ("qwen3_moe", "llama")
+QUICK = ("qwen3_moe",)
 SLOW = (
+    "llama",
     "gemma3_text",
     "deepseek_v3",
     "gpt_oss",
@@ -50,7 +51,7 @@ def _ids(count: int, length: int, seed: int) -> list[list[int]]:
     return [tiny.text_ids(1, length, seed + n).tolist()[0] for n in range(count)]
 
 
-@pytest.mark.parametrize("spec", [HESSIAN, GPTQ])
+@pytest.mark.parametrize("spec", [pytest.param(HESSIAN, marks=pytest.mark.slow), GPTQ])
 @pytest.mark.parametrize("family", FORMS)
 def test_the_graph_computes_what_the_checkpoint_does(family: str, spec: str, tmp_path: Path) -> None:
     """With few tokens, of which some experts see none: nothing breaks."""
@@ -85,7 +86,7 @@ def test_a_trained_model_keeps_more_of_itself_the_more_is_decided(divergences: d
     assert gptq < 0.95 * mse
 
 
-@pytest.mark.parametrize("kind", ["hessian", "gptq"])
+@pytest.mark.parametrize("kind", [pytest.param("hessian", marks=pytest.mark.slow), "gptq"])
 def test_a_checkpoint_is_the_same_every_time_and_reads_each_weight_once(kind: str, tmp_path: Path) -> None:
     save(tiny.tiny_model(FAMILIES["qwen3_moe"]), tmp_path / "model")
     made = [
@@ -100,6 +101,7 @@ def test_a_checkpoint_is_the_same_every_time_and_reads_each_weight_once(kind: st
     assert made[0].report.source_bytes_read == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name.format(kind) for name in ALL for kind in ("hessian", "gptq")])
 def test_every_spec_of_the_kind_rounds_by_what_calibration_shows(name: str, tmp_path: Path) -> None:
     save(tiny.tiny_model(FAMILIES["qwen3_moe"]), tmp_path / "model")

@@ -45,6 +45,7 @@ FAMILIES = {family.name: family for family in tiny.families()}
 # One of each form: tied, a scale of 1 + w, Conv1D, fused qkv, stacked experts, interleaved gate and up in one
 # tensor, transposed experts, experts as rows of a matrix, a state-space mixer.
 CHOSEN = ("gemma3_text", "gpt2", "phi3", "qwen3_moe", "gpt_oss", "llama4_text", "granitemoe", "mamba")
+QUICK = ("gemma3_text", "qwen3_moe")
 # Why a family may be refused.
 REFUSALS = (
     "more than choose rows",
@@ -152,7 +153,9 @@ def check_halved(name: str, tmp_path: Path) -> fxq.Compiled:
     return compiled
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CHOSEN]
+)
 def test_every_parameter_is_stored_as_the_graph_has_it(name: str, tmp_path: Path) -> None:
     check_halved(name, tmp_path)
 
@@ -164,7 +167,7 @@ def test_the_graph_computes_what_the_checkpoint_does(name: str, tmp_path: Path) 
     assert fxq.evaluate(tmp_path / "out", TEXT).perplexity == pytest.approx(graph, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.families
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_is_kept_exactly_or_refused_with_a_reason(name: str, tmp_path: Path) -> None:
     try:
@@ -185,7 +188,7 @@ def test_every_family_is_kept_exactly_or_refused_with_a_reason(name: str, tmp_pa
 # How experts lie in files: each in tensors of its own, gate and up interleaved and transposed in one tensor,
 # transposed, rows of one tensor.
 EXPERT_FORMS = ("qwen3_moe", "gpt_oss", "llama4_text", "granitemoe")
-QUICK = (("qwen3_moe", True), ("gpt_oss", False))
+QUICK_EXPERTS = (("qwen3_moe", True), ("gpt_oss", False))
 
 
 def _experts_halved(source: Path, compiled: fxq.Compiled) -> dict[str, Tensor]:
@@ -208,7 +211,7 @@ def _experts_halved(source: Path, compiled: fxq.Compiled) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("name", "quantized"),
     [
-        pytest.param(name, quantized, marks=() if (name, quantized) in QUICK else pytest.mark.slow)
+        pytest.param(name, quantized, marks=() if (name, quantized) in QUICK_EXPERTS else pytest.mark.slow)
         for name in EXPERT_FORMS
         for quantized in (False, True)
     ],

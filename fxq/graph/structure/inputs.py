@@ -7,14 +7,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from fxq.graph import dialect, edit
-from fxq.graph.arguments import node_at, nodes_at
+from fxq.graph.arguments import int_at, node_at, nodes_at
 from fxq.graph.dialect import is_rounding
-from fxq.graph.structure.experts import expert_inputs
 from fxq.graph.structure.matmuls import input_quantize, weight_matmuls
 from fxq.graph.structure.views import VIEWS, shape_of, strip
 
@@ -49,22 +49,31 @@ def readers(graph: Graph) -> Iterator[Reader]:
             yield Reader(matmul.node, x, before, tuple(roundings), ids)
 
 
-def _shrunk(gram: torch.Tensor, tokens: torch.Tensor, *, by: int) -> torch.Tensor:
-    counts = tokens.to(gram.device, gram.dtype).view(-1, *[1] * (gram.dim() - 1))
-    mean = gram.sum(0, keepdim=True) / counts.sum().clamp_min(1)
-    return (gram + by * mean) / (counts + by)
+def _shrunk(
+    sums: torch.Tensor, tokens: torch.Tensor, total: torch.Tensor, expert: int, *, by: int
+) -> torch.Tensor:
+    mean = total / tokens.sum().clamp_min(1)
+    return (sums[expert] + by * mean) / (tokens[expert] + by)
 
 
-# Sums of each expert's tokens [experts, ...], of so many tokens int64 [experts], as means a token in which
-# `by` tokens of the mean of all experts are counted as its own.
+# Of sums over each expert's tokens [experts, ...], of so many tokens int64 [experts], and their sum [...],
+# those of one expert as means a token, in which `by` tokens of the mean of all experts count as its own.
 SHRUNK = dialect.operator(
-    "shrunk(Tensor sums, Tensor tokens, *, int by) -> Tensor",
+    "shrunk(Tensor sums, Tensor tokens, Tensor total, int expert, *, int by) -> Tensor",
     run=_shrunk,
-    shape=lambda sums, tokens, *, by: dialect.tensor_type(sums.shape, sums.dtype),
+    shape=lambda sums, tokens, total, expert, *, by: dialect.tensor_type(total.shape, sums.dtype),
     rules=(
         (
             lambda n: dialect.shape_at(n, 1) == (dialect.shape_at(n, 0) or (0,))[:1],
             "expected a number of tokens for each expert's sums",
+        ),
+        (
+            lambda n: dialect.shape_at(n, 2) == (dialect.shape_at(n, 0) or (0,))[1:],
+            "expected the sum of all experts' sums",
+        ),
+        (
+            lambda n: 0 <= int_at(n, 3) < (dialect.shape_at(n, 0) or (0,))[0],
+            "the expert index is out of range",
         ),
         (lambda n: int(str(n.kwargs["by"])) >= 0, "expected `by` of 0 tokens or more"),
     ),
@@ -82,88 +91,63 @@ class InputStatistics:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.made: dict[object, Node] = {}
-        self.together = {x: tuple(group) for group in expert_inputs(graph) for x in group if len(group) > 1}
+        self.made: dict[tuple[object, ...], Node] = {}
 
     def gram(self, reader: Reader) -> list[Node]:
-        """Sums of x x^T [K, K], for each of the roundings."""
-        split = self.found(dialect.SPLIT_GRAM, dialect.EXPERT_SPLIT_GRAM, reader, (reader.x, reader.x))
-        if split is not None:
-            return [self._once((n, "sum"), lambda n=n: self._sum(n)) for n in split]  # type: ignore[misc]
-        return self.take(dialect.GRAM, dialect.EXPERT_GRAM, reader, (reader.x,))
+        """Sums of x x^T for each of the roundings: [K, K], or [2, K, K] of tokens in two parts, if the graph
+        has these."""
+        split = dialect.SPLIT_GRAM if reader.ids is None else dialect.EXPERT_SPLIT_GRAM
+        if _call_of(split, self._args(reader, reader.x, reader.x)) is not None:
+            return self.take(dialect.SPLIT_GRAM, dialect.EXPERT_SPLIT_GRAM, reader, reader.x, reader.x)
+        return self.take(dialect.GRAM, dialect.EXPERT_GRAM, reader, reader.x)
 
     def tokens(self, reader: Reader) -> list[Node]:
         """How many rows there were, int64 [], for each of the roundings."""
         if reader.ids is None:
-            return [
-                self._once((dialect.TOKENS, reader.x), lambda: self._call("tokens", dialect.TOKENS, reader.x))
-            ]
-        counted = self._expert_tokens(reader)
-        return [self._slice(counted, e) for e in range(len(reader.roundings))]
+            return [self._call(f"{reader.x.name}_tokens", dialect.TOKENS, reader.x)]
+        counted, experts = self._expert_tokens(reader), range(len(reader.roundings))
+        return [self._call(f"{counted.name}_e{e}", dialect.SLICE, counted, e) for e in experts]
 
     def take(
-        self,
-        statistic: Callable[..., object],
-        by_expert: Callable[..., object],
-        reader: Reader,
-        of: tuple[Node, ...],
+        self, statistic: Callable[..., object], by_expert: Callable[..., object], reader: Reader, *of: Node
     ) -> list[Node]:
-        """The statistic of activations, for each of the roundings."""
-        made = self.found(statistic, by_expert, reader, of)
-        if made is not None:
-            return made
-        name = str(by_expert if reader.ids is not None else statistic).split(".")[1]
-        if reader.ids is not None:
-            count = len(reader.roundings)
-            sums = self._call(f"{of[0].name}_{name}", by_expert, *of, reader.ids, experts=count)
-            whole = self._shrunk(sums, self._expert_tokens(reader))
-            self.made[by_expert, of, reader.ids] = whole
-            return [self._slice(whole, e) for e in range(count)]
-        self.made[statistic, of] = self._call(f"{of[0].name}_{name}", statistic, *of)
-        return [self.made[statistic, of]]
-
-    def found(
-        self,
-        statistic: Callable[..., object],
-        by_expert: Callable[..., object],
-        reader: Reader,
-        of: tuple[Node, ...],
-    ) -> list[Node] | None:
-        """The statistic, if the graph has it."""
+        """A statistic of activations, for each of the roundings."""
         if reader.ids is None:
-            made = self.made.get((statistic, of)) or _call_of(statistic, of)
-            return None if made is None else [made]
-        whole = self.made.get((by_expert, of, reader.ids))
-        if whole is None:
-            sums = _call_of(by_expert, (*of, reader.ids))
-            whole = next((u for u in sums.users if u.target is SHRUNK), None) if sums is not None else None
-        return None if whole is None else [self._slice(whole, e) for e in range(len(reader.roundings))]
+            return [self._call(f"{of[0].name}_{_name(statistic)}", statistic, *of)]
+        count, args = len(reader.roundings), self._args(reader, *of)
+        sums = self._call(f"{of[0].name}_{_name(by_expert)}", by_expert, *args, experts=count)
+        tokens = self._expert_tokens(reader)
+        total = self._call(f"{sums.name}_total", _ATEN.sum.dim_IntList, sums, (0,))
+        return [
+            self._call(f"{sums.name}_e{e}", SHRUNK, sums, tokens, total, e, by=SHRINKAGE)
+            for e in range(count)
+        ]
+
+    def _args(self, reader: Reader, *of: Node) -> tuple[Node, ...]:
+        return of if reader.ids is None else (*of, reader.ids)
 
     def _expert_tokens(self, reader: Reader) -> Node:
-        ids = reader.ids
-        assert ids is not None
+        assert reader.ids is not None
         count = len(reader.roundings)
-        made = _call_of(dialect.EXPERT_TOKENS, (ids,))
-        return made or self._call(f"{ids.name}_tokens", dialect.EXPERT_TOKENS, ids, experts=count)
+        return self._call(f"{reader.ids.name}_tokens", dialect.EXPERT_TOKENS, reader.ids, experts=count)
 
-    def _shrunk(self, sums: Node, tokens: Node) -> Node:
-        return self._call(f"{sums.name}_shrunk", SHRUNK, sums, tokens, by=SHRINKAGE)
-
-    def _sum(self, split: Node) -> Node:
-        return self._call(f"{split.name}_sum", _ATEN.sum.dim_IntList, split, [0])
-
-    def _slice(self, of: Node, expert: int) -> Node:
-        return self._once((of, expert), lambda: self._call(f"{of.name}_e{expert}", dialect.SLICE, of, expert))
-
-    def _once(self, key: object, make: Callable[[], Node]) -> Node:
+    def _call(self, name: str, target: Callable[..., object], *args: Any, **kwargs: object) -> Node:
+        """A call, once."""
+        key = (target, args)
         if key not in self.made:
-            self.made[key] = make()
+            found = _call_of(target, args)
+            if found is None:
+                lists = [list(arg) if isinstance(arg, tuple) else arg for arg in args]
+                found = edit.call(self.graph, name, target, *lists, **kwargs)
+            self.made[key] = found
         return self.made[key]
 
-    def _call(self, name: str, target: Callable[..., object], *args: object, **kwargs: object) -> Node:
-        return edit.call(self.graph, name, target, *args, **kwargs)
+
+def _name(target: Callable[..., object]) -> str:
+    return str(target).split(".")[1]
 
 
-def _call_of(target: Callable[..., object], args: tuple[Node, ...]) -> Node | None:
-    """The call of a target with these arguments, if there is one."""
-    return next((user for user in args[0].users if user.target is target and user.args == args), None)
+def _call_of(target: Callable[..., object], args: tuple[Any, ...]) -> Node | None:
+    """The call of a target with these arguments, if the graph has it."""
+    lists = tuple(list(arg) if isinstance(arg, tuple) else arg for arg in args)
+    return next((user for user in args[0].users if user.target is target and user.args == lists), None)

@@ -31,7 +31,7 @@ return [%y, %choice]
 %n : bf16[2,4,32] = aten._to_copy(%normed, dtype=torch.bfloat16)
 %g : bf16[32] = @norm.weight
 %x_unfolded : bf16[2,4,32] = aten.mul.Tensor(%g, %n)
-%x_sample : f32[2048,32] = fxq.sample(%x_unfolded)
+%x_sample : f32[1024,32] = fxq.sample(%x_unfolded)
 %w : bf16[48,32] = @up.weight
 %x_fold : f32[32] = fxq.fold_scale(%x_sample, [%w], inputs=True)
 %g_divided : f32[32] = aten.div.Tensor(%g, %x_fold)

@@ -20,7 +20,7 @@ return [%y]
 %g_f_unfolded : f32[32] = aten._to_copy(%g, dtype=torch.float32)
 %factor_unfolded : f32[32] = aten.add.Tensor(%g_f_unfolded, 1.0)
 %product_unfolded : f32[2,4,32] = aten.mul.Tensor(%h_f, %factor_unfolded)
-%product_sample : f32[2048,32] = fxq.sample(%product_unfolded)
+%product_sample : f32[1024,32] = fxq.sample(%product_unfolded)
 %w : bf16[48,32] = @up.weight
 %product_fold : f32[32] = fxq.fold_scale(%product_sample, [%w], inputs=False)
 %g_divided : f32[32] = aten.div.Tensor(%factor_unfolded, %product_fold)

@@ -23,7 +23,7 @@ return [%y]
 %ids : i64[8] = placeholder()
 %g : bf16[32] = @norm.weight
 %x_unfolded : bf16[4,32] = aten.mul.Tensor(%g, %h)
-%x_sample : f32[2048,32] = fxq.sample(%x_unfolded)
+%x_sample : f32[1024,32] = fxq.sample(%x_unfolded)
 %w : bf16[2,16,32] = @experts.up_proj
 %w_e0 : bf16[16,32] = fxq.slice(%w, 0)
 %w_e1 : bf16[16,32] = fxq.slice(%w, 1)

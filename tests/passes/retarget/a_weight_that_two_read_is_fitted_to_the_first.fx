@@ -13,9 +13,9 @@ return [%z]
 %x_original : bf16[4,32] = fxq.original(%x)
 %x_original_split_gram : f32[2,32,32] = fxq.split_gram(%x_original, %x)
 %x_split_gram : f32[2,32,32] = fxq.split_gram(%x, %x)
-%tokens : i64[] = fxq.tokens(%x)
+%x_tokens : i64[] = fxq.tokens(%x)
 %w : bf16[32,32] = @shared.weight
-%w_fitted : f32[32,32] = fxq.retarget(%w, %w, %x_original_split_gram, %x_split_gram, %tokens)
+%w_fitted : f32[32,32] = fxq.retarget(%w, %w, %x_original_split_gram, %x_split_gram, %x_tokens)
 %w_new : bf16[32,32] = fxq.rewrite(%w, %w_fitted)
 %w_amax : f32[] = fxq.amax(%w_new)
 %w_q : bf16[32,32] = fxq.quantize(%w_new, %w_amax, format='nvfp4', scale='max')

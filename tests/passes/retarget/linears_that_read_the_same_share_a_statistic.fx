@@ -21,13 +21,13 @@ return [%y, %z]
 %x_original : bf16[2,4,32] = fxq.original(%x)
 %x_original_split_gram : f32[2,32,32] = fxq.split_gram(%x_original, %x_q)
 %x_q_split_gram : f32[2,32,32] = fxq.split_gram(%x_q, %x_q)
-%tokens : i64[] = fxq.tokens(%x_q)
+%x_q_tokens : i64[] = fxq.tokens(%x_q)
 %w : bf16[48,32] = @q.weight
-%w_fitted : f32[48,32] = fxq.retarget(%w, %w, %x_original_split_gram, %x_q_split_gram, %tokens)
+%w_fitted : f32[48,32] = fxq.retarget(%w, %w, %x_original_split_gram, %x_q_split_gram, %x_q_tokens)
 %w_new : bf16[48,32] = fxq.rewrite(%w, %w_fitted)
 %w_amax : f32[] = fxq.amax(%w_new)
 %v : bf16[16,32] = @k.weight
-%v_fitted : f32[16,32] = fxq.retarget(%v, %v, %x_original_split_gram, %x_q_split_gram, %tokens)
+%v_fitted : f32[16,32] = fxq.retarget(%v, %v, %x_original_split_gram, %x_q_split_gram, %x_q_tokens)
 %v_new : bf16[16,32] = fxq.rewrite(%v, %v_fitted)
 %v_amax : f32[] = fxq.amax(%v_new)
 %sync : f32[] = fxq.sync([%w_amax, %v_amax])
