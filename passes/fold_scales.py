@@ -16,8 +16,9 @@ from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import PICKED
 from fxq.graph.structure.matmuls import WeightMatmul, as_weight_matmul, input_quantize, weight_matmuls
-from fxq.graph.structure.views import VIEWS, is_quantized, shape_of, strip
+from fxq.graph.structure.views import VIEWS, shape_of, strip
 from fxq.numbers.folding import fold_scale
+from fxq.numbers.formats import FORMATS
 from fxq.pipeline.base import Pass
 from fxq.pipeline.facts import Fact, amaxes_filled
 
@@ -94,7 +95,7 @@ class FoldScales(Pass):
     def rewrite(self, site: Match) -> None:
         product, factor, scale = site.node, site["factor"], site["scale"]
         graph, matmuls, users = product.graph, _matmuls(product), list(scale.users)
-        weights = {w: is_quantized(m.w) for m in matmuls for w in _matrices(m.w)}
+        weights = {w: _is_rounded(m.w) for m in matmuls for w in _matrices(m.w)}
         inputs = any(input_quantize(m.x) is not None for m in matmuls)
         before = _again(factor, scale)
         operands = [before if x is factor else x for x in product.args]
@@ -115,7 +116,7 @@ class FoldScales(Pass):
 
 
 def _site(product: Node, factor: Node, scale: Node) -> Match | Miss:
-    if len(scale.users) > 1 or len(factor.users) > 1:
+    if any(len(step.users) > 1 for step in _steps(factor)):
         return Miss("norm", product, f"@{scale.target} has other readers", 1)
     if shape_of(factor) != shape_of(scale):
         return Miss("norm", product, f"@{scale.target} is shaped anew before it multiplies", 1)
@@ -125,8 +126,8 @@ def _site(product: Node, factor: Node, scale: Node) -> Match | Miss:
         if matmul is None or reader.target not in _COLUMNS or shape_of(matmul.w)[-1] != shape_of(scale)[0]:
             return Miss("norm", product, f"%{reader.name} reads it, which is no linear", 2)
     matmuls = _matmuls(product)
-    if not any(is_quantized(m.w) for m in matmuls):
-        return Miss("norm", product, "nothing that reads it is quantized", 2)
+    if not any(_is_rounded(m.w) for m in matmuls):
+        return Miss("norm", product, "nothing that reads it is rounded in blocks", 2)
     for parameter in dict.fromkeys(m.parameter for m in matmuls):
         others = [m for m in weight_matmuls(product.graph) if m.parameter is parameter and m.node not in own]
         if others:
@@ -140,6 +141,15 @@ def _parameter(factor: Node) -> Node | None:
     if node.target is _ADD and node.args[1] == 1 and not node.kwargs:
         node = strip(node_at(node, 0), VIEWS)
     return node if node.op == "get_attr" and len(shape_of(node)) == 1 else None
+
+
+def _steps(factor: Node) -> Iterator[Node]:
+    """A factor, and what it is computed from, down to the parameter."""
+    while True:
+        yield factor
+        if factor.op == "get_attr":
+            return
+        factor = node_at(factor, 0)
 
 
 def _again(factor: Node, scale: Node) -> Node:
@@ -170,6 +180,13 @@ def _matrices(w: Node) -> list[Node]:
     w = strip(w, VIEWS)
     parts = nodes_at(w, 0) if w.target is dialect.STACK else [w]
     return [node_at(part, 0) if is_rounding(part) else part for part in parts]
+
+
+def _is_rounded(w: Node) -> bool:
+    """Whether a weight operand is rounded to a format whose blocks share a scale."""
+    w = strip(w, VIEWS)
+    first = nodes_at(w, 0)[0] if w.target is dialect.STACK else w
+    return is_rounding(first) and FORMATS[str(first.kwargs["format"])].block is not None
 
 
 def _step(weights: Sequence[Node]) -> int:

@@ -424,8 +424,7 @@ print(json.dumps([int(changes), ends]))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moments", [20])
+@pytest.mark.parametrize("moments", [pytest.param(2, marks=SLOW), pytest.param(20, marks=pytest.mark.long)])
 def test_a_run_that_decides_by_statistics_and_is_killed_goes_on_to_the_same_bytes(
     moments: int, tmp_path: Path
 ) -> None:

@@ -167,7 +167,7 @@ def test_the_graph_computes_what_the_checkpoint_does(name: str, tmp_path: Path) 
     assert fxq.evaluate(tmp_path / "out", TEXT).perplexity == pytest.approx(graph, rel=1e-5)
 
 
-@pytest.mark.families
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_is_kept_exactly_or_refused_with_a_reason(name: str, tmp_path: Path) -> None:
     try:
