@@ -175,7 +175,7 @@ def test_a_mapping_of_datasets_is_refused_with_a_way_out() -> None:
         SourceError, match=r'^calib: expected a column "text".*train, test.*calib\[\'train\'\]$'
     ):
         _load(splits)
-    with pytest.raises(SourceError, match="found no key$"):
+    with pytest.raises(SourceError, match=r"found no key$"):
         _load({})
 
 
