@@ -150,7 +150,7 @@ def test_every_spec_has_a_row_and_one_that_does_not_apply_its_reason(opened: Ope
     assert list(rows) == list(spec.shipped())
     for name, row in rows.items():
         assert ("expected stacks of expert weights" in str(row.refused)) == (name.startswith("nvfp4_experts"))
-        assert row.needs_data == ("weight_only" not in name)
+        assert row.needs_data == (name not in ("nvfp4_weight_only", "nvfp4_weight_only_mse"))
         assert bool(row.output_bytes) == (row.refused is None)
 
 

@@ -79,6 +79,7 @@ def divergences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_trained_model_keeps_more_of_itself_the_more_is_decided(divergences: dict[str, Any]) -> None:
     mse, hessian, gptq = (found.against.kl["mean"] for found in divergences.values())
     assert hessian < mse

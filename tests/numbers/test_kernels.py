@@ -153,7 +153,7 @@ def test_plain_maxima_are_the_reference_s(quantize: Callable[..., Any], dtype: t
         np.testing.assert_array_equal(packed[e].numpy(), reference.pack(codes))
 
 
-@pytest.mark.parametrize("factor", [1.0, 1e5, 0.3])
+@pytest.mark.parametrize("factor", [1.0, 1e5, pytest.param(0.3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("search", [True, False])
 def test_errors_and_energies_are_those_of_the_bytes(
     sums: Callable[..., Tensor], search: bool, factor: float
