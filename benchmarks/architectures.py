@@ -48,7 +48,7 @@ from fxq.errors import FxqError
 from fxq.graph import dialect
 from fxq.graph.program import Program
 from fxq.model import Model, open_model
-from fxq.run.streaming import Streaming
+from fxq.run.simulate import simulation
 from tests import reader, tiny
 
 DEFAULT, EXPERTS_ONLY = "nvfp4_default-fp8_cast_kv", "nvfp4_experts_only-fp8_cast_kv"
@@ -249,9 +249,8 @@ def examine(family: tiny.Family, row: Row, work: Path, begin: Callable[[str], No
 
 
 def _copy(program: Program) -> Program:
-    return dataclasses.replace(
-        program, graph=copy.deepcopy(program.graph), values={}, tokens={}, bootstrapped=set(), notes=[]
-    )
+    fresh: dict[str, Any] = {"values": {}, "tokens": {}, "packs": {}, "left": {}, "misses": []}
+    return dataclasses.replace(program, graph=copy.deepcopy(program.graph), notes=[], **fresh)
 
 
 def eager_model(family: tiny.Family, row: Row, work: Path) -> tuple[PreTrainedModel, PreTrainedModel, Path]:
@@ -300,7 +299,7 @@ def interpret(row: Row, opened: Model, eager: PreTrainedModel) -> None:
             row.declined.append(f"{batch}x{length}: {refusal}")
             continue
         ids = tiny.text_ids(batch, length, seed=length)
-        (found,) = Streaming(program, opened.source, torch.device("cpu")).run_batches([ids])
+        (found,) = simulation(program, opened.source, torch.device("cpu")).run_batches([ids])
         diff = _difference(found, _logits(eager, ids))
         if diff and not _is_causal(eager) and _is_causal(eager, masked=True):
             diff = _difference(found, _logits(eager, ids, masked=True))
@@ -354,7 +353,8 @@ def compile_to(row: Row, source: Path, spec: str, calib: list[list[int]], out: P
     compiled = fxq.compile(source, spec, calib=calib, out=out)
     if row.groups is None:
         row.groups = sum(node.target is dialect.SYNC for node in compiled.graph.nodes)
-    row.notes += [note for note in compiled.report.warnings if note not in row.notes]
+    said = [note for note in compiled.report.warnings if not note.startswith("calibration: ")]
+    row.notes += [note for note in said if note not in row.notes]
     return out
 
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported; test_kernels.py runs it
+
 import fxq.model
 from fxq.graph.program import Program
 from fxq.trace.export import trace
 from fxq.trace.fake_model import FakeModel
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported; test_kernels.py runs it
 
 TRACES: dict[str, Program] = {}
 
