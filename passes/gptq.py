@@ -1,20 +1,17 @@
 """gptq: weights are rounded, codes and scales, so that what their linears and experts compute of the
 calibration text changes least."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from torch.fx import Node
 
 from fxq.graph.dialect import rounding, shape_at
-from fxq.graph.pattern import Match, Miss
-from fxq.graph.program import Program
-from fxq.graph.structure.inputs import InputStatistics, Reader, readers
+from fxq.graph.structure.inputs import InputStatistics, Reader
 from fxq.numbers import gptq
 from fxq.numbers.formats import Measured
-from fxq.pipeline.base import Pass, nothing_matched
-from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared
+from fxq.pipeline.by_inputs import ByInputs
 
 
 def _pack(
@@ -45,7 +42,7 @@ GPTQ = rounding(
 
 
 @dataclass(frozen=True)
-class Gptq(Pass):
+class Gptq(ByInputs):
     """Round every NVFP4 weight column by column, with feedback, by the Gram matrix of its inputs: of all its
     linear's, or of those routed to its expert, with some of the layer's other tokens counted in (an expert
     that no token reached has theirs).
@@ -62,38 +59,16 @@ class Gptq(Pass):
     sweeps: int = 2
 
     name: ClassVar[str] = "gptq"
-    requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared,)
-    breaks: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
-    only_values: ClassVar[bool] = True
-    reads_values: ClassVar[bool] = False
+    expected: ClassVar[str] = "NVFP4 weights"
 
-    def sites(self, program: Program) -> Iterator[Match | Miss]:
-        """Every matmul by quantized weights; other formats miss, and a weight that two matmuls share."""
-        seen: set[object] = set()
-        for reader in readers(program.graph):
-            first = reader.roundings[0]
-            if first.target is GPTQ:
-                yield Miss("gptq", reader.node, "its weight is rounded by gptq already", depth=1)
-            elif first.kwargs["format"] != "nvfp4":
-                yield Miss("gptq", reader.node, f"{first.kwargs['format']} has no block scales to choose")
-            elif first in seen:
-                yield Miss("gptq", reader.node, "its weight is rounded for another matmul", depth=1)
-            else:
-                seen.add(first)
-                yield Match("gptq", reader.node, {"x": reader.x, "w": first})
+    def is_decided(self, rounding: Node) -> bool:
+        return rounding.target is GPTQ
 
-    def run(self, program: Program) -> int:
-        sites = list(self.sites(program))
-        fires = {site.node for site in sites if isinstance(site, Match)}
-        if not fires and not any(isinstance(site, Miss) and site.depth for site in sites):
-            raise nothing_matched(self, program, "NVFP4 weights")
-        statistics = InputStatistics(program.graph)
-        for reader in readers(program.graph):
-            if reader.node in fires:
-                self._round(reader, statistics)
-        return len(fires)
+    def why_not(self, rounding: Node) -> str | None:
+        format = rounding.kwargs["format"]
+        return None if format == "nvfp4" else f"{format} has no block scales to choose"
 
-    def _round(self, reader: Reader, statistics: InputStatistics) -> None:
+    def decide(self, reader: Reader, statistics: InputStatistics) -> None:
         for node, gram in zip(reader.roundings, statistics.gram(reader), strict=True):
             node.target = GPTQ
             node.args = (node.args[0], node.args[1], gram)

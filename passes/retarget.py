@@ -1,7 +1,6 @@
 """retarget: weights are changed, before they are rounded, to those that come nearest to the original outputs
 from the inputs that there will be."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +10,10 @@ from torch.fx import Node
 from fxq.graph import dialect, edit
 from fxq.graph.arguments import node_at
 from fxq.graph.dialect import operator, shape_at, tensor_type
-from fxq.graph.pattern import Match, Miss
-from fxq.graph.program import Program
-from fxq.graph.structure.inputs import InputStatistics, Reader, readers
+from fxq.graph.structure.inputs import InputStatistics, Reader
 from fxq.graph.structure.views import strip
 from fxq.numbers.retarget import retarget
-from fxq.pipeline.base import Pass, nothing_matched
-from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared
+from fxq.pipeline.by_inputs import ByInputs
 
 # A weight [out, in] fitted to what is left of its inputs: see fxq.numbers.retarget.
 RETARGET = operator(
@@ -35,7 +31,7 @@ RETARGET = operator(
 
 
 @dataclass(frozen=True)
-class Retarget(Pass):
+class Retarget(ByInputs):
     """Replace every quantized weight W, unrounded yet, by the V of least |O x - V y|^2 + ridge |V - W|^2 over
     the calibration tokens: x is what its linear or expert reads in the original model, whose weight is O (W,
     unless an earlier pass rewrote it), y the same tokens as the quantized model hands them on, rounded. V
@@ -46,49 +42,21 @@ class Retarget(Pass):
     """
 
     name: ClassVar[str] = "retarget"
-    requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared,)
-    breaks: ClassVar[tuple[Fact, ...]] = (amaxes_filled,)
-    only_values: ClassVar[bool] = True
-    reads_values: ClassVar[bool] = False
+    expected: ClassVar[str] = "quantized weights"
 
-    def sites(self, program: Program) -> Iterator[Match | Miss]:
-        """Every matmul by quantized weights; those miss whose weight another reads too."""
-        seen: set[Node] = set()
-        for reader in readers(program.graph):
-            w = node_at(reader.roundings[0], 0)
-            if w.target is dialect.REWRITE and node_at(w, 1).target is RETARGET:
-                yield Miss("retarget", reader.node, "its weight is retargeted already", depth=1)
-            elif w in seen:
-                reason = "its weight is fitted to another matmul that reads it first"
-                yield Miss("retarget", reader.node, reason, depth=1)
-            else:
-                seen.add(w)
-                yield Match("retarget", reader.node, {"x": reader.x, "w": w})
+    def is_decided(self, rounding: Node) -> bool:
+        w = node_at(rounding, 0)
+        return w.target is dialect.REWRITE and node_at(w, 1).target is RETARGET
 
-    def run(self, program: Program) -> int:
-        sites = list(self.sites(program))
-        fires = {site.node for site in sites if isinstance(site, Match)}
-        if not fires and not any(isinstance(site, Miss) and site.depth for site in sites):
-            raise nothing_matched(self, program, "quantized weights")
-        statistics = InputStatistics(program.graph)
-        originals: dict[Node, Node] = {}
-        for reader in readers(program.graph):
-            if reader.node in fires:
-                self._fit(reader, statistics, originals)
-        return len(fires)
-
-    def _fit(self, reader: Reader, statistics: InputStatistics, originals: dict[Node, Node]) -> None:
-        x = reader.before
-        if x not in originals:
-            routed = [] if reader.ids is None else [reader.ids]
-            originals[x] = edit.call(x.graph, f"{x.name}_original", dialect.ORIGINAL, x, *routed)
+    def decide(self, reader: Reader, statistics: InputStatistics) -> None:
+        original = statistics.original(reader)
         split = dialect.SPLIT_GRAM, dialect.EXPERT_SPLIT_GRAM
-        crosses = statistics.take(*split, reader, originals[x], reader.x)
+        crosses = statistics.take(*split, reader, original, reader.x)
         grams = statistics.take(*split, reader, reader.x, reader.x)
         tokens = statistics.tokens(reader)
         for node, cross, gram, count in zip(reader.roundings, crosses, grams, tokens, strict=True):
             w = node_at(node, 0)
-            original = strip(w, frozenset({dialect.REWRITE}))
-            fitted = edit.call(w.graph, f"{w.name}_fitted", RETARGET, w, original, cross, gram, count)
+            before = strip(w, frozenset({dialect.REWRITE}))
+            fitted = edit.call(w.graph, f"{w.name}_fitted", RETARGET, w, before, cross, gram, count)
             made = edit.call(w.graph, f"{w.name}_new", dialect.REWRITE, w, fitted)
             edit.replace(w, made, [u for u in w.users if u.target is dialect.AMAX or u is node])

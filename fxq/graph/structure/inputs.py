@@ -101,6 +101,11 @@ class InputStatistics:
             return self.take(dialect.SPLIT_GRAM, dialect.EXPERT_SPLIT_GRAM, reader, reader.x, reader.x)
         return self.take(dialect.GRAM, dialect.EXPERT_GRAM, reader, reader.x)
 
+    def original(self, reader: Reader) -> Node:
+        """What is multiplied in the original model, unrounded, in the same rows."""
+        x = reader.before
+        return self._call(f"{x.name}_original", dialect.ORIGINAL, *self._args(reader, x))
+
     def tokens(self, reader: Reader) -> list[Node]:
         """How many rows there were, int64 [], for each of the roundings."""
         if reader.ids is None:

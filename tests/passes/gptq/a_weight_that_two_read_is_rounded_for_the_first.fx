@@ -18,4 +18,4 @@ return [%z]
 %z : bf16[4,32] = aten.linear(%y, %w_q)
 return [%z]
 --- miss
-z: another matmul
+z: decides its weight already
