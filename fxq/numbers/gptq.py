@@ -38,7 +38,7 @@ def gptq(w: Tensor, amax: Tensor, gram: Tensor, *, damp: float, order: Order, sw
     scale_2 = global_scale(amax)
     codes = torch.empty(len(w), rows, width // BLOCK, dtype=torch.uint8, device=w.device)
     packed = torch.empty(len(w), rows, width // 2, dtype=torch.uint8, device=w.device)
-    for part in _parts(len(w), width):
+    for part in _parts(len(w), width, w.device):
         solver = _Solver(w[part], scale_2[part], gram[part], damp, order)
         solver.round_in_order()
         for _ in range(sweeps):
@@ -67,8 +67,10 @@ def damped(gram: Tensor, damp: float) -> Tensor:
     return h
 
 
-def _parts(n: int, width: int) -> Iterator[slice]:
-    step = max(1, _AT_ONCE // (8 * width * width))
+def _parts(n: int, width: int, device: torch.device) -> Iterator[slice]:
+    """On a CPU one by one: there a product's last bits depend on how many are computed together, and what a
+    resumed run has left must come out as if it had all."""
+    step = 1 if device.type == "cpu" else max(1, _AT_ONCE // (8 * width * width))
     for start in range(0, n, step):
         yield slice(start, start + step)
 
