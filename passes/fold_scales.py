@@ -57,14 +57,10 @@ SAMPLE = operator(
 )
 
 
-def _run(rows: Tensor, weights: Sequence[Tensor], *, inputs: bool) -> Tensor:
-    return fold_scale(rows, weights, inputs=inputs)
-
-
 # The scale of each column [K] of weights that multiply the rows: see fxq.numbers.folding.
 FOLD_SCALE = operator(
     "fold_scale(Tensor rows, Tensor[] weights, *, bool inputs) -> Tensor",
-    run=_run,
+    run=fold_scale,
     shape=lambda rows, weights, *, inputs: tensor_type(rows.shape[-1:], torch.float32),
     rules=((lambda n: bool(n.args[1]), "expected weights"),),
 )

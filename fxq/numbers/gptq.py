@@ -68,7 +68,7 @@ def damped(gram: Tensor, damp: float) -> Tensor:
 
 
 def _parts(n: int, width: int, device: torch.device) -> Iterator[slice]:
-    """On a CPU one by one: there a product's last bits depend on how many are computed together, and what a
+    """On a CPU one by one: a product's last bits may depend on how many are computed together, and what a
     resumed run has left must come out as if it had all."""
     step = 1 if device.type == "cpu" else max(1, _AT_ONCE // (8 * width * width))
     for start in range(0, n, step):

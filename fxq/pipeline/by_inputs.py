@@ -24,7 +24,7 @@ class ByInputs(Pass):
 
     def is_decided(self, rounding: Node) -> bool:
         """Whether the pass has decided a weight before."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name}: a pass by inputs has `is_decided`")
 
     def why_not(self, rounding: Node) -> str | None:
         """Why a weight is none for the pass; None if it is one."""
@@ -32,7 +32,7 @@ class ByInputs(Pass):
 
     def decide(self, reader: Reader, statistics: InputStatistics) -> None:
         """Rewrite the roundings of one matmul."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name}: a pass by inputs has `decide`")
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by quantized weights."""
