@@ -16,6 +16,7 @@ from fxq.numbers.gptq import damped, gptq
 from fxq.numbers.hessian import quantize_weighted, weighted_scales
 from fxq.numbers.kernels import cpu, eager
 from fxq.numbers.retarget import retarget
+from tests.numbers.test_kernels import DEVICE, IMPLEMENTATIONS
 
 ORDERS: tuple[Any, ...] = ("none", "blocks")
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -58,9 +59,13 @@ def _brute_force(w: Tensor, unit: float, gram: Tensor) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("module", [cpu, eager], ids=["numba", "torch"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_weighted_scales_are_those_of_brute_force(module: Any, dtype: torch.dtype) -> None:
+BOTH = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*itertools.product(["numba", "eager"], BOTH), ("triton", torch.bfloat16)]
+)
+def test_weighted_scales_are_those_of_brute_force(name: str, dtype: torch.dtype) -> None:
     w = (_random(2, 6, 64) * torch.tensor([1.0, 1e-3])[:, None, None]).to(dtype)
     w[0, 0, 5] = 40.0
     x = _inputs(50, 64)
@@ -69,8 +74,15 @@ def test_weighted_scales_are_those_of_brute_force(module: Any, dtype: torch.dtyp
     gram = (blocks.mT @ blocks).double().expand(2, -1, -1, -1).contiguous()
     scale_2 = nvfp4.global_scale(w.abs().amax((1, 2)).float())
     least = torch.linalg.eigvalsh(gram)[..., 0].clamp_min(0) * (1 - 1e-9)
-    found = module.weighted_scales(w, scale_2, gram, least)
-    for e, row in itertools.product(range(2), range(6)):
+    device = torch.device("cpu")
+    if name == "triton":
+        device = DEVICE
+        if DEVICE.type == "cpu":  # interpreted: one block a row, and bounds that leave few scales
+            w, gram = w[:1, 1:4, :16], gram[:1, :1] + gram.max() * torch.eye(16)
+            scale_2, least = w.abs().amax((1, 2)).float() / 2000, gram.amax() * torch.ones(1, 1) / 2
+    args = (each.to(device) for each in (w.mT.contiguous().mT, scale_2, gram, least))
+    found = IMPLEMENTATIONS[name]().weighted_scales(*args).cpu()
+    for e, row in itertools.product(range(len(w)), range(w.shape[1])):
         assert found[e, row].tolist() == _brute_force(w[e, row], float(scale_2[e]), gram[e])
 
 
@@ -95,16 +107,24 @@ def test_weighted_scales_lose_less_of_the_output_and_more_of_the_weight() -> Non
     assert float(made.error) == pytest.approx(float(exact))
 
 
+@pytest.mark.parametrize("name", ["eager", "triton"])
 @pytest.mark.parametrize("near", [False, True])
-def test_both_kernels_round_a_block_alike(near: bool) -> None:
+def test_all_kernels_round_a_block_alike(near: bool, name: str) -> None:
+    window = (-10, 8) if name == "eager" or DEVICE.type == "cuda" else (-3, 2)
     t = _random(2, 40, 16) * torch.logspace(-2, 1, 40)[:, None]
     t[0, 3] = 0
     u = torch.linalg.cholesky(torch.eye(16) + 0.2 * torch.ones(16, 16), upper=True).expand(2, 16, 16)
     scale_2 = torch.tensor([1e-3, 0.02])
     codes = torch.randint(1, 127, (2, 40), generator=torch.Generator().manual_seed(4)).to(torch.uint8)
-    args = t, u.contiguous(), scale_2, codes if near else None, (-10, 8)
-    for a, b in zip(cpu.round_block(*args), eager.round_block(*args), strict=True):
-        torch.testing.assert_close(a, b)
+    args = t, u.contiguous(), scale_2, codes if near else None, window
+    device = DEVICE if name == "triton" else torch.device("cpu")
+    there = (each.to(device) if isinstance(each, Tensor) else each for each in args)
+    found = [each.cpu() for each in IMPLEMENTATIONS[name]().round_block(*there)]
+    for a, b in zip(cpu.round_block(*args), found, strict=True):
+        if name == "triton":
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b)
 
 
 def test_a_block_is_rounded_with_feedback_in_order() -> None:

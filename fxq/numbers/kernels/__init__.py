@@ -54,8 +54,7 @@ def round_block(
     (first, last) of codes about `near` uint8 [n, R], or about the one that reaches the block's maximum; of
     equal losses the smaller code is taken.
     """
-    name = {"cpu": "cpu"}.get(t.device.type)
-    return ((name and _module(name)) or eager).round_block(t, u, scale_2, near, window)
+    return implementation(t).round_block(t, u, scale_2, near, window)
 
 
 def weighted_scales(w: Tensor, scale_2: Tensor, gram: Tensor, least: Tensor) -> Tensor:
@@ -65,12 +64,11 @@ def weighted_scales(w: Tensor, scale_2: Tensor, gram: Tensor, least: Tensor) -> 
     w [n, R, K]; scale_2 f32 [n]; gram float64 [n, K/16, 16, 16], symmetric; least: a lower bound of each
     one's eigenvalues, float64 [n, K/16].
     """
-    name = {"cpu": "cpu"}.get(w.device.type)
-    return ((name and _module(name)) or eager).weighted_scales(w, scale_2, gram, least)
+    return implementation(w).weighted_scales(w, scale_2, gram, least)
 
 
 def implementation(w: Tensor) -> ModuleType:
-    """The module whose `quantize` serves this device, dtype and installation."""
+    """The module that serves this device, dtype and installation."""
     name = {"cuda": "gpu", "cpu": "cpu"}.get(w.device.type) if w.dtype in _DTYPES else None
     return (name and _module(name)) or eager
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxq.numbers.kernels.eager import BLOCK
 from fxq.numbers.kernels.gpu_jit import add_rows, quantize_blocks
+from fxq.numbers.kernels.gpu_weighted_jit import round_rows, weighted_rows
 
 _LANES = 32
 _TILES = 8  # tiles of 32 blocks that a program does one after another
@@ -62,6 +63,37 @@ def launch(
             )  # fmt: skip
         totals = _added(sums) if measure else None
     return scales, packed.view(torch.uint8) if pack else None, totals, bad
+
+
+def round_block(
+    t: Tensor, u: Tensor, scale_2: Tensor, near: Tensor | None, window: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kernels.round_block`."""
+    n, rows, _ = t.shape
+    q, e = torch.empty_like(t), torch.empty_like(t)
+    codes = torch.empty(n, rows, dtype=torch.uint8, device=t.device)
+    losses = torch.empty(n, rows, device=t.device)
+    grid = triton.cdiv(rows, _LANES), n
+    with torch.cuda.device(t.device) if t.is_cuda else nullcontext():
+        round_rows[grid](
+            t, u, scale_2, codes if near is None else near, q, e, codes, losses, rows, *window,
+            NEAR=near is not None, LANES=_LANES, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+    return q, e, codes, losses
+
+
+def weighted_scales(w: Tensor, scale_2: Tensor, gram: Tensor, least: Tensor) -> Tensor:
+    """See `kernels.weighted_scales`; w of any strides."""
+    n, rows, width = w.shape
+    blocks = width // BLOCK
+    codes = torch.empty(n, rows, blocks, dtype=torch.uint8, device=w.device)
+    grid = triton.cdiv(rows, _LANES), blocks, n
+    with torch.cuda.device(w.device) if w.is_cuda else nullcontext():
+        weighted_rows[grid](
+            w, scale_2, gram, least, codes, rows, blocks, *w.stride(),
+            LANES=_LANES, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+    return codes
 
 
 def _added(sums: Tensor) -> Tensor:
