@@ -1,6 +1,6 @@
 """How long what decides codes and scales takes a layer, against the least that its operations can.
 
-    python benchmarks/solvers.py [--device cuda] [--weights 128x768x2048 ...] [--tokens 16384]
+    python benchmarks/solvers.py [--device cuda] [--weights 128x768x2048 ...]
 
 Each row is one call on weights [n, R, K] with Gram matrices of random tokens. The floor is the operations
 that the method needs over the rate that this device reaches for them in a large matrix product, float32
@@ -21,7 +21,7 @@ from torch import Tensor
 from fxq.numbers.gptq import NEAR, WINDOW, gptq
 from fxq.numbers.hessian import quantize_weighted
 from fxq.numbers.nvfp4 import BLOCK, quantize_measured
-from fxq.numbers.retarget import RIDGES, retarget
+from fxq.numbers.retarget import OUTPUTS, RIDGES, retarget
 
 SWEEPS = 2
 # From a block's maximum over six to four times it: so many FP8 scales have to be tried whatever the inputs.
@@ -82,14 +82,14 @@ def _wait(device: torch.device) -> None:
 
 def calls(w: Tensor, x: Tensor) -> Iterator[tuple[str, Callable[[], object], Work]]:
     """Name, call and least work of every solver for weights w [n, R, K] and tokens x [n, T, K]."""
-    n, rows, width = w.shape
+    n, _, width = w.shape
     amax = w.abs().amax((1, 2)).float()
     blocks = x.unflatten(-1, (-1, BLOCK)).transpose(1, 2)
     gram_blocks = blocks.mT @ blocks
     halves = torch.stack([x[:, ::4].mT @ x[:, ::4], x.mT @ x], dim=1)
     gram = halves[:, 1]
-    drifted = [each + 0.02 * each.roll(1, -1) for each in halves]
-    count = torch.tensor(x.shape[1], device=w.device)
+    drifted = halves + 0.02 * halves.roll(1, -1)
+    count = torch.full((n,), x.shape[1], device=w.device)
     weights, held = w.numel(), 2 * w.numel() + w.numel() * 9 / 16  # read in bf16, codes and scales written
     squares = n * width * width
     a_scale = 16 * 6 + 16 * 17 * 2
@@ -109,22 +109,19 @@ def calls(w: Tensor, x: Tensor) -> Iterator[tuple[str, Callable[[], object], Wor
         lambda: gptq(w, amax, gram, damp=0.01, order="blocks", sweeps=SWEEPS),
         Work(
             weights * width * (1 + 2 * SWEEPS) + weights / BLOCK * window * a_scale / 2,
-            squares * width * 4 / 3,
+            squares * width * 2 / 3,
             held + 4 * squares,
         ),
     )
 
-    def fit() -> None:
-        for i in range(n):
-            retarget(w[i], w[i], drifted[i], halves[i], count)
-
-    # O C and W H of both halves, D and D H for each ridge; an inverse for each, and the last.
+    some, tries = min(1.0, OUTPUTS / w.shape[1]), len(RIDGES) + 1
+    # O C and W H, of both parts for some outputs; for each ridge a factor, a solution and D H; and the last.
     yield (
         "retarget",
-        fit,
+        lambda: retarget(w, w, drifted, halves, count),
         Work(
-            2 * weights * width * (4 + 2 * len(RIDGES) + 3),
-            squares * width * (1 + len(RIDGES)),
+            2 * weights * width * (2 + some * (4 + len(RIDGES))),
+            squares * width / 3 * tries + 2 * weights * width * (1 + some * len(RIDGES)),
             held + 16 * squares,
         ),
     )
@@ -136,7 +133,6 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", nargs="+", default=["128x768x2048", "128x2048x768"], help="n x out x in")
-    parser.add_argument("--tokens", type=int, default=16384, help="of each weight")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     reached = rates(device)
@@ -153,7 +149,7 @@ def main() -> None:
         n, rows, width = (int(number) for number in text.split("x"))
         generator = torch.Generator(device=device).manual_seed(0)
         w = (torch.randn(n, rows, width, device=device, generator=generator) * 0.02).to(torch.bfloat16)
-        tokens = max(width, arguments.tokens // n * 8)
+        tokens = 8 * width
         x = torch.randn(n, tokens, width, device=device, generator=generator)
         for name, call, work in calls(w, x):
             if device.type == "cuda":

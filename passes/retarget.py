@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from fxq.graph import dialect, edit
@@ -15,10 +16,21 @@ from fxq.graph.structure.views import strip
 from fxq.numbers.retarget import retarget
 from fxq.pipeline.by_inputs import ByInputs
 
-# A weight [out, in] fitted to what is left of its inputs: see fxq.numbers.retarget.
+
+def _one(*args: Tensor) -> Tensor:
+    return retarget(*(arg[None] for arg in args))[0]
+
+
+# A weight [out, in] fitted to what is left of its inputs, and many: see fxq.numbers.retarget.
+RETARGET_MANY = operator(
+    "retarget_many(Tensor w, Tensor original, Tensor cross, Tensor gram, Tensor tokens) -> Tensor",
+    run=retarget,
+    shape=lambda w, original, cross, gram, tokens: tensor_type(w.shape, torch.float32),
+)
 RETARGET = operator(
     "retarget(Tensor w, Tensor original, Tensor cross, Tensor gram, Tensor tokens) -> Tensor",
-    run=retarget,
+    run=_one,
+    many=RETARGET_MANY,
     shape=lambda w, original, cross, gram, tokens: tensor_type(w.shape, torch.float32),
     rules=(
         (lambda n: shape_at(n, 0) == shape_at(n, 1), "expected the original weight [out, in]"),

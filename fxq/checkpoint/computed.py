@@ -119,6 +119,14 @@ class Computed:
                     self.left.pop(pack, None)
                 ready.append(_Task(values.nbytes, lambda: [_looked_at(packs, values, measured)]))
 
+        waiting = needs(self.left, self.program.constants)
+        coming: set[Node] = set()
+
+        def is_kept(statistic: str) -> bool:
+            used = any(statistic in waiting.of[node] for node in self.left if node not in coming)
+            self.is_all_there &= used
+            return used
+
         calibration = Calibration(
             self.program,
             self.source,
@@ -126,12 +134,11 @@ class Computed:
             prefix="quantized" if is_rounded else "original",
             sink=sink if is_rounded else None,
             hold=True,
+            keep=is_kept,
         )
-        rounded = (node for nodes in calibration.streaming.origins.values() for node in nodes)
-        coming = (
-            {self.program.packs[node] for node in rounded if node in self.program.packs} if is_rounded else ()
-        )
-        waiting = needs(self.left, self.program.constants)
+        for roundings in calibration.streaming.origins.values() if is_rounded else ():
+            packs = [self.program.packs[node] for node in roundings if node in self.program.packs]
+            coming.update(packs if len(packs) == len(roundings) else ())
         held: dict[str, Tensor] = {}  # until all that needs it is computed
         with closing(calibration.segments(self.batches)) as segments:
             for resident in segments:

@@ -42,6 +42,8 @@ class Operator:
     shape: Callable[..., object]
     rules: tuple[Rule, ...]
     fold: Callable[[Tensor, Tensor], Tensor] | None = None
+    add: Callable[..., object] | None = None
+    many: Callable[..., Any] | None = None
     pack: Callable[..., Measured] | None = None
     pack_target: Callable[..., Any] | None = None
 
@@ -62,6 +64,8 @@ def operator(
     shape: Callable[..., object] | None = None,
     rules: tuple[Rule, ...] = (),
     fold: Callable[[Tensor, Tensor], Tensor] | None = None,
+    add: Callable[..., object] | None = None,
+    many: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """A new operator; what it returns is the `target` of its nodes, and can be called.
 
@@ -73,6 +77,9 @@ def operator(
     rules: what must hold of a call, besides the schema, in a graph that verifies.
     fold: makes it a statistic. Of activations its value is that of all calibration batches: what `run` gives
     for each, joined by `fold`, two at a time and in order. Of a weight it is what `run` gives.
+    add: for a large statistic, called with what earlier batches gave, and the arguments of another: it adds
+    that batch in place, so that there never are two.
+    many: another operator, that computes n such calls at once: every tensor has n in front.
     Raises RuntimeError, as torch does, for a name that is taken or a schema that cannot be read.
     """
     namespace, _, signature = schema.rpartition("::")
@@ -88,7 +95,7 @@ def operator(
     if shape is not None and has_tensors:
         library.impl(name, shape, "Meta")
     target = getattr(getattr(torch.ops, namespace), name).default
-    _OPERATORS[target] = Operator(signature, run or _nothing, shape or _nothing, rules, fold)
+    _OPERATORS[target] = Operator(signature, run or _nothing, shape or _nothing, rules, fold, add, many)
     return target  # type: ignore[no-any-return]
 
 
@@ -372,14 +379,14 @@ def _rows_of(x: Tensor) -> Tensor:
     return x.flatten(0, -2).to(torch.float32)
 
 
-def _gram(x: Tensor) -> Tensor:
+def _add_gram(total: Tensor, x: Tensor) -> None:
     rows = _rows_of(x)
-    return rows.T @ rows
+    total.addmm_(rows.T, rows)
 
 
-def _gram_blocks(x: Tensor) -> Tensor:
+def _add_gram_blocks(total: Tensor, x: Tensor) -> None:
     blocks = _rows_of(x).unflatten(-1, (-1, BLOCK)).transpose(0, 1)
-    return blocks.mT @ blocks
+    total.baddbmm_(blocks.mT, blocks)
 
 
 def _by_expert(x: Tensor, expert_ids: Tensor, experts: int) -> Iterator[Tensor]:
@@ -389,17 +396,14 @@ def _by_expert(x: Tensor, expert_ids: Tensor, experts: int) -> Iterator[Tensor]:
     yield from x[order[: sum(counts)]].to(torch.float32).split(counts)
 
 
-def _expert_gram(x: Tensor, expert_ids: Tensor, *, experts: int) -> Tensor:
-    return torch.stack([_gram(rows) for rows in _by_expert(x, expert_ids, experts)])
+def _add_expert_gram(total: Tensor, x: Tensor, expert_ids: Tensor, *, experts: int) -> None:
+    for own, rows in zip(total, _by_expert(x, expert_ids, experts), strict=True):
+        _add_gram(own, rows)
 
 
-def _expert_gram_blocks(x: Tensor, expert_ids: Tensor, *, experts: int) -> Tensor:
-    return torch.stack([_gram_blocks(rows) for rows in _by_expert(x, expert_ids, experts)])
-
-
-def _added(a: Tensor, b: Tensor) -> Tensor:
-    """In place: of a large statistic there is no third."""
-    return a.add_(b)
+def _add_expert_gram_blocks(total: Tensor, x: Tensor, expert_ids: Tensor, *, experts: int) -> None:
+    for own, rows in zip(total, _by_expert(x, expert_ids, experts), strict=True):
+        _add_gram_blocks(own, rows)
 
 
 def _halves(rows: Tensor) -> list[Tensor]:
@@ -407,14 +411,15 @@ def _halves(rows: Tensor) -> list[Tensor]:
     return list(rows.tensor_split([-(-3 * len(rows) // 4)]))
 
 
-def _split_gram(x: Tensor, y: Tensor) -> Tensor:
-    pairs = zip(_halves(_rows_of(x)), _halves(_rows_of(y)), strict=True)
-    return torch.stack([a.T @ b for a, b in pairs])
+def _add_split_gram(total: Tensor, x: Tensor, y: Tensor) -> None:
+    for own, a, b in zip(total, _halves(_rows_of(x)), _halves(_rows_of(y)), strict=True):
+        own.addmm_(a.T, b)
 
 
-def _expert_split_gram(x: Tensor, y: Tensor, expert_ids: Tensor, *, experts: int) -> Tensor:
-    pairs = zip(_by_expert(x, expert_ids, experts), _by_expert(y, expert_ids, experts), strict=True)
-    return torch.stack([_split_gram(a, b) for a, b in pairs])
+def _add_expert_split_gram(total: Tensor, x: Tensor, y: Tensor, expert_ids: Tensor, *, experts: int) -> None:
+    of_x, of_y = _by_expert(x, expert_ids, experts), _by_expert(y, expert_ids, experts)
+    for own, a, b in zip(total, of_x, of_y, strict=True):
+        _add_split_gram(own, a, b)
 
 
 def _expert_square_sum(x: Tensor, expert_ids: Tensor, *, experts: int) -> Tensor:
@@ -423,6 +428,26 @@ def _expert_square_sum(x: Tensor, expert_ids: Tensor, *, experts: int) -> Tensor
 
 def _vector(x: Tensor) -> Tensor:
     return tensor_type(x.shape[-1:], torch.float32)
+
+
+def _gram_operator(
+    schema: str, add: Callable[..., object], shape: Callable[..., tuple[int, ...]], rules: tuple[Rule, ...]
+) -> Callable[..., Any]:
+    """A statistic of so many float32 sums, to which `add` adds a batch's."""
+
+    def run(x: Tensor, *args: Tensor, **options: int) -> Tensor:
+        total = x.new_zeros(shape(x, *args, **options), dtype=torch.float32)
+        add(total, x, *args, **options)
+        return total
+
+    return operator(
+        schema,
+        run=run,
+        shape=lambda *args, **options: tensor_type(shape(*args, **options), torch.float32),
+        rules=rules,
+        fold=torch.add,
+        add=add,
+    )
 
 
 _ROWS: Rule = (lambda n: len(shape_at(n, 0) or ()) >= 2, "expected rows x [..., K]")
@@ -456,51 +481,38 @@ FIRST = operator(
 # diagonal [K / 16, 16, 16]; both for each expert over the tokens x [T, K] routed to it, [experts, ...]; the
 # largest magnitude and the sum of squares of each column [K]; how many tokens each expert saw, int64
 # [experts].
-GRAM = operator(
-    "gram(Tensor x) -> Tensor",
-    run=_gram,
-    shape=lambda x: tensor_type((x.shape[-1], x.shape[-1]), torch.float32),
-    rules=(_ROWS,),
-    fold=_added,
-)
-GRAM_BLOCKS = operator(
+GRAM = _gram_operator("gram(Tensor x) -> Tensor", _add_gram, lambda x: (x.shape[-1], x.shape[-1]), (_ROWS,))
+GRAM_BLOCKS = _gram_operator(
     "gram_blocks(Tensor x) -> Tensor",
-    run=_gram_blocks,
-    shape=lambda x: tensor_type((x.shape[-1] // BLOCK, BLOCK, BLOCK), torch.float32),
-    rules=(_ROWS, _BLOCKS),
-    fold=_added,
+    _add_gram_blocks,
+    lambda x: (x.shape[-1] // BLOCK, BLOCK, BLOCK),
+    (_ROWS, _BLOCKS),
 )
-EXPERT_GRAM = operator(
+EXPERT_GRAM = _gram_operator(
     "expert_gram(Tensor x, Tensor expert_ids, *, int experts) -> Tensor",
-    run=_expert_gram,
-    shape=lambda x, ids, *, experts: tensor_type((experts, x.shape[-1], x.shape[-1]), torch.float32),
-    rules=(_ROWS, _IDS),
-    fold=_added,
+    _add_expert_gram,
+    lambda x, ids, *, experts: (experts, x.shape[-1], x.shape[-1]),
+    (_ROWS, _IDS),
 )
-EXPERT_GRAM_BLOCKS = operator(
+EXPERT_GRAM_BLOCKS = _gram_operator(
     "expert_gram_blocks(Tensor x, Tensor expert_ids, *, int experts) -> Tensor",
-    run=_expert_gram_blocks,
-    shape=lambda x, ids, *, experts: tensor_type(
-        (experts, x.shape[-1] // BLOCK, BLOCK, BLOCK), torch.float32
-    ),
-    rules=(_ROWS, _BLOCKS, _IDS),
-    fold=_added,
+    _add_expert_gram_blocks,
+    lambda x, ids, *, experts: (experts, x.shape[-1] // BLOCK, BLOCK, BLOCK),
+    (_ROWS, _BLOCKS, _IDS),
 )
 # The same of rows of two kinds, x [..., J] and y [..., K]: sum of x y^T over three of four tokens, and over
 # the fourth, which is held back for judging: [2, J, K], and for each expert [experts, 2, J, K].
-SPLIT_GRAM = operator(
+SPLIT_GRAM = _gram_operator(
     "split_gram(Tensor x, Tensor y) -> Tensor",
-    run=_split_gram,
-    shape=lambda x, y: tensor_type((2, x.shape[-1], y.shape[-1]), torch.float32),
-    rules=(_ROWS,),
-    fold=_added,
+    _add_split_gram,
+    lambda x, y: (2, x.shape[-1], y.shape[-1]),
+    (_ROWS,),
 )
-EXPERT_SPLIT_GRAM = operator(
+EXPERT_SPLIT_GRAM = _gram_operator(
     "expert_split_gram(Tensor x, Tensor y, Tensor expert_ids, *, int experts) -> Tensor",
-    run=_expert_split_gram,
-    shape=lambda x, y, ids, *, experts: tensor_type((experts, 2, x.shape[-1], y.shape[-1]), torch.float32),
-    rules=(_ROWS,),
-    fold=_added,
+    _add_expert_split_gram,
+    lambda x, y, ids, *, experts: (experts, 2, x.shape[-1], y.shape[-1]),
+    (_ROWS,),
 )
 ABSMAX = operator(
     "absmax(Tensor x) -> Tensor",
@@ -514,27 +526,27 @@ SQUARE_SUM = operator(
     run=lambda x: _rows_of(x).square().sum(0),
     shape=_vector,
     rules=(_ROWS,),
-    fold=_added,
+    fold=torch.add,
 )
 EXPERT_SQUARE_SUM = operator(
     "expert_square_sum(Tensor x, Tensor expert_ids, *, int experts) -> Tensor",
     run=_expert_square_sum,
     shape=lambda x, ids, *, experts: tensor_type((experts, x.shape[-1]), torch.float32),
     rules=(_ROWS, _IDS),
-    fold=_added,
+    fold=torch.add,
 )
 # How many rows x [..., K] has, int64 [].
 TOKENS = operator(
     "tokens(Tensor x) -> Tensor",
     run=lambda x: x.new_tensor(x.shape[:-1].numel(), dtype=torch.int64),
     shape=lambda x: tensor_type((), torch.int64),
-    fold=_added,
+    fold=torch.add,
 )
 EXPERT_TOKENS = operator(
     "expert_tokens(Tensor expert_ids, *, int experts) -> Tensor",
     run=lambda ids, *, experts: torch.bincount(ids.flatten(), minlength=experts)[:experts],
     shape=lambda ids, *, experts: tensor_type((experts,), torch.int64),
-    fold=_added,
+    fold=torch.add,
 )
 
 

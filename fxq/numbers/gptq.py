@@ -1,7 +1,7 @@
 """GPTQ on NVFP4: codes and block scales of least output error, found column by column with feedback.
 
 A weight w [R, K] reads inputs x whose Gram matrix H = sum x x^T is known. What rounding it to q costs is
-tr((q - w) H (q - w)^T). With U the upper Cholesky factor of H^-1, rounding column j with error
+tr((q - w) H (q - w)^T). With U the upper Cholesky factor of H^-1 = U^T U, rounding column j with error
 e_j = (w_j - q_j) / U_jj and moving later columns by -e_j U_j,j+1.. keeps that the sum of all e_j^2
 (Frantar et al., arXiv 2210.17323). Two things are NVFP4's: each block of 16 columns takes the block scale
 under which its own feedback loses least, and `sweeps` of coordinate descent solve each block again, scale and
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxq.numbers import kernels
-from fxq.numbers.nvfp4 import BLOCK, Measured, Packed, dequantize, global_scale
+from fxq.numbers.nvfp4 import BLOCK, Measured, decided, global_scale
 
 Order = Literal["none", "blocks"]
 
@@ -23,8 +23,8 @@ Order = Literal["none", "blocks"]
 WINDOW = (-10, 8)
 # The same about the present scale, when a block is solved again.
 NEAR = (-4, 3)
-# Of weights that are solved together, so many bytes of float64 matrices are alive.
-_AT_ONCE = 1 << 30
+# Of weights that are solved together, the Grams in float64 take so many bytes.
+_AT_ONCE = 2 << 30
 
 
 def gptq(w: Tensor, amax: Tensor, gram: Tensor, *, damp: float, order: Order, sweeps: int) -> Measured:
@@ -38,22 +38,13 @@ def gptq(w: Tensor, amax: Tensor, gram: Tensor, *, damp: float, order: Order, sw
     scale_2 = global_scale(amax)
     codes = torch.empty(len(w), rows, width // BLOCK, dtype=torch.uint8, device=w.device)
     packed = torch.empty(len(w), rows, width // 2, dtype=torch.uint8, device=w.device)
-    for part in _parts(len(w), width, w.device):
+    for part in parts(len(w), width, w.device):
         solver = _Solver(w[part], scale_2[part], gram[part], damp, order)
         solver.round_in_order()
         for _ in range(sweeps):
             solver.descend()
         codes[part], packed[part] = solver.result()
-    made = Packed(packed, codes.view(torch.float8_e4m3fn), scale_2)
-    error, energy = (
-        torch.empty_like(scale_2, dtype=torch.float64),
-        torch.empty_like(scale_2, dtype=torch.float64),
-    )
-    for i in range(len(w)):
-        exact = w[i].double()
-        error[i] = (dequantize(made.part(i, slice(None))).double() - exact).square().sum()
-        energy[i] = exact.square().sum()
-    return Measured(made.weight, made.scale, scale_2, error, energy)
+    return decided(w, amax, packed, codes.view(torch.float8_e4m3fn))
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
@@ -67,7 +58,18 @@ def damped(gram: Tensor, damp: float) -> Tensor:
     return h
 
 
-def _parts(n: int, width: int, device: torch.device) -> Iterator[slice]:
+def inverse_factor(h: Tensor) -> Tensor:
+    """The upper triangular U of positive diagonal with U^T U = h^-1, float64 [..., K, K].
+
+    Of h with rows and columns reversed, L L^T: then h = R R^T with R = L reversed, which is upper triangular,
+    and U = R^-1.
+    """
+    lower = torch.linalg.cholesky(h.flip(-2, -1))
+    one = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    return torch.linalg.solve_triangular(lower, one.expand_as(h), upper=False).flip(-2, -1)
+
+
+def parts(n: int, width: int, device: torch.device) -> Iterator[slice]:
     """On a CPU one by one: a product's last bits may depend on how many are computed together, and what a
     resumed run has left must come out as if it had all."""
     step = 1 if device.type == "cpu" else max(1, _AT_ONCE // (8 * width * width))
@@ -96,8 +98,7 @@ class _Solver:
 
     def round_in_order(self) -> None:
         """Every block once, from what earlier ones left of it."""
-        factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(self.h)), upper=True)
-        factor = factor.to(torch.float32)
+        factor = inverse_factor(self.h).to(torch.float32)
         left = self.w.clone()
         for b, own in self.blocks():
             t, u = left[..., own].contiguous(), factor[:, own, own].contiguous()
@@ -109,18 +110,17 @@ class _Solver:
     def descend(self) -> None:
         """Every block again, given all others, if that lowers the error."""
         h = self.h.to(torch.float32)
+        inner = torch.stack([self.h[:, own, own] for _, own in self.blocks()])  # [K/16, n, 16, 16]
+        u = inverse_factor(inner)
+        inverse, u, inner = (each.to(torch.float32).contiguous() for each in (u.mT @ u, u, inner))
         difference = self.q - self.w
         for b, own in self.blocks():
-            inner = self.h[:, own, own]
-            inverse = torch.linalg.inv(inner)
-            u = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
-            mine, inner = difference[..., own], inner.to(torch.float32)
-            pull = difference @ h[..., own] - mine @ inner  # of the other blocks' errors
-            t = self.w[..., own] - pull @ inverse.to(torch.float32)
+            pull = difference @ h[..., own] - difference[..., own] @ inner[b]  # of the other blocks' errors
+            t = self.w[..., own] - pull @ inverse[b]
             away = self.q[..., own] - t
-            now = ((away @ inner) * away).sum(-1)
+            now = ((away @ inner[b]) * away).sum(-1)
             q, _, codes, loss = kernels.round_block(
-                t.contiguous(), u.contiguous(), self.scale_2, self.codes[..., b].contiguous(), NEAR
+                t.contiguous(), u[b], self.scale_2, self.codes[..., b].contiguous(), NEAR
             )
             is_better = loss < now
             self.q[..., own] = torch.where(is_better[..., None], q, self.q[..., own])

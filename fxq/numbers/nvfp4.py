@@ -7,6 +7,7 @@ fusion group. Every function takes weights `[..., rows, K]` with amax `[...]`: a
 call.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -139,9 +140,14 @@ def decided(w: Tensor, amax: Tensor, codes: Tensor, scales: Tensor | None) -> Me
     if scales is None:
         raise ValueError("expected block scales with NVFP4 codes, found none")
     packed = Packed(codes, scales, global_scale(amax))
-    exact = w.to(torch.float64)
-    error = (dequantize(packed).to(torch.float64) - exact).square().sum((-2, -1))
-    return Measured(codes, scales, packed.scale_2, error, exact.square().sum((-2, -1)))
+    sums = torch.zeros(2, *w.shape[:-2], dtype=torch.float64, device=w.device)
+    for index in itertools.product(*map(range, w.shape[:-2])):  # in float64 one at a time
+        exact = w[index].to(torch.float64)
+        lost = (
+            dequantize(Packed(codes[index], scales[index], packed.scale_2[index])).to(torch.float64) - exact
+        )
+        sums[(0, *index)], sums[(1, *index)] = lost.square().sum(), exact.square().sum()
+    return Measured(codes, scales, packed.scale_2, sums[0], sums[1])
 
 
 def _quantize(

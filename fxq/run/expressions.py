@@ -97,6 +97,10 @@ class Expressions(Generic[Value]):
         if alike and (is_rounding(first) or is_pack(first)):
             columns = [self.many(column) for column in _columns(nodes)]
             return self.call(first.target, columns, dict(first.kwargs), nodes)
+        known = dialect.find(first.target)
+        if alike and known is not None and known.many is not None:
+            columns = [self.many(column) for column in _columns(nodes)]
+            return self.call(known.many, columns, dict(first.kwargs), nodes)
         if alike and first.target is dialect.REWRITE:
             return self._cast(self.many(node_at(node, 1) for node in nodes), first, nodes)
         if alike and first.target is dialect.AMAX and len({shape_of(node_at(n, 0)) for n in nodes}) == 1:

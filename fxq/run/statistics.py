@@ -30,7 +30,8 @@ class Calibration:
     prefix: whether statistics are those of the unquantized model (rewrites done), or each those of the model
     whose earlier weights and activations are rounded already. sink: takes what weights are packed as on the
     way, with a quantized prefix. hold: whether `segments` gives all parameters of a segment, or may lack
-    those that were used up. Raises SourceError for a statistic that is NaN or infinite.
+    those that were used up. keep: whether a statistic of this name, if it is no single number, is of use
+    after the run. Raises SourceError for a statistic that is NaN or infinite.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Calibration:
         prefix: Prefix = "original",
         sink: Sink | None = None,
         hold: bool = False,
+        keep: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        self.program = program
+        self.program, self.keep = program, keep
+        self.count = 0
         graph = program.calibrated or program.graph
         wanted = [node for node in statistics(graph) if node.name not in program.values]
         experts = {
@@ -90,10 +93,9 @@ class Calibration:
     def run(self, batches: Sequence[Tensor], step: Callable[[], None] = lambda: None) -> int:
         """Calibrate on batches int64 [B, S]; returns how many statistics were found."""
         self.streaming.step = step
-        before = len(self.program.values)
         for _ in self.segments(batches):
             pass
-        return len(self.program.values) - before
+        return self.count
 
     def segments(self, batches: Sequence[Tensor]) -> Generator[Resident]:
         """`run`, a segment at a time, whose statistics are known by then: its parameters, by name."""
@@ -110,14 +112,16 @@ class Calibration:
         segment that broke it."""
         complete = self.streaming.complete()
         for made in [n for n in complete if n in self.names]:
-            node, value = self.names.pop(made), complete[made].cpu()
-            if not bool(torch.isfinite(value).all()):
+            node, value = self.names.pop(made), complete[made]
+            if not all(bool(torch.isfinite(end)) for end in torch.aminmax(value)):
                 check_parameters(self.program, resident)
                 kind = "NaN" if bool(value.isnan().any()) else "Inf"
                 raise SourceError(
                     f"%{node.name}: calibration produced {kind} in an activation; is the model or the text "
                     "broken?"
                 )
-            self.program.values[node.name] = value
+            self.count += 1
+            if not value.dim() or self.keep(node.name):
+                self.program.values[node.name] = value.cpu()
         for made in [n for n in complete if n in self.tokens]:
             self.program.tokens[self.tokens.pop(made)] = complete[made].cpu()

@@ -16,6 +16,7 @@ from torch.fx import Graph, Interpreter, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from fxq.graph import dialect
+from fxq.graph.dialect import is_statistic
 from fxq.graph.hub import WeightSource
 from fxq.numbers.formats import FORMATS, Measured
 from fxq.run.loader import Request, loaded
@@ -105,7 +106,11 @@ class Streaming(Interpreter):
         with closing(self._parameters(plan := self._plan(states, batches))) as parameters:
             last_use = _last_use(plan)
             for number, segment in enumerate(plan):
-                shared = self._run_shared(segment, parameters, len(states))
+                used_up: dict[Node, list[Node]] = {}
+                for node, (last, reader) in last_use.items():
+                    if last == number and node in self._complete:
+                        used_up.setdefault(reader, []).append(node)
+                shared = self._run_shared(segment, parameters, len(states), used_up)
                 for i in range(len(states)):
                     env = {**self.found, **shared, **states.take(i)}
                     states.put(i, self._run_varying(segment, env, i))
@@ -118,12 +123,11 @@ class Streaming(Interpreter):
                 self.carried = {node: shared[node] for node in segment.carried}
                 self.env = shared = {}
                 for node in self.complete():
-                    if last_use.get(node, -1) <= number:
+                    if last_use.get(node, (-1, node))[0] <= number:
                         del self.found[node]
 
     def complete(self) -> dict[Node, Tensor]:
-        """The statistics that all batches have passed and that are still here: until the segment after the
-        last that uses them."""
+        """The statistics that all batches have passed and that are still here: until their last use."""
         return {node: value for node, value in self.found.items() if node in self._complete}
 
     def _states(self, batches: Sequence[Tensor], masks: Sequence[Tensor] | None) -> "BatchStates":
@@ -159,9 +163,13 @@ class Streaming(Interpreter):
 
     @torch.no_grad()
     def _run_shared(
-        self, segment: Segment, parameters: Iterator[tuple[Node, Tensor]], batches: int
+        self,
+        segment: Segment,
+        parameters: Iterator[tuple[Node, Tensor]],
+        batches: int,
+        used_up: Mapping[Node, Sequence[Node]] = MappingProxyType({}),
     ) -> BatchState:
-        """What all batches need of a segment."""
+        """What all batches need of a segment. used_up: node -> the statistics that nothing needs after it."""
         self.env = {**self.found, **self.carried}
         for node in segment.shared:
             if self._is_read(node):
@@ -173,6 +181,9 @@ class Streaming(Interpreter):
             for dead in segment.ends[node]:
                 if not (self.hold and self._is_read(dead)):
                     del self.env[dead]
+            for statistic in used_up.get(node, ()):
+                self.found.pop(statistic, None)
+                self.env.pop(statistic, None)
             self.step()
         return {node: value for node, value in self.env.items() if node not in self.found}
 
@@ -181,9 +192,7 @@ class Streaming(Interpreter):
         """Batch `i` through one segment: what later segments use of it."""
         self.env = env
         for node in segment.varying:
-            value = self.env[node] = self.run_node(node)
-            if (known := dialect.find(node.target)) is not None and known.fold is not None:
-                self.found[node] = known.fold(self.found[node], value) if node in self.found else value
+            self.env[node] = self._folded(node) if is_statistic(node) else self.run_node(node)
             if node is self.result:
                 self.outputs[i] = self.reduce(self.env[node], i)
             for dead in segment.ends[node]:
@@ -192,13 +201,28 @@ class Streaming(Interpreter):
                 self.step()
         return {node: self.env[node] for node in segment.kept}
 
+    def _folded(self, node: Node) -> Tensor:
+        """What all batches so far show, this one among them."""
+        known = dialect.find(node.target)
+        assert known is not None
+        assert known.fold is not None
+        if known.add is not None and node in self.found:
+            args, kwargs = self._arguments(node)
+            known.add(self.found[node], *args, **kwargs)
+        else:
+            value = self.run_node(node)
+            self.found[node] = known.fold(self.found[node], value) if node in self.found else value
+        return self.found[node]
+
     def run_node(self, n: Node) -> Any:
         if n.op == "get_attr":
             return self.constants[str(n.target)].to(self.device)
         if n.target is dialect.VALUE:
             return self.values[str(n.args[0])].to(self.device)
-        args, kwargs = map_arg((n.args, n.kwargs), lambda m: self.env[m])  # type: ignore[misc]
-        return self.call(n, args, kwargs)
+        return self.call(n, *self._arguments(n))
+
+    def _arguments(self, n: Node) -> Any:
+        return map_arg((n.args, n.kwargs), lambda m: self.env[m])  # type: ignore[misc]
 
     def call(self, n: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of one call, for one batch if it depends on that."""
@@ -222,10 +246,10 @@ class Streaming(Interpreter):
         return dialect.straight_through(args[0], out if args[1].dim() else out[0])
 
 
-def _last_use(plan: Sequence[Segment]) -> dict[Node, int]:
-    """Node -> the number of the last segment that uses it."""
+def _last_use(plan: Sequence[Segment]) -> dict[Node, tuple[int, Node]]:
+    """Node -> the number of the last segment that uses it, and what does there."""
     return {
-        source: number
+        source: (number, node)
         for number, segment in enumerate(plan)
         for node in (*segment.shared, *segment.varying)
         for source in node.all_input_nodes

@@ -13,12 +13,10 @@ import torch
 from torch.fx import Graph, Node
 
 from fxq.graph import dialect, edit
-from fxq.graph.arguments import int_at, node_at, nodes_at
+from fxq.graph.arguments import node_at, nodes_at
 from fxq.graph.dialect import is_rounding
 from fxq.graph.structure.matmuls import input_quantize, weight_matmuls
 from fxq.graph.structure.views import VIEWS, shape_of, strip
-
-_ATEN = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -49,31 +47,22 @@ def readers(graph: Graph) -> Iterator[Reader]:
             yield Reader(matmul.node, x, before, tuple(roundings), ids)
 
 
-def _shrunk(
-    sums: torch.Tensor, tokens: torch.Tensor, total: torch.Tensor, expert: int, *, by: int
-) -> torch.Tensor:
-    mean = total / tokens.sum().clamp_min(1)
-    return (sums[expert] + by * mean) / (tokens[expert] + by)
+def _shrunk(sums: torch.Tensor, tokens: torch.Tensor, *, by: int) -> torch.Tensor:
+    shape = (-1, *([1] * (sums.dim() - 1)))
+    mean = sums.sum(0) / tokens.sum().clamp_min(1)
+    return sums.add(mean, alpha=by).div_((tokens + by).view(shape))
 
 
-# Of sums over each expert's tokens [experts, ...], of so many tokens int64 [experts], and their sum [...],
-# those of one expert as means a token, in which `by` tokens of the mean of all experts count as its own.
+# Of sums over each expert's tokens [experts, ...], of so many tokens int64 [experts], means a token, in which
+# `by` tokens of the mean of all experts count as each one's own.
 SHRUNK = dialect.operator(
-    "shrunk(Tensor sums, Tensor tokens, Tensor total, int expert, *, int by) -> Tensor",
+    "shrunk(Tensor sums, Tensor tokens, *, int by) -> Tensor",
     run=_shrunk,
-    shape=lambda sums, tokens, total, expert, *, by: dialect.tensor_type(total.shape, sums.dtype),
+    shape=lambda sums, tokens, *, by: dialect.tensor_type(sums.shape, sums.dtype),
     rules=(
         (
             lambda n: dialect.shape_at(n, 1) == (dialect.shape_at(n, 0) or (0,))[:1],
             "expected a number of tokens for each expert's sums",
-        ),
-        (
-            lambda n: dialect.shape_at(n, 2) == (dialect.shape_at(n, 0) or (0,))[1:],
-            "expected the sum of all experts' sums",
-        ),
-        (
-            lambda n: 0 <= int_at(n, 3) < (dialect.shape_at(n, 0) or (0,))[0],
-            "the expert index is out of range",
         ),
         (lambda n: int(str(n.kwargs["by"])) >= 0, "expected `by` of 0 tokens or more"),
     ),
@@ -122,11 +111,8 @@ class InputStatistics:
         count, args = len(reader.roundings), self._args(reader, *of)
         sums = self._call(f"{of[0].name}_{_name(by_expert)}", by_expert, *args, experts=count)
         tokens = self._expert_tokens(reader)
-        total = self._call(f"{sums.name}_total", _ATEN.sum.dim_IntList, sums, (0,))
-        return [
-            self._call(f"{sums.name}_e{e}", SHRUNK, sums, tokens, total, e, by=SHRINKAGE)
-            for e in range(count)
-        ]
+        means = self._call(f"{sums.name}_shrunk", SHRUNK, sums, tokens, by=SHRINKAGE)
+        return [self._call(f"{means.name}_e{e}", dialect.SLICE, means, e) for e in range(count)]
 
     def _args(self, reader: Reader, *of: Node) -> tuple[Node, ...]:
         return of if reader.ids is None else (*of, reader.ids)
