@@ -24,7 +24,7 @@ WINDOW = (-10, 8)
 # The same about the present scale, when a block is solved again.
 NEAR = (-4, 3)
 # Of weights that are solved together, the Grams in float64 take so many bytes.
-_AT_ONCE = 2 << 30
+_AT_ONCE = 1 << 30
 
 
 def gptq(w: Tensor, amax: Tensor, gram: Tensor, *, damp: float, order: Order, sweeps: int) -> Measured:

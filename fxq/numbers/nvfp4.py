@@ -109,7 +109,9 @@ def pack(w: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
 
     The sign bit is `w < 0`: -0.0 gives code 0, a small negative value that rounds to zero gives code 8.
     """
-    return pack_rows(w, scale, scale_2[..., None, None])
+    if w.dim() > 2:  # what it takes in float32 is there for one at a time
+        return torch.stack([pack(*each) for each in zip(w, scale, scale_2, strict=True)])
+    return pack_rows(w, scale, scale_2)
 
 
 def quantize_weight(w: Tensor, amax: Tensor, scale: str) -> Packed:

@@ -16,7 +16,8 @@ from operator import itemgetter
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxq.graph.dialect import is_statistic
+from fxq.graph.dialect import is_rounding, is_statistic
+from fxq.graph.structure.experts import PICKED
 from fxq.graph.structure.views import varying as varying_nodes
 
 # How many parameters in a row may make a segment: several layers, and a search that stays linear.
@@ -76,19 +77,16 @@ def segments(graph: Graph, scale: float, starts: Container[Node] | None = None) 
         unused = [n for n in unused if n not in placed]
         if start < len(varying) or now:
             parts.append((varying[start:end], now))
+    parts = [([*_again(part, varies), *part], now) for part, now in parts]
     needs = _shared_by_segment(parts, by_batch)
     made: list[Segment] = []
-    start, kept = 0, {n for n in varies if n.op == "placeholder"}
-    for (part, _), (shared, carried) in zip(parts, needs, strict=True):
-        end = start + len(part)
+    kept: set[Node] = set()
+    for (part, _), (shared, carried) in zip(reversed(parts), reversed(needs), strict=True):
         in_order = sorted(shared, key=place.__getitem__)
-        kept = {n for n in kept.union(part) if flows.last[n] >= end}
-        ends = _shared_ends(in_order, part, carried)
-        for i, node in enumerate(part, start):
-            ends[node] = [n for n in dict.fromkeys((*node.all_input_nodes, node)) if flows.last.get(n) == i]
+        ends = _shared_ends(in_order, part, carried) | _ends(part, varies, kept)
         made.append(Segment(tuple(in_order), tuple(part), ends, frozenset(kept), frozenset(carried)))
-        start = end
-    return made
+        kept = kept.difference(part).union(_taken(part, varies))
+    return made[::-1]
 
 
 def narrow_places(graph: Graph) -> list[Node]:
@@ -240,6 +238,47 @@ def _cuts(alive: list[int], parameters: list[int], scale: float) -> list[int]:
         ends.append(places[at])
         at = best[at][2]
     return ends[::-1]
+
+
+def _taken(part: list[Node], varies: Container[Node]) -> dict[Node, None]:
+    """The values of a batch that a part takes from earlier ones."""
+    own = set(part)
+    sources = (source for node in part for source in node.all_input_nodes)
+    return dict.fromkeys(source for source in sources if source in varies and source not in own)
+
+
+def _again(part: list[Node], varies: Container[Node]) -> list[Node]:
+    """What a part computes again instead of taking it from an earlier one: rows that tokens are picked for,
+    with eight experts a token eight times as many as there are tokens, and these rounded."""
+    taken = _taken(part, varies)
+    found: dict[Node, None] = {}
+
+    def sources(node: Node) -> list[Node]:
+        if node.target not in PICKED and not is_rounding(node):
+            return [node]
+        of = [s for source in node.all_input_nodes if source in varies for s in sources(source)]
+        return of if sum(nbytes(s) for s in of if s not in taken) < nbytes(node) else [node]
+
+    def compute(node: Node) -> None:
+        if node not in found and sources(node) != [node]:
+            for source in node.all_input_nodes:
+                if source in varies:
+                    compute(source)
+            found[node] = None
+
+    for node in taken:
+        compute(node)
+    return list(found)
+
+
+def _ends(part: list[Node], varies: Container[Node], kept: Container[Node]) -> dict[Node, list[Node]]:
+    """Which values of a batch end with each node of a part."""
+    last = {source: node for node in part for source in (*node.all_input_nodes, node)}
+    ends: dict[Node, list[Node]] = {node: [] for node in part}
+    for source, node in last.items():
+        if (source in varies or source is node) and source not in kept:
+            ends[node].append(source)
+    return ends
 
 
 def _shared_ends(shared: list[Node], varying: list[Node], carried: Container[Node]) -> dict[Node, list[Node]]:

@@ -97,6 +97,25 @@ def test_what_reads_a_statistic_begins_when_all_batches_have_passed_it() -> None
     assert [_names(s.kept) for s in made] == [["x"], ["x_twice"], []]
 
 
+def test_rows_picked_for_experts_are_picked_again_behind_a_statistic() -> None:
+    lines = [
+        "%x : f32[6,16] = placeholder()",
+        "%at : i64[48] = placeholder()",
+        "%rows : f32[48,16] = aten.index_select(%x, 0, %at)",
+        "%rows_amax : f32[] = fxq.amax(%rows)",
+        "%rows_q : f32[48,16] = fxq.quantize(%rows, %rows_amax, format='nvfp4', scale='dynamic')",
+        "%gram : f32[16,16] = fxq.gram(%rows_q)",
+        "%new : f32[48,16] = aten.matmul(%rows_q, %gram)",
+    ]
+    made = segments(text.parse("\n".join([*lines, "return [%new]"])), 10)
+    assert [_names(s.varying) for s in made] == [
+        ["rows", "rows_amax"],
+        ["gram", "rows", "rows_q"],
+        ["new", "rows", "rows_q"],
+    ]
+    assert [_names(s.kept) for s in made] == [["at", "x"], ["at", "x"], []]
+
+
 def test_a_weight_of_what_waits_for_a_statistic_is_not_read_again_and_again() -> None:
     """Between the statistics of one layer, what is made of its weights is handed on."""
     lines = ["%h0 : f32[6,16] = placeholder()", "%w : f32[16,16] = @w"]
