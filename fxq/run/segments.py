@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import itemgetter
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from fxq.graph.dialect import is_rounding, is_statistic
 from fxq.graph.structure.experts import PICKED
+from fxq.graph.structure.views import VIEWS
 from fxq.graph.structure.views import varying as varying_nodes
 
+# What gives values as they are, some of them several times.
+_REPEATS = VIEWS | PICKED | {torch.ops.aten.repeat_interleave.self_int, torch.ops.aten.expand.default}
 # How many parameters in a row may make a segment: several layers, and a search that stays linear.
 _LONGEST = 32
 # What a segment computed of weights alone is kept for one so many segments later, instead of being read and
@@ -248,13 +252,13 @@ def _taken(part: list[Node], varies: Container[Node]) -> dict[Node, None]:
 
 
 def _again(part: list[Node], varies: Container[Node]) -> list[Node]:
-    """What a part computes again instead of taking it from an earlier one: rows that tokens are picked for,
+    """What a part computes again instead of taking it from an earlier one: rows that are others repeated, as
     with eight experts a token eight times as many as there are tokens, and these rounded."""
     taken = _taken(part, varies)
     found: dict[Node, None] = {}
 
     def sources(node: Node) -> list[Node]:
-        if node.target not in PICKED and not is_rounding(node):
+        if node.target not in _REPEATS and not is_rounding(node):
             return [node]
         of = [s for source in node.all_input_nodes if source in varies for s in sources(source)]
         return of if sum(nbytes(s) for s in of if s not in taken) < nbytes(node) else [node]
