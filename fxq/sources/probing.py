@@ -7,8 +7,8 @@ came from, whatever operations it went through:
     k_proj          [N, K]    NK ... 2NK-1      rows [N, 2N) of query_key_value
 
 Only the first few columns are given, since those of a layer's experts are gigabytes. A run on meta tensors of
-full width makes the same calls of torch, with the same arguments but for the width, or the probe is not
-believed; and what it says must also explain a second run on other numbers, or values were computed.
+full width must make the same calls of torch, with the same arguments but for the width, or the probe is not
+believed; and what it says must explain a second run on other numbers, or values were computed.
 """
 
 import copy
@@ -27,24 +27,30 @@ from fxq.graph.hub import Part, Stored, TensorInfo, row_axis
 
 Infos = Mapping[str, TensorInfo]
 Sources = Mapping[str, Sequence[str]]  # pattern of a conversion -> the tensors it matched, in order
-# Enough to tell columns apart, and odd, so that halves of a width do not look alike.
+Shape = tuple[int, ...]
+# Columns that tell one from another, an odd number of them, so that halves of a width do not look alike.
 WIDTH = 3
 
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
     """transformers' operations on whole tensors of the checkpoint, from which they make the parameter `name`
-    and perhaps others."""
+    and perhaps others. model: the PreTrainedModel that they ask for shapes, or what stands for it."""
 
     name: str
     converter: WeightConverter
     sources: Sources
-    model: Any  # PreTrainedModel, or what stands for one
+    model: Any
 
     @property
     def keys(self) -> list[str]:
         """The tensors that it is given."""
         return [key for keys in self.sources.values() for key in keys]
+
+    @property
+    def operations(self) -> str:
+        """What it does, for messages."""
+        return ", ".join(type(operation).__name__ for operation in self.converter.operations)
 
     def run(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """All that it makes, as transformers' loader runs it."""
@@ -89,150 +95,177 @@ class _Rows:
         return Stored(tuple(parts), self.stacked, self.transposed)
 
 
-# What a conversion called of torch, and what it made.
+# What a conversion called of torch, and what came of it.
 Calls = tuple[object, ...]
-# Calls -> where the rows of each result lie, or the operations that do more than choose rows.
-Known = dict[Calls, tuple[_Rows, ...] | str]
+# The shape of each result, and where its rows lie, or the operations that do more than choose rows.
+Results = list[tuple[Shape, _Rows | str]]
+# What was found of conversions, by the shapes of what they are given and by their calls.
+Known = dict[tuple[object, ...], Results]
 
 
-def placed(conversion: Conversion, infos: Infos, known: Known) -> dict[str, tuple[tuple[int, ...], Stored]]:
+def placed(conversion: Conversion, infos: Infos, known: Known) -> dict[str, tuple[Shape, Stored]]:
     """Parameter -> its shape, and where it lies in the checkpoint, for all that a conversion makes.
 
-    known: what equal conversions of the same checkpoint were found to do, which is added to. SourceError if
-    the conversion fails.
+    known: what was found of others of the same checkpoint, which is added to. SourceError if it fails.
     """
     keys = conversion.keys
-    seen = replace(conversion, model=_Shapes(conversion.model))
-    made, calls = _recorded(seen, {key: _meta(infos[key]) for key in keys})
-    if calls not in known:
-        known[calls] = _probe(conversion, [infos[key].shape for key in keys], calls)
-    found = known[calls]
-    if isinstance(found, str):
-        whole = Stored(tuple(Part((key,), range(0)) for key in keys))
-        stored = [replace(whole, convert=_Converted(conversion, target, found)) for target in made]
-    else:
-        stored = [rows.of(keys) for rows in found]
-    return {
-        target: (tuple(tensor.shape), place)
-        for (target, tensor), place in zip(made.items(), stored, strict=True)
-    }
+    shapes = tuple(infos[key].shape for key in keys)
+    try:  # on one column: on meta tensors, stacking experts takes a hundred times as long
+        made, calls = _recorded(_seen(conversion, shapes, 1), [torch.empty(s) for s in _narrow(shapes, 1)])
+    except SourceError:
+        made, calls = _recorded(_seen(conversion), _meta(shapes))
+    if (shapes, calls) not in known:
+        known[shapes, calls] = _probe(conversion, shapes)
+    found = {}
+    for target, (shape, rows) in zip(made, known[shapes, calls], strict=True):
+        if isinstance(rows, str):
+            parts = tuple(Part((key,), range(0)) for key in keys)
+            found[target] = shape, Stored(parts, convert=_Converted(conversion, target, rows))
+        else:
+            found[target] = shape, rows.of(keys)
+    return found
 
 
-def _probe(
-    conversion: Conversion, shapes: Sequence[tuple[int, ...]], calls: Calls
-) -> tuple[_Rows, ...] | str:
-    """Where the rows of each result lie; the names of the operations that do more than choose rows.
+def _probe(conversion: Conversion, shapes: Sequence[Shape]) -> Results:
+    """What a conversion of tensors of these shapes makes."""
+    whole, calls = _recorded(_seen(conversion), _meta(shapes))
+    rows = _rows(conversion, shapes, calls)
+    sizes = [tuple(made.shape) for made in whole.values()]
+    return list(zip(sizes, [rows] * len(sizes) if isinstance(rows, str) else rows, strict=True))
 
-    calls: what the conversion calls at full width.
+
+def _rows(conversion: Conversion, shapes: Sequence[Shape], calls: Calls) -> Sequence[_Rows] | str:
+    """Where the rows of each result lie; the operations that do more than choose rows.
+
+    calls: those at full width.
     """
-    names = ", ".join(type(operation).__name__ for operation in conversion.converter.operations)
-    widths = {shape[-1] if len(shape) > 1 else None for shape in shapes}
+    widths = {shape[-1] if len(shape) > 1 else 0 for shape in shapes}
     if len(widths) > 1:
-        return names
-    wide = widths.pop() or 1
-    width = min(wide, WIDTH)
-    given = _Numbered([(*shape[:-1], width) if len(shape) > 1 else shape for shape in shapes])
+        return conversion.operations
+    given = _Numbered(_narrow(shapes, WIDTH))
     for turned in (False, True):
-        narrow = replace(conversion, model=_Shapes(conversion.model, wide, width, turned=turned))
+        seen = _seen(conversion, shapes, WIDTH, turned=turned)
         try:
-            made, found = _recorded(narrow, given.tensors(conversion.keys, given.numbers))
+            made, found = _recorded(seen, given.tensors(given.numbers))
         except SourceError:
             continue
-        if _alike(calls, found, wide, width):
-            again = narrow.run(given.tensors(conversion.keys, given.others).__getitem__)
-            rows = [row for target in made if (row := given.rows(made[target], again[target]))]
-            return tuple(rows) if len(rows) == len(made) else _first_that_does_more(narrow, given) or names
-    return names
+        if _alike(calls, found, max(widths), WIDTH):
+            others, _ = _recorded(seen, given.tensors(given.hashed(given.numbers)))
+            rows = [given.rows(t, others[target]) for target, t in made.items()]
+            if all(rows):
+                return [found for found in rows if found is not None]
+            return _first_that_does_more(seen, given)
+    return conversion.operations
+
+
+def _narrow(shapes: Sequence[Shape], width: int) -> list[Shape]:
+    """Shapes of so many columns, or of as many as there are."""
+    return [(*shape[:-1], min(shape[-1], width)) if len(shape) > 1 else shape for shape in shapes]
+
+
+def _meta(shapes: Sequence[Shape]) -> list[Tensor]:
+    return [torch.empty(shape, device="meta") for shape in shapes]
+
+
+def _seen(
+    conversion: Conversion, shapes: Sequence[Shape] = (), width: int = 0, *, turned: bool = False
+) -> Conversion:
+    """A conversion to be run on tensors of these shapes, but of so many columns."""
+    narrowed = _narrow(shapes, width)
+    columns = {
+        shape[-1]: narrow[-1] for shape, narrow in zip(shapes, narrowed, strict=True) if len(shape) > 1
+    }
+    return replace(conversion, model=_Shapes(conversion.model, columns, -2 if turned else -1))
 
 
 class _Shapes:
-    """A model as a conversion sees it: its parameters are shapes.
+    """A model as a conversion sees it, whose parameters are shapes.
 
-    wide, width: a conversion is given tensors of `width` columns where the checkpoint's have `wide`. turned:
-    whether the parameters hold the transpose of them.
+    columns: how many a size of `axis` is cut to, as what the conversion is given was; the axis is another one
+    where parameters are the transposes of what the checkpoint holds.
     """
 
-    def __init__(self, model: Any, wide: int = 0, width: int = 0, *, turned: bool = False) -> None:
-        self._model, self._wide, self._width, self._axis = model, wide, width, -2 if turned else -1
+    def __init__(self, model: Any, columns: Mapping[int, int], axis: int) -> None:
+        self._model, self._columns, self._axis = model, columns, axis
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def get_parameter(self, name: str) -> Tensor:
-        """A tensor of the parameter's shape, as wide as the tensors that were given."""
+        """A tensor of the parameter's shape, with as many columns as what was given."""
         shape = list(self._model.get_parameter(name).shape)
-        if len(shape) > 1 and shape[self._axis] == self._wide:
-            shape[self._axis] = self._width
+        if len(shape) > 1:
+            shape[self._axis] = self._columns.get(shape[self._axis], shape[self._axis])
         return torch.empty(shape, device="meta")
 
 
 class _Numbered:
-    """Tensors of these shapes, which hold a number for each of their elements: 0 1 2 ... over all of them.
+    """Tensors of these shapes, all of one width, which hold a number for each of their elements: 0 1 2 ...
+    over all of them.
 
-    Numbers are float64, since conversions may ask whether a weight is floating point; exact up to 2^53.
+    Numbers are floating point, since conversions may ask whether a weight is; exact up to 2^24 and 2^53.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Sequence[Shape]) -> None:
         self.shapes = shapes
         self.sizes = [math.prod(shape) for shape in shapes]
-        self.numbers = torch.arange(sum(self.sizes), dtype=torch.float64)
-        shuffled = torch.randperm(len(self.numbers), generator=torch.Generator().manual_seed(0))
-        self.others = shuffled.to(torch.float64)
+        self.width = shapes[0][-1] if len(shapes[0]) > 1 else 1
+        count = sum(self.sizes)
+        self.numbers = torch.arange(count, dtype=torch.float32 if count <= 2**24 else torch.float64)
 
-    def tensors(self, keys: Sequence[str], numbers: Tensor) -> dict[str, Tensor]:
-        """The tensors, which hold these numbers, by their keys."""
-        pieces = numbers.split(self.sizes)
-        return {key: t.view(shape) for key, t, shape in zip(keys, pieces, self.shapes, strict=True)}
+    def hashed(self, numbers: Tensor) -> Tensor:
+        """Other numbers in their place, in no order, so that no arithmetic leads from these to those."""
+        return (numbers.long() * 40503 & 0xFFFF).to(self.numbers.dtype)
 
-    def rows(self, found: Tensor, other: Tensor) -> _Rows | None:
-        """Which rows of the tensors a result is, of these numbers and of others; None if it is no rows."""
-        ids = found.long()
-        if not bool(((ids >= 0) & (ids < len(self.numbers))).all()) or not torch.equal(
-            self.others[ids], other
-        ):
+    def tensors(self, numbers: Tensor) -> list[Tensor]:
+        """The tensors, which hold these numbers."""
+        return [t.view(shape) for t, shape in zip(numbers.split(self.sizes), self.shapes, strict=True)]
+
+    def rows(self, found: Tensor, hashed: Tensor) -> _Rows | None:
+        """Which rows of the tensors a result is, of the numbers and of others; None if it is no rows."""
+        if found.dtype != self.numbers.dtype or not torch.equal(self.hashed(found), hashed):
             return None
-        if (rows := self._row_numbers(ids)) is not None:
+        if (rows := self._row_numbers(found)) is not None:
             return self._parts(rows, transposed=False)
-        if ids.dim() > 1 and (rows := self._row_numbers(ids.mT)) is not None:
+        if found.dim() > 1 and (rows := self._row_numbers(found.mT)) is not None:
             return self._parts(rows, transposed=True)
         return None
 
-    def _row_numbers(self, ids: Tensor) -> Tensor | None:
-        """The number of each row [..., N] of a result [..., N, width], counted over all tensors; None if its
-        rows are not whole ones."""
+    def _row_numbers(self, numbers: Tensor) -> Tensor | None:
+        """Of a result [..., N, width] the number of each row, int64 [..., N], counted over all tensors; None
+        if its rows are no whole ones."""
         if len(self.shapes[0]) < 2:
-            return ids
-        width = self.shapes[0][-1]
-        first = ids[..., :1]
-        whole = torch.equal(ids, first + torch.arange(width)) and not bool((first % width).any())
-        return first[..., 0] // width if whole else None
+            return numbers.long()
+        first = numbers[..., :1]
+        whole = torch.equal(numbers, first + torch.arange(self.width)) and not (first % self.width).any()
+        return first[..., 0].long() // self.width if whole else None
 
     def _parts(self, numbers: Tensor, *, transposed: bool) -> _Rows | None:
-        """The parts that rows are of which these are the numbers, [N] or [experts, N]."""
+        """The parts of tensors that rows of these numbers, [N] or [experts, N], are."""
         if numbers.dim() > 2:
             return None
         table = numbers.reshape(-1, numbers.shape[-1] if numbers.dim() else 1)
         heights = torch.tensor([shape[row_axis(shape)] if shape else 1 for shape in self.shapes])
-        counts = torch.tensor(self.sizes) // (self.shapes[0][-1] if len(self.shapes[0]) > 1 else 1)
+        counts = torch.tensor(self.sizes) // self.width
         ends = counts.cumsum(0)
         tensors = torch.bucketize(table, ends, right=True)
         places = table - (ends - counts)[tensors]
         matrices, rows = places // heights[tensors], places % heights[tensors]
-        if not torch.equal(rows, rows[:1].expand_as(rows)):
-            return None
         stacks = {self.shapes[number][:-2] for number in tensors[0].tolist()}
         by_expert = numbers.dim() == 2 and stacks == {()}
         experts = torch.arange(len(table))[:, None]
-        if not by_expert and (stacks != {tuple(numbers.shape[:-1])} or (tensors != tensors[:1]).any()):
-            return None
-        if (matrices != (0 if by_expert else experts)).any():
+        if (
+            (stacks != {tuple(numbers.shape[:-1])} and not by_expert)
+            or (matrices != (0 if by_expert else experts)).any()
+            or (rows != rows[:1]).any()
+        ):
             return None
         parts = []
         for start, run in _runs(tensors[0].tolist(), rows[0].tolist()):
             owners = tensors[:, start : start + len(run)]
-            if (owners != owners[:, :1]).any():
+            if (owners != owners[:, :1]).any() or not (by_expert or (owners == owners[0]).all()):
                 return None
-            parts.append((tuple(owners[:, 0].tolist()) if by_expert else (int(owners[0, 0]),), run))
+            parts.append((tuple(owners[:, 0].tolist() if by_expert else owners[0, :1].tolist()), run))
         return _Rows(tuple(parts), by_expert, transposed)
 
 
@@ -244,35 +277,40 @@ def _runs(tensors: Sequence[int], rows: Sequence[int]) -> Iterator[tuple[int, ra
         step = rows[end] - rows[start] if end < len(rows) else 1
         while end < len(rows) and tensors[end] == tensors[start] and rows[end] - rows[end - 1] == step > 0:
             end += 1
-        step = step if end > start + 1 else 1
-        yield start, range(rows[start], rows[end - 1] + 1, step)
+        yield start, range(rows[start], rows[end - 1] + 1, step if end > start + 1 else 1)
         start = end
 
 
-def _first_that_does_more(conversion: Conversion, given: _Numbered) -> str | None:
-    """The first of its operations of which a result is no rows."""
-    steps: list[list[tuple[str, list[Tensor]]]] = []
-    for numbers in (given.numbers, given.others):
-        steps.append([])
-        watched = copy.copy(conversion.converter)
-        watched.operations = [_Watched(op, steps[-1]) for op in watched.operations]  # type: ignore[misc]
-        replace(conversion, converter=watched).run(given.tensors(conversion.keys, numbers).__getitem__)
-    for (name, found), (_, other) in zip(*steps, strict=True):
-        if not all(given.rows(*pair) for pair in zip(found, other, strict=True)):
-            return name
-    return None
+def _first_that_does_more(conversion: Conversion, given: _Numbered) -> str:
+    """The first of a conversion's operations of which a result is no rows; all of them if none is at fault
+    alone."""
+    runs: list[list[_Watched]] = []
+    for numbers in (given.numbers, given.hashed(given.numbers)):
+        converter = copy.copy(conversion.converter)
+        runs.append([_Watched(operation) for operation in converter.operations])
+        converter.operations = list(runs[-1])  # type: ignore[arg-type]
+        watched = replace(conversion, converter=converter)
+        watched.run(dict(zip(watched.keys, given.tensors(numbers), strict=True)).__getitem__)
+    for one, other in zip(*runs, strict=True):
+        if not all(map(given.rows, one.made, other.made)):
+            return type(one.operation).__name__
+    return conversion.operations
 
 
 class _Watched:
-    """An operation whose results are kept, with its name."""
+    """An operation that keeps what it makes."""
 
-    def __init__(self, operation: ConversionOps, kept: list[tuple[str, list[Tensor]]]) -> None:
-        self._operation, self._kept = operation, kept
+    def __init__(self, operation: ConversionOps) -> None:
+        self.operation, self.made = operation, list[Tensor]()
+
+    def __deepcopy__(self, memo: object) -> "_Watched":
+        return self
 
     def convert(self, *args: Any, **kwargs: Any) -> Any:
-        made = self._operation.convert(*args, **kwargs)
-        lists = [value if isinstance(value, list) else [value] for value in made.values()]
-        self._kept.append((type(self._operation).__name__, [t.clone() for list_ in lists for t in list_]))
+        """As the operation."""
+        made = self.operation.convert(*args, **kwargs)
+        for value in made.values():
+            self.made += value if isinstance(value, list) else [value]
         return made
 
 
@@ -285,14 +323,14 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[object] = []
+        self.calls: list[object] = []
         self._seen: dict[int, tuple[str, Tensor]] = {}  # by identity, kept so that none is used again
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.made.append((func, self.plain(args), self.plain(kwargs or {}), self.plain(result)))
+        self.calls.append((func, self.plain(args), self.plain(kwargs), self.plain(result)))
         return result
 
     def plain(self, value: Any) -> object:
@@ -309,12 +347,13 @@ class _Recorder(TorchFunctionMode):
         return value if isinstance(value, (int, float, str, type(None), type(...))) else type(value)
 
 
-def _recorded(conversion: Conversion, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Calls]:
-    """All that a conversion makes of the tensors it is given, and what it called to do so."""
-    with _Recorder() as calls:
-        known = calls.plain(list(given.values()))
-        made = conversion.run(given.__getitem__)
-    return made, (known, *calls.made, calls.plain(list(made.values())))
+def _recorded(conversion: Conversion, given: Sequence[Tensor]) -> tuple[dict[str, Tensor], Calls]:
+    """All that a conversion makes of tensors, in the order of its keys, and what it called to do so."""
+    recorder = _Recorder()
+    known = recorder.plain(given)
+    with given[0].device, recorder:  # what it makes of nothing goes where these are
+        made = conversion.run(dict(zip(conversion.keys, given, strict=True)).__getitem__)
+    return made, (known, *recorder.calls, recorder.plain(list(made.values())))
 
 
 def _alike(full: object, narrow: object, wide: int, width: int) -> bool:
@@ -326,7 +365,3 @@ def _alike(full: object, narrow: object, wide: int, width: int) -> bool:
     if type(full) is type(narrow) is int:
         return full == narrow or full * width == narrow * wide
     return full == narrow
-
-
-def _meta(info: TensorInfo) -> Tensor:
-    return torch.empty(info.shape, dtype=info.dtype, device="meta")
