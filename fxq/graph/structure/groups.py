@@ -26,7 +26,8 @@ CHOICES = frozenset(
 _UNTAGGED = frozenset({_ATEN.hardswish.default, _ATEN.log_sigmoid.default, _ATEN.dropout.default})
 
 
-def _is_choice(node: Node) -> bool:
+def is_choice(node: Node) -> bool:
+    """Whether a node chooses the largest of what it is given: top-k, sort, argmax, max with its indices."""
     if node.target is _ATEN.max.dim:  # a choice only if its indices are used
         return any(u.target is operator.getitem and u.args[1] == 1 for u in node.users)
     return node.op == "call_function" and node.target in CHOICES
@@ -42,7 +43,7 @@ def routers(graph: Graph, frontiers: Frontiers) -> dict[Node, Node]:
     """
     found: dict[Node, Node] = {}
     for node in graph.nodes:
-        if _is_choice(node):
+        if is_choice(node):
             for matmul in frontiers.of(node_at(node, 0)):
                 found.setdefault(matmul, node)
     return found
