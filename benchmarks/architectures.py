@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import transformers
@@ -97,7 +97,7 @@ def main() -> int:
     warm_up()
     for family in tiny.families():
         if any(fnmatchcase(family.name, glob) for glob in options.only):
-            rows.append(run_apart(family, options.timeout))
+            rows.append(run_apart(family, options.timeout, examine))
             console.print(_progress(rows[-1]), highlight=False, markup=False)
             if options.json:
                 options.json.write_text(
@@ -128,15 +128,30 @@ def warm_up() -> None:
         _ = open_model(directory).program
 
 
-def run_apart(family: tiny.Family, timeout: float) -> Row:
+class Subject(Protocol):
+    """What is examined: a family, say."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def architecture(self) -> str: ...
+
+
+S = TypeVar("S", bound=Subject)
+Begin = Callable[[str], None]
+Examine = Callable[[S, Row, Path, Begin], None]
+
+
+def run_apart(subject: S, timeout: float, examine: Examine[S]) -> Row:
     """`examine` in a forked child, which a crash or a hang ends alone."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(family, theirs))
+    child = context.Process(target=_child, args=(subject, theirs, examine))
     start = time.perf_counter()
     child.start()
     theirs.close()
-    row = Row(family.name, family.architecture)
+    row = Row(subject.name, subject.architecture)
     while True:
         left = timeout - (time.perf_counter() - start)
         if left <= 0 or not ours.poll(left):
@@ -162,11 +177,11 @@ def _exit(code: int | None) -> str:
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
 
-def _child(family: tiny.Family, pipe: Connection) -> None:
+def _child(subject: S, pipe: Connection, examine: Examine[S]) -> None:
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
-    row = Row(family.name, family.architecture)
+    row = Row(subject.name, subject.architecture)
 
     def begin(stage: str) -> None:
         row.stage = stage
@@ -175,7 +190,7 @@ def _child(family: tiny.Family, pipe: Connection) -> None:
     directory = ""
     try:
         with tempfile.TemporaryDirectory() as directory:
-            examine(family, row, Path(directory), begin)
+            examine(subject, row, Path(directory), begin)
     except FxqError as error:
         row.state, row.reason, row.where = "refused", str(error).replace(directory, "MODEL"), _where(error)
     except Exception as error:
@@ -200,13 +215,13 @@ def _where(error: BaseException) -> str:
     return "; ".join(places.values())
 
 
-def examine(family: tiny.Family, row: Row, work: Path, begin: Callable[[str], None]) -> None:
+def examine(family: tiny.Family, row: Row, work: Path, begin: Begin) -> None:
     """Every check of one family, in order; fills `row`."""
     begin("eager")
     model, eager, source = eager_model(family, row, work)
     weights = expert_weights(model)
     row.expert_weights, row.experts = len(weights), sum(len(w) for w in weights.values())
-    rows_of_experts, head = _fingerprints(weights), _head(model)
+    rows_of_experts, head = fingerprints(weights), tied_head(model)
     del model
     before = _digests(source)
     begin("trace")
@@ -391,7 +406,7 @@ def _expert_counts(config: dict[str, Any]) -> Iterator[int]:
             yield value
 
 
-def _fingerprints(weights: dict[str, list[Tensor]]) -> set[bytes]:
+def fingerprints(weights: dict[str, list[Tensor]]) -> set[bytes]:
     """The bytes of every row and column of every expert: what names cannot hide."""
     return {_bytes(row) for experts in weights.values() for w in experts for m in (w, w.T) for row in m}
 
@@ -400,7 +415,7 @@ def _bytes(row: Tensor) -> bytes:
     return row.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _head(model: PreTrainedModel) -> str | None:
+def tied_head(model: PreTrainedModel) -> str | None:
     """The name of the output projection if it has the embedding's weight and no tensor of its own."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not getattr(embedding, "weight", None):

@@ -12,7 +12,7 @@ from fxq.graph.arguments import node_at, nodes_at
 from fxq.graph.dialect import is_rounding
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
-from fxq.graph.structure.experts import expert_inputs
+from fxq.graph.structure.experts import expert_lists
 from fxq.graph.structure.matmuls import input_quantize
 from fxq.graph.structure.views import statistics
 from fxq.numbers.formats import UNSEEN_INPUT_AMAX
@@ -65,8 +65,8 @@ class CalibrateBootstrap(Pass):
 def _others(graph: Graph) -> dict[Node, list[Node]]:
     """Amax of what one expert of several reads -> [the largest amax of what they all read]."""
     found: dict[Node, list[Node]] = {}
-    for inputs in expert_inputs(graph):
-        quantizes = [quantize for x in inputs if (quantize := input_quantize(x)) is not None]
+    for experts in expert_lists(graph):
+        quantizes = [quantize for m in experts if (quantize := input_quantize(m.x)) is not None]
         amaxes = list(dict.fromkeys(node_at(quantize, 1) for quantize in quantizes))
         if len(amaxes) > 1:
             shared = edit.call(graph, f"{amaxes[0].name}_others", dialect.SYNC, amaxes)

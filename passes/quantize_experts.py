@@ -15,7 +15,7 @@ from fxq.graph.hub import NUMBER, Hub
 from fxq.graph.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.graph.places import named
 from fxq.graph.program import Program
-from fxq.graph.structure.experts import PICKED, is_expert, multiplies_experts
+from fxq.graph.structure.experts import PICKED, expert_lists, is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
 from fxq.graph.structure.views import (
     VIEWS,
@@ -37,12 +37,14 @@ ONE_EXPERT = Rule(
     Call(torch.ops.aten.linear.default, Bind("x"), Call(dialect.SLICE, Weight("w", rank=3))),
 )
 RULES = EXPERTS + ONE_EXPERT
+# An expert that is a linear of its own: by data flow, one of several that a router sends tokens to.
+LISTED = Rule("linear of an expert", Call(torch.ops.aten.linear.default, Bind("x"), Weight("w", rank=2)))
 
 
 @dataclass(frozen=True)
 class QuantizeExperts(Pass):
-    """Quantize every slice of every fused expert weight (2 x experts nodes in a gated layer) and what
-    multiplies them.
+    """Quantize every slice of every fused expert weight (2 x experts nodes in a gated layer), every linear
+    to which a router sends tokens as it does to others, and what they multiply.
 
     weights: their format.
     inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
@@ -65,27 +67,29 @@ class QuantizeExperts(Pass):
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by a parameter; those that are no experts, or had to be left, miss."""
+        listed = {m.node for experts in expert_lists(program.graph, routed=True) for m in experts}
         for matmul in list(weight_matmuls(program.graph)):
             if is_quantized(matmul.w):
                 continue
             if (reason := program.left.get(str(matmul.parameter.target))) is not None:
                 yield Miss(EXPERTS.name, matmul.node, reason, depth=9)
             else:
-                yield RULES.match(matmul.node)
+                yield (LISTED if matmul.node in listed else RULES).match(matmul.node)
 
     def run(self, program: Program) -> int:
         self._leave(program)
         matches = [site for site in self.sites(program) if isinstance(site, Match)]
         already = any(is_weight_quantize(n) and is_expert(node_at(n, 0)) for n in program.graph.nodes)
         if not matches and self.required and not already:
-            expected = "stacks of expert weights (a 3-D parameter in a matmul)"
+            expected = (
+                "stacks of expert weights (a 3-D parameter in a matmul), or linears that a router chooses"
+            )
             raise nothing_matched(self, program, expected, f". {_instead(program)}")
-        count = 0
+        count, made = 0, dict[Node, Node]()
         for site in matches:
-            slices = _quantized_slices(site, self.weights)
+            count += _quantized_slices(site, self.weights, made)
             if self.inputs != "none":
-                _quantize_input(site, self.inputs)
-            count += slices
+                _quantize_input(site, self.inputs, made)
         return count
 
     def _leave(self, program: Program) -> None:
@@ -123,8 +127,9 @@ def _unfit(program: Program, sites: Iterable[Match | Miss], format: Format) -> d
         if not isinstance(site, Match):
             continue
         w, name = site["w"], parameter_name(site["w"])
-        count, _, width = shape_of(w)
+        width = shape_of(w)[-1]
         if site.rule == ONE_EXPERT.name:
+            count = shape_of(w)[0]
             picked.setdefault(name, set(range(count))).discard(int_at(node_at(site.node, 1), 1))
         if not format.holds(width):
             needed = f"{format.title} needs a multiple of {format.block}"
@@ -158,7 +163,18 @@ def _unreached(program: Program) -> dict[str, str]:
     for node in program.graph.nodes:
         for name in _lists(node) if is_opaque_call(node) else ():
             reasons[name] = f"it is one of a list inside the opaque call {node.args[0]}"
+    listed = [m for alike in expert_lists(program.graph, routed=True) for m in alike]
+    members = {_numbered(name): name for m in listed if (name := str(m.parameter.target))}
+    for name in stored:
+        if name not in read and _numbered(name) in members:
+            reasons[name] = f"the graph never reads this expert, as it does {members[_numbered(name)]}"
     return reasons
+
+
+def _numbered(name: str) -> tuple[str, str]:
+    """What the names of a parameter of several experts have in common: all but the last number."""
+    numbers = list(NUMBER.finditer(name))
+    return (name[: numbers[-1].start()], name[numbers[-1].end() :]) if numbers else (name, "")
 
 
 def _lists(opaque: Node) -> list[str]:
@@ -209,7 +225,9 @@ def _layers(program: Program) -> list[list[str]]:
     """Expert weights, those together that feed one another, read one value or lie in one list of the
     checkpoint: engines know each set as one module, all quantized or not."""
     frontiers = Frontiers(program.graph)
-    matmuls = {node: m for node, m in frontiers.matmuls.items() if multiplies_experts(m)}
+    lists = expert_lists(program.graph, routed=True)
+    listed = {m.node for alike in lists for m in alike}
+    matmuls = {n: m for n, m in frontiers.matmuls.items() if n in listed or multiplies_experts(m)}
     experts = {node: str(m.parameter.target) for node, m in matmuls.items()}
     chains: list[list[str]] = []
     together: dict[object, list[str]] = {}  # by the value that they read, or by their list
@@ -221,15 +239,16 @@ def _layers(program: Program) -> list[list[str]]:
     for name in _stacks(program.hub):
         for holder in holders(program.hub.stored[name]):
             together.setdefault(holder, []).append(name)
-    return joined([*chains, *together.values()])
+    return joined([*chains, *together.values(), *([experts[m.node] for m in alike] for alike in lists)])
 
 
-def _quantized_slices(site: Match, format: str) -> int:
+def _quantized_slices(site: Match, format: str, made: dict[Node, Node]) -> int:
     graph, w = site.node.graph, site["w"]
-    if site.rule == ONE_EXPERT.name:
-        piece = site.node.args[1]
-        assert isinstance(piece, Node)
-        edit.replace(piece, edit.quantize(piece, piece.name, format=format, scale="max"), [site.node])
+    if site.rule != EXPERTS.name:
+        piece = node_at(site.node, 1)
+        if piece not in made:
+            made[piece] = edit.quantize(piece, piece.name, format=format, scale="max")
+        edit.replace(piece, made[piece], [site.node])
         return 1
     quantized = []
     for piece in _slices(w):
@@ -245,9 +264,10 @@ def _slices(w: Node) -> list[Node]:
     return [edit.call(w.graph, f"{w.name}_e{e}", dialect.SLICE, w, e) for e in range(shape_of(w)[0])]
 
 
-def _quantize_input(site: Match, format: str) -> None:
+def _quantize_input(site: Match, format: str, made: dict[Node, Node]) -> None:
     x, name = site["x"], f"{site['w'].name}_input"
     if site.rule == ONE_EXPERT.name:
         name = f"{node_at(node_at(site.node, 1), 0).name}_input"
-    quantized = edit.quantize(x, name, format=format, scale=FORMATS[format].input_scale)
-    edit.replace(x, quantized, [site.node])
+    if x not in made or site.rule != LISTED.name:
+        made[x] = edit.quantize(x, name, format=format, scale=FORMATS[format].input_scale)
+    edit.replace(x, made[x], [site.node])

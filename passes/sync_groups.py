@@ -1,5 +1,5 @@
 """sync-groups: quantized weights that read the same value, or lie in one tensor of the checkpoint, share one
-weight amax and one input amax."""
+weight amax and one input amax; experts that are linears share an input amax a layer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from fxq.pipeline.facts import (
     Fact,
     amaxes_shared,
     quantized_siblings,
+    routed_inputs,
     tensor_siblings,
     tensors_whole,
     weights_placed,
@@ -57,7 +58,9 @@ class SyncGroups(Pass):
             if x is not None:
                 names.setdefault(x, f"{node_at(quantize, 0).name}_group_input_amax")
         weights = joined([quantize for quantize, _ in siblings] for siblings in groups)
-        inputs = joined([x for _, x in siblings if x is not None] for siblings in groups)
+        inputs = joined(
+            [*([x for _, x in siblings if x is not None] for siblings in groups), *routed_inputs(program)]
+        )
         return sum(_share(nodes, names[nodes[0]]) for nodes in (*weights, *inputs))
 
 

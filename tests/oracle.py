@@ -8,6 +8,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ TORCH_DTYPES = {
 }
 
 
-def dequantized_model(out_dir: Path | str, work_dir: Path | str) -> Path:
+def dequantized_model(out_dir: Path | str, work_dir: Path | str, **options: Any) -> Path:
     """Write `work_dir`: `out_dir` with each quantized linear or fused parameter in bf16 under its hub name.
 
     Scales (KV too), quantization_config and hf_quant_config.json are left out, other tensors and files
@@ -45,7 +46,7 @@ def dequantized_model(out_dir: Path | str, work_dir: Path | str) -> Path:
     quantized = set(out.quantized_linears())
     dropped = {out.part(name, scale) for name in quantized for scale in SCALES}
     weights = {out.part(name): name for name in quantized}
-    turned = _held_transposed(out.path)
+    turned = _held_transposed(out.path, **options)
     dropped |= {name for name in out.tensors if name.endswith(tuple(f".{scale}" for scale in KV_SCALES))}
     names: dict[str, list[str]] = defaultdict(list)
     for name, entry in out.tensors.items():
@@ -70,22 +71,26 @@ def dequantized_model(out_dir: Path | str, work_dir: Path | str) -> Path:
     return work
 
 
-def _held_transposed(path: Path) -> set[str]:
+def _held_transposed(path: Path, **options: Any) -> set[str]:
     """Weights that transformers keeps as [in, out]."""
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, **options)
     config.quantization_config = None
     with torch.device("meta"):
-        modules = AutoModelForCausalLM.from_config(config).named_modules()
+        modules = AutoModelForCausalLM.from_config(config, **options).named_modules()
     return {f"{name}.weight" for name, module in modules if isinstance(module, Conv1D)}
 
 
-def perplexity(model_dir: Path | str, token_lists: Iterable[Sequence[int]], window: int = 512) -> float:
+def perplexity(
+    model_dir: Path | str, token_lists: Iterable[Sequence[int]], window: int = 512, **options: Any
+) -> float:
     """exp of the mean negative log likelihood (nats) over all predicted tokens, of a bf16 model on CPU.
 
     Each list is cut into consecutive windows of at most `window` tokens, run one at a time; in a window every
     token but the first is predicted from those before it. Logits are taken to float32 before the softmax.
     """
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.bfloat16, local_files_only=True, **options
+    )
     total, count = 0.0, 0
     with torch.inference_mode():
         for tokens in token_lists:

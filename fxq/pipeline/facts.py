@@ -13,7 +13,7 @@ from fxq.graph.dialect import is_rounding
 from fxq.graph.hub import Stored
 from fxq.graph.places import places
 from fxq.graph.program import Program
-from fxq.graph.structure.experts import multiplies_experts
+from fxq.graph.structure.experts import expert_lists, multiplies_experts
 from fxq.graph.structure.groups import fused_by_engines
 from fxq.graph.structure.matmuls import Frontiers, WeightMatmul, input_quantize, weight_matmuls
 from fxq.graph.structure.views import VIEWS, parameter_name, root, statistics, strip, value_of, weight_of
@@ -73,7 +73,12 @@ def _formats(matmul: WeightMatmul) -> str:
 
 def amaxes_shared(program: Program) -> str | None:
     """Quantized weights that read one value, or lie in one tensor of the checkpoint, have one weight amax
-    and one input amax."""
+    and one input amax; experts that are linears of their own have one input amax a layer, as engines do."""
+    for quantizes in routed_inputs(program):
+        for other in quantizes[1:]:
+            if other.args[1] is not quantizes[0].args[1]:
+                why = "rounds the tokens of an expert, of whose layer"
+                return f"%{other.name} {why} %{quantizes[0].name} is another, but has an amax of its own"
     groups = [("reads the same value as", siblings) for siblings in quantized_siblings(program).values()]
     groups += [
         (f"lies in the checkpoint's {key} like", siblings)
@@ -173,6 +178,17 @@ def quantized_siblings(program: Program) -> dict[tuple[Node, int | None, str], l
                 key = (value_of(matmul.x), among, str(quantize.kwargs["format"]))
                 found.setdefault(key, []).append((quantize, x_quantize))
     return found
+
+
+def routed_inputs(program: Program) -> list[list[Node]]:
+    """What rounds the inputs of experts that are linears of their own, those together that are of one layer
+    and format and do the same."""
+    found: dict[tuple[int, str], dict[Node, None]] = {}
+    for number, experts in enumerate(expert_lists(program.graph, routed=True)):
+        for matmul in experts:
+            if (quantize := input_quantize(matmul.x)) is not None and is_rounding(strip(matmul.w, VIEWS)):
+                found.setdefault((number, str(quantize.kwargs["format"])), {})[quantize] = None
+    return [list(quantizes) for quantizes in found.values()]
 
 
 def tensor_siblings(program: Program) -> dict[str, list[Sibling]]:

@@ -139,6 +139,119 @@ def test_keys_of_another_value_leave_no_group() -> None:
     assert [kind for kind, _ in fused_by_engines(graph, Frontiers(graph))] == ["gate/up"]
 
 
+# What looks like gate and up: two linears of one input that meet in a product.
+LOOK_ALIKES = {
+    "taps of a short convolution": """\
+%x : bf16[1,8,32] = placeholder()
+%values : bf16[64,32] = @values
+%v : bf16[1,8,64] = aten.linear(%x, %values)
+%steps : bf16[1,64,8] = aten.transpose.int(%v, 1, 2)
+%padded : bf16[1,64,11] = aten.constant_pad_nd(%steps, [3, 0])
+%unfolded : bf16[1,64,8,4] = aten.unfold(%padded, -1, 4, 1)
+%windows : bf16[1,8,64,4] = aten.transpose.int(%unfolded, 1, 2)
+%taps : bf16[256,32] = @taps
+%t : bf16[1,8,256] = aten.linear(%x, %taps)
+%weights : bf16[1,8,64,4] = aten.view(%t, [1, 8, 64, 4])
+%weighed : bf16[1,8,64,4] = aten.mul.Tensor(%windows, %weights)
+%summed : bf16[1,8,64] = aten.sum.dim_IntList(%weighed, [-1])
+%out : bf16[32,64] = @out
+%y : bf16[1,8,32] = aten.linear(%summed, %out)
+return [%y]
+""",
+    "a gate a head": """\
+%x : bf16[1,8,32] = placeholder()
+%values : bf16[64,32] = @values
+%v : bf16[1,8,64] = aten.linear(%x, %values)
+%heads : bf16[1,8,4,16] = aten.view(%v, [1, 8, 4, 16])
+%gates : bf16[4,32] = @gates
+%g : bf16[1,8,4] = aten.linear(%x, %gates)
+%wide : bf16[1,8,4,1] = aten.unsqueeze(%g, -1)
+%spread : bf16[1,8,4,16] = aten.expand(%wide, [1, 8, 4, 16])
+%opened : bf16[1,8,4,16] = aten.sigmoid(%spread)
+%gated : bf16[1,8,4,16] = aten.mul.Tensor(%heads, %opened)
+%flat : bf16[1,8,64] = aten.view(%gated, [1, 8, 64])
+%out : bf16[32,64] = @out
+%y : bf16[1,8,32] = aten.linear(%flat, %out)
+return [%y]
+""",
+    "a normalised gate": """\
+%x : bf16[1,8,32] = placeholder()
+%values : bf16[64,32] = @values
+%v : bf16[1,8,64] = aten.linear(%x, %values)
+%gates : bf16[64,32] = @gates
+%g : bf16[1,8,64] = aten.linear(%x, %gates)
+%shares : bf16[1,8,64] = aten.softmax.int(%g, -1)
+%gated : bf16[1,8,64] = aten.mul.Tensor(%v, %shares)
+%out : bf16[32,64] = @out
+%y : bf16[1,8,32] = aten.linear(%gated, %out)
+return [%y]
+""",
+    "a gate of the residual stream": """\
+%x : bf16[1,8,32] = placeholder()
+%values : bf16[32,32] = @values
+%v : bf16[1,8,32] = aten.linear(%x, %values)
+%gates : bf16[32,32] = @gates
+%g : bf16[1,8,32] = aten.linear(%x, %gates)
+%opened : bf16[1,8,32] = aten.sigmoid(%g)
+%gated : bf16[1,8,32] = aten.mul.Tensor(%v, %opened)
+%y : bf16[1,8,32] = aten.add.Tensor(%x, %gated)
+return [%y]
+""",
+    "a gate of values": """\
+%x : bf16[1,8,32] = placeholder()
+%queries : bf16[32,32] = @queries
+%q : bf16[1,8,32] = aten.linear(%x, %queries)
+%values : bf16[32,32] = @values
+%v : bf16[1,8,32] = aten.linear(%x, %values)
+%gates : bf16[32,32] = @gates
+%g : bf16[1,8,32] = aten.linear(%x, %gates)
+%opened : bf16[1,8,32] = aten.sigmoid(%g)
+%gated : bf16[1,8,32] = aten.mul.Tensor(%v, %opened)
+%seen : bf16[1,8,32] = aten.scaled_dot_product_attention(%q, %q, %gated)
+%out : bf16[32,32] = @out
+%y : bf16[1,8,32] = aten.linear(%seen, %out)
+return [%y]
+""",
+}
+
+
+@pytest.mark.parametrize("what", LOOK_ALIKES)
+def test_look_alikes_of_gate_and_up_are_no_group(what: str) -> None:
+    graph = parse(LOOK_ALIKES[what])
+    assert list(fused_by_engines(graph, Frontiers(graph))) == []
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "%act : bf16[1,8,32] = aten.hardswish(%g)",
+        "%a : bf16[1,8,32] = aten.mul.Tensor(%g, 1.702)\n%act : bf16[1,8,32] = aten.mul.Tensor(%g, %a)",
+        "%act : bf16[1,8,32] = aten.clamp(%g, None, 7.0)",
+    ],
+)
+def test_gate_and_up_are_a_pair_whatever_lies_around_their_product(act: str) -> None:
+    graph = parse(
+        f"""\
+%x : bf16[1,8,32] = placeholder()
+%gate : bf16[32,32] = @gate
+%g : bf16[1,8,32] = aten.linear(%x, %gate)
+%up : bf16[32,32] = @up
+%u : bf16[1,8,32] = aten.linear(%x, %up)
+{act}
+%gu : bf16[1,8,32] = aten.mul.Tensor(%act, %u)
+%mean : bf16[1,8,1] = aten.mean.dim(%gu, [-1], True)
+%normed : bf16[1,8,32] = aten.div.Tensor(%gu, %mean)
+%both : bf16[1,8,64] = aten.cat([%x, %normed], -1)
+%down : bf16[32,64] = @down
+%y : bf16[1,8,32] = aten.linear(%both, %down)
+return [%y]
+"""
+    )
+    assert [(kind, names(group)) for kind, group in fused_by_engines(graph, Frontiers(graph))] == [
+        ("gate/up", ["g", "u"])
+    ]
+
+
 def test_one_linear_for_keys_and_values_is_in_the_group_once() -> None:
     graph = parse(
         LAYER.replace("attention(%q_heads, %k_heads, %v_heads)", "attention(%q_heads, %k_heads, %k_heads)")

@@ -15,7 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, conversion_mapping
-from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, WeightConverter
+from transformers.core_model_loading import (
+    Chunk,
+    ConversionOps,
+    Interleave,
+    PermuteForRope,
+    WeightConverter,
+)
 
 import fxq
 from fxq.graph.hub import Part
@@ -317,9 +323,7 @@ def test_interleaved_rows_of_one_tensor_are_read_and_named_apart(
     assert torch.equal(Live(model).read_hub(key), directory.read_hub(key))
 
 
-def test_what_is_more_than_rows_is_converted_by_transformers(
-    conversions: Conversions, tmp_path: Path
-) -> None:
+def test_rows_in_another_order_are_read_and_named(conversions: Conversions, tmp_path: Path) -> None:
     permuted = PermuteForRope(permute_layer_names=["q_proj"])
     conversions(
         "LlamaForCausalLM",
@@ -332,10 +336,41 @@ def test_what_is_more_than_rows_is_converted_by_transformers(
     assert not torch.equal(directory.read_hub(name), model.get_parameter(name))
     _equal_to(model, directory)
     assert torch.equal(Live(model).read_hub(name), directory.read_hub(name))
+    assert directory.hub.stored[name].parts[:2] == (
+        Part((name,), range(0, 16, 2)),
+        Part((name,), range(1, 16, 2)),
+    )
+
+
+class HalvesSwapped(ConversionOps):
+    """Swaps the halves of each row, which no choice of rows does."""
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        return {name: t[0].roll(t[0].shape[-1] // 2, -1) for name, t in input_dict.items()}
+
+
+def test_what_is_more_than_rows_is_converted_by_transformers(
+    conversions: Conversions, tmp_path: Path
+) -> None:
+    q = "self_attn.q_proj.weight"
+    conversions("LlamaForCausalLM", [WeightConverter(q, q, [HalvesSwapped()])])
+    random_model(FAMILIES["llama"]()).save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model")
+    directory = _directory(tmp_path / "model", model)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(directory.read_hub(name), model.get_parameter(name))
+    _equal_to(model, directory)
+    assert torch.equal(Live(model).read_hub(name), directory.read_hub(name))
     convert = directory.hub.stored[name].convert
     assert convert is not None
-    assert convert.operations == "PermuteForRope"
-    with pytest.raises(fxq.VerifyError, match=r"q_proj\.weight is made of .* by PermuteForRope"):
+    assert convert.operations == "HalvesSwapped"
+    with pytest.raises(fxq.VerifyError, match=r"q_proj\.weight is made of .* by HalvesSwapped"):
         fxq.compile(tmp_path / "model", "nvfp4_weight_only")
 
 

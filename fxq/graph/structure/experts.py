@@ -5,6 +5,7 @@
 %z : bf16[3,8,16] = aten.bmm(%blocks, %v)            3 matrices, each for features of its own: no
 """
 
+import operator
 from collections import deque
 
 import torch
@@ -13,6 +14,7 @@ from torch.fx import Graph, Node
 from fxq.graph import dialect
 from fxq.graph.arguments import node_at, nodes_at
 from fxq.graph.structure.attention import PRODUCTS
+from fxq.graph.structure.groups import is_choice
 from fxq.graph.structure.matmuls import Frontiers, WeightMatmul, as_weight_matmul
 from fxq.graph.structure.views import PICKS, shape_of, value_of, weight_path
 
@@ -108,9 +110,11 @@ def _is_repeated(x: Node, copies: int, dim: int) -> bool:
     return False
 
 
-def expert_inputs(graph: Graph) -> list[list[Node]]:
-    """What experts that are linears of their own multiply, those together that do the same in one layer: of
-    tokens picked from one value, or of what such experts make of them.
+def expert_lists(graph: Graph, *, routed: bool = False) -> list[list[WeightMatmul]]:
+    """Experts that are linears of their own, those together that do the same in one layer: with tokens picked
+    from one value, or with what such experts make of them.
+
+    routed: only those whose tokens a choice (a router's) picked, and not a mask of the model's input, say.
 
     %x3 : bf16[2,32] = aten.index.Tensor(%h, [%ids3])   together with %x4, picked from %h for expert 4
     %y3 : bf16[2,64] = aten.linear(%x3, %gate3)
@@ -118,16 +122,41 @@ def expert_inputs(graph: Graph) -> list[list[Node]]:
     frontiers = Frontiers(graph)
     numbers: dict[object, int] = {}  # where tokens come from and what they multiply -> a number
     of: dict[Node, int] = {}  # matmul -> that number
-    together: dict[int, list[Node]] = {}
+    together: dict[int, list[WeightMatmul]] = {}
     for node, matmul in frontiers.matmuls.items():
         x = value_of(matmul.x)
         made = frontiers.of(x)
-        if x.target in PICKED:
-            key: object = (value_of(node_at(x, 0)), shape_of(matmul.w))
+        if (pick := _pick(x)) is not None and ((x.target in PICKED and not routed) or _is_chosen(pick)):
+            key: object = (value_of(node_at(pick, 0)), shape_of(matmul.w))
         elif made and all(other in of for other in made):
             key = (frozenset(of[other] for other in made), shape_of(matmul.w))
         else:
             continue
         of[node] = numbers.setdefault(key, len(numbers))
-        together.setdefault(of[node], []).append(matmul.x)
-    return list(together.values())
+        together.setdefault(of[node], []).append(matmul)
+    return [group for group in together.values() if len({value_of(m.x) for m in group}) > 1]
+
+
+def _pick(x: Node) -> Node | None:
+    """The node that takes some of all tokens, if that is what a value is: by their numbers, or a piece of
+    those that were sorted.
+
+    %p : (bf16[u0,32], bf16[u1,32]) = aten.split_with_sizes(%sorted, [%u0, %u1])
+    %x1 : bf16[u1,32] = operator.getitem(%p, 1)          %p
+    """
+    if x.target is operator.getitem and node_at(x, 0).target is _ATEN.split_with_sizes.default:
+        return node_at(x, 0)
+    return x if x.target in PICKED or x.target is _ATEN.slice.Tensor else None
+
+
+def _is_chosen(pick: Node) -> bool:
+    """Whether which tokens are picked follows from a choice among the results of a matmul."""
+    seen, queue = set[Node](), deque(n for n in pick.all_input_nodes if n is not pick.args[0])
+    while queue:
+        node = queue.popleft()
+        if is_choice(node):
+            return True
+        if node not in seen and as_weight_matmul(node) is None:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    return False

@@ -1,0 +1,116 @@
+"""Fuzzing of architectures: random decoders in code of their own, compiled and read back.
+
+    python benchmarks/fuzz.py [--seeds FIRST LAST] [--timeout SECONDS] [--json FILE]
+
+States are those of benchmarks/architectures.py: `ok`, `refused` in an error of fxq's own, or `wrong`. A seed is
+`ok` if the graph equals the eager model, the checkpoints are read back without a finding by tests/reader.py,
+every routed expert is quantized, and its own code on the decoded weights computes what fxq said that it would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import fxq
+from benchmarks import architectures
+from benchmarks.architectures import Row
+from fxq.errors import FxqError
+from fxq.model import open_model
+from tests import generated, oracle, tiny
+from tests.generated import Architecture
+
+DEFAULT, EXPERTS_ONLY = architectures.DEFAULT, architectures.EXPERTS_ONLY
+WEIGHT_ONLY = "nvfp4_weight_only_mse"
+TEXT = tiny.text_ids(4, 24, seed=11).tolist()
+# Sums in another order, in bfloat16 through a few layers.
+NEAR = 5e-3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", nargs=2, type=int, default=(0, 500), metavar=("FIRST", "LAST"))
+    parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = run(range(*options.seeds), options.timeout, options.json)
+    counts = Counter(row.state for row in rows)
+    print(", ".join(f"{state} {counts[state]}" for state in architectures.STATES))
+    return int(counts["wrong"] > 0)
+
+
+def run(seeds: range | list[int], timeout: float, out: Path | None = None) -> list[Row]:
+    """Examine each seed in a process of its own, and say what became of it."""
+    architectures.quiet()
+    architectures.warm_up()
+    rows: list[Row] = []
+    for seed in seeds:
+        row = architectures.run_apart(Architecture(seed), timeout, examine)
+        rows.append(row)
+        print(f"{row.state:8} {row.seconds:5.1f} s  {row.family}  {row.reason}", flush=True)
+        if out is not None:
+            out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    return rows
+
+
+def examine(architecture: Architecture, row: Row, work: Path, begin: Callable[[str], None]) -> None:
+    """Every check of one architecture, in order; fills `row`."""
+    begin("eager")
+    source = work / "model"
+    model = generated.save(architecture, source)
+    experts = generated.expert_weights(model)
+    row.expert_weights, row.experts = len(experts), sum(len(matrices) for matrices in experts.values())
+    begin("trace")
+    opened = open_model(source, trust_remote_code=True)
+    row.nodes = len(opened.program.graph.nodes)
+    begin("interpret")
+    architectures.interpret(row, opened, model)
+    if row.max_diff:
+        row.findings.append(f"interpretation differs from eager by {row.max_diff:.3g}")
+    refusals: list[FxqError] = []
+    for spec in [DEFAULT, WEIGHT_ONLY, *([EXPERTS_ONLY] if experts else [])]:
+        begin(spec)
+        try:
+            compile_and_read(architecture, row, model, spec, work)
+        except FxqError as error:
+            refusals.append(error)
+    if row.findings:
+        row.state, row.reason = "wrong", "; ".join(row.findings)
+    elif refusals:
+        raise refusals[0]
+    else:
+        row.state = "ok"
+
+
+def compile_and_read(
+    architecture: Architecture, row: Row, model: PreTrainedModel, spec: str, work: Path
+) -> None:
+    """Compile with one spec; what the independent reader and the model's own code make of the files."""
+    source, out = work / "model", work / spec
+    calib = tiny.text_ids(4, 24, seed=1).tolist()
+    compiled = fxq.compile(source, spec, calib=calib, out=out, trust_remote_code=True)
+    rows = architectures.fingerprints(generated.expert_weights(model))
+    head = architectures.tied_head(model)
+    found = architectures.read_back(source, out, rows, head)
+    row.findings += [f"{spec}: {finding}" for finding in found]
+    row.read_back.append(spec)
+    if spec == WEIGHT_ONLY:
+        _, said = compiled.perplexity(TEXT)
+        decoded = oracle.dequantized_model(out, work / "decoded", trust_remote_code=True)
+        own = oracle.perplexity(decoded, TEXT, trust_remote_code=True)
+        if not math.isclose(said, own, rel_tol=NEAR):
+            row.findings.append(f"{spec}: its own code has perplexity {own:.4f} where fxq said {said:.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
