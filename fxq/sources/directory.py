@@ -57,7 +57,8 @@ class Directory:
         for key in kept_turned(model, list(self.weights)):  # they are stored as [out, in]
             weight = self.weights[key] = replace(self.weights[key], transposed=True)
             self.infos[key] = TensorInfo(weight.decoded_shape, self.infos[key].dtype)
-        self.hub = hub_of(model, self.infos, str(self.path))
+        encodings = {key: weight.title for key, weight in self.weights.items()}
+        self.hub = replace(hub_of(model, self.infos, str(self.path)), encodings=encodings)
         self._own = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
 
     def read_stored(self, key: str) -> Tensor:

@@ -214,7 +214,8 @@ def not_read(key: str, method: Any, where: Path) -> SourceError:
     """The error for a way of storing numbers that fxq does not read."""
     return SourceError(
         f"{where}: {key} says that the weights are quantized by {str(method)[:60]}; fxq reads "
-        "unquantized checkpoints, and weights in FP8, MXFP8, MXFP4, NVFP4 and compressed-tensors' INT4: dequantize it first"
+        "unquantized checkpoints, and weights in FP8, MXFP8, MXFP4, NVFP4 and compressed-tensors' INT4: "
+        "dequantize it first"
     )
 
 
