@@ -21,7 +21,8 @@ from fxq.pipeline.spec import Spec
 from fxq.report.summary import fold
 from fxq.sources import Directory, Live, fingerprint
 from fxq.sources import samples as calibration
-from fxq.sources.fp8_blocks import without_encoding
+from fxq.sources.encodings import without_encoding
+from fxq.sources.files import check_gguf
 from fxq.sources.live import called_otherwise
 from fxq.trace.export import trace
 from fxq.trace.fake_model import (
@@ -110,21 +111,22 @@ def open_model(
     *,
     follow_links: bool = False,
     trust_remote_code: bool = False,
-    quantized: bool = False,
+    served: bool = False,
 ) -> Model:
     """A directory or live model, checked: config, fake, and where each parameter lies; no weight is read.
 
-    follow_links: whether its files may be symbolic links out of it. quantized: whether an NVFP4 checkpoint
-    is opened, decoded, instead of being refused.
+    follow_links: whether its files may be symbolic links out of it. served: whether what a quantized
+    checkpoint says of its activations is read too, so that it can be run as engines do.
     """
     if isinstance(model, PreTrainedModel):
         return _open_live(model, follow_links, trust_remote_code)
     path = Path(model).expanduser()
+    check_gguf(path)
     if not path.is_dir():
         raise SourceError(
             f"{path}: no such directory; expected a Hugging Face model with config.json and safetensors"
         )
-    source = Directory(path, quantized=quantized, follow_links=follow_links)
+    source = Directory(path, served=served, follow_links=follow_links)
     config = load_config(path, trust_remote_code=trust_remote_code)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(source)
     fake = fake_model_of_config(config, dtype, trust_remote_code=trust_remote_code)

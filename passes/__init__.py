@@ -15,6 +15,7 @@ from fxq.passes.calibrate_bootstrap import CalibrateBootstrap
 from fxq.passes.calibrate_hessian import CalibrateHessian
 from fxq.passes.calibrate_max import CalibrateMax
 from fxq.passes.calibrate_mse import CalibrateMse
+from fxq.passes.cast_mxfp4 import CastMxfp4
 from fxq.passes.fold_scales import FoldScales
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.passes.gptq import Gptq
@@ -42,6 +43,7 @@ PASSES: dict[str, type[Pass]] = {
         CalibrateMax,
         CalibrateBootstrap,
         CalibrateMse,
+        CastMxfp4,
         Lower,
     )
 }

@@ -16,7 +16,7 @@ from fxq.graph.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.graph.places import named
 from fxq.graph.program import Program
 from fxq.graph.structure.experts import PICKED, expert_lists, is_expert, multiplies_experts
-from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
+from fxq.graph.structure.matmuls import Frontiers, WeightMatmul, weight_matmuls
 from fxq.graph.structure.views import (
     VIEWS,
     is_opaque_call,
@@ -48,12 +48,14 @@ class QuantizeExperts(Pass):
 
     weights: their format.
     inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
+    stored: in what the source holds the experts that are taken, such as MXFP4; empty takes any.
     required: whether a model without experts is an error.
     partial: leave a layer whose experts cannot be quantized, instead of failing.
     """
 
     weights: WeightFormat = "nvfp4"
     inputs: InputFormat = "nvfp4"
+    stored: tuple[str, ...] = ()
     required: bool = True
     partial: bool = False
 
@@ -74,7 +76,15 @@ class QuantizeExperts(Pass):
             if (reason := program.left.get(str(matmul.parameter.target))) is not None:
                 yield Miss(EXPERTS.name, matmul.node, reason, depth=9)
             else:
-                yield (LISTED if matmul.node in listed else RULES).match(matmul.node)
+                rule = LISTED if matmul.node in listed else RULES
+                yield self._of_those_stored(rule.match(matmul.node), matmul, program)
+
+    def _of_those_stored(self, site: Match | Miss, matmul: WeightMatmul, program: Program) -> Match | Miss:
+        held = program.hub.encoding_of(str(matmul.parameter.target))
+        if isinstance(site, Miss) or not self.stored or held in self.stored:
+            return site
+        reason = f"the source holds it in {held or 'plain numbers'}, not in {' or '.join(self.stored)}"
+        return Miss(site.rule, matmul.node, reason, depth=2, decided=True)
 
     def run(self, program: Program) -> int:
         self._leave(program)

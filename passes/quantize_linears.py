@@ -42,6 +42,7 @@ class QuantizeLinears(Pass):
     inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
     only: globs over module names (`*.mlp.*`); a linear is taken if one of them fits.
     skip: globs over module names; a linear that one of them fits is not taken, whatever `only` says.
+    stored: in what the source holds the linears that are taken, such as MXFP4; empty takes any.
     partial: leave a linear whose input dimension does not fit the format, instead of failing.
     """
 
@@ -49,6 +50,7 @@ class QuantizeLinears(Pass):
     inputs: InputFormat = "nvfp4"
     only: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
+    stored: tuple[str, ...] = ()
     partial: bool = False
 
     name: ClassVar[str] = "quantize-linears"
@@ -97,6 +99,12 @@ class QuantizeLinears(Pass):
                 reason = left
             elif not self.only:
                 reason = "no pass of the spec quantizes linears"
+            elif (held := program.hub.encoding_of(str(matmul.parameter.target))) not in (
+                self.stored or (held,)
+            ):
+                reason = (
+                    f"the source holds it in {held or 'plain numbers'}, not in {' or '.join(self.stored)}"
+                )
             elif not self._wanted(module):
                 reason = f"not selected by only={list(self.only)}, skip={list(self.skip)}"
             yield result if reason is None else Miss(LINEAR.name, matmul.node, reason, depth=2, decided=True)

@@ -18,7 +18,7 @@ from fxq.audit.checkpoint import COMPRESSED, CONFIG, Checkpoint, Kind, Linear, p
 from fxq.audit.experts import EXPERT
 from fxq.audit.findings import Finding, fold
 from fxq.audit.rewrites import REPORT, Rewrites, read_rewrites
-from fxq.audit.store import FLOATS, Json, Store, model_files, open_store, read_json
+from fxq.audit.store import FLOATS, Entry, Json, Store, model_files, open_store, read_json
 from fxq.errors import SourceError
 
 Array = NDArray[Any]
@@ -28,6 +28,13 @@ _SIDE_FILES = re.compile(
     r"tokenizer.*|vocab.*|merges\.txt|chat_template.*|generation_config\.json|.*\.tiktoken"
 )
 _KV_SCALE = re.compile(r".*\.[kv]_scale")
+
+# What a quantized base holds of a weight, besides itself: codes, scales, shapes; how codes are called.
+_ENCODED = re.compile(
+    r"(_blocks|_scales|\.weight_packed|\.(weight|input)_(global_)?scale(_inv|_2)?|\.weight_shape|\.scale)$"
+)
+_CODES = (".weight", ".weight_packed", "_blocks")
+_WEIGHT_SCALES = ("_scale_inv", "_scale")
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,8 @@ def _untouched(
         if name in used or name in gone:
             continue
         found = ours.entries.get(name)
+        if _is_decoded(name, entry, found, source):
+            continue
         if found is None:
             yield Finding("base-lost", name, f"{entry} in the base, found nowhere")
         elif (found.dtype, found.shape) != (entry.dtype, entry.shape):
@@ -100,10 +109,21 @@ def _untouched(
     for name, entry in ours.entries.items():
         if name in source.entries or name in parts or _KV_SCALE.fullmatch(name):
             continue
+        if name.endswith(".weight") and f"{name}_packed" in source.entries:
+            continue  # decoded
         if rewrites.is_untied(name) and (entry.dtype, entry.shape) in kinds:  # of what it was tied to
             rewritten.append(name)
         else:
             yield Finding("base-added", name, f"{entry} is not in the base")
+
+
+def _is_decoded(name: str, entry: Entry, found: Entry | None, source: Store) -> bool:
+    """Whether a tensor of the base is part of a quantized weight, of which the checkpoint has the values."""
+    if found is None:
+        stem = _ENCODED.sub("", name)
+        return stem != name and any(f"{stem}{suffix}" in source.entries for suffix in _CODES)
+    narrow = entry.dtype in ("F8_E4M3", "U8", "I8")
+    return narrow and found.dtype in FLOATS and any(f"{name}{s}" in source.entries for s in _WEIGHT_SCALES)
 
 
 def _same(ours: Store, source: Store, name: str) -> bool:
@@ -179,7 +199,7 @@ def _unreadable(checkpoint: Checkpoint, linear: Linear, source: Store, place: Pl
         typed = (weight.dtype, scale.dtype) == ("U8", "F8_E4M3")
         if not typed or packed_axis(weight, scale) is None or entries[parts["global"]].size != 1:
             return "its tensors do not fit together"
-    elif entries[parts["scale"]].shape not in ((), (1,), (entries[parts["weight"]].shape[0], 1)):
+    elif _spread(entries[parts["weight"]], entries[parts["scale"]]) is None:
         return "its scales are of another form"
     return None
 
@@ -249,10 +269,14 @@ def _ranges(checkpoint: Checkpoint, linear: Linear, shape: tuple[int, ...]) -> I
 def _decoded(checkpoint: Checkpoint, linear: Linear, start: int, stop: int) -> Array:
     """float32 rows of a quantized linear, by verify's own arithmetic."""
     store, parts = checkpoint.store, linear.parts
-    if linear.kind is Kind.FP8:
-        scale = store.values(parts["scale"])
+    if linear.kind is not Kind.NVFP4:
         values = store.values(parts["weight"], start, stop)
-        return values * (scale[start:stop] if scale.size > 1 else scale.reshape(()))
+        spread = _spread(store.entries[parts["weight"]], store.entries[parts["scale"]])
+        assert spread is not None
+        shape, (tall, wide) = spread
+        scale = decoding.scales(store.raw(parts["scale"]), store.entries[parts["scale"]].dtype).reshape(shape)
+        lines = np.arange(start, start + len(values)) // tall
+        return values * np.repeat(scale[lines], wide, axis=1)[:, : values.shape[1]]
     weight, scale_entry = store.entries[parts["weight"]], store.entries[parts["scale"]]
     value = store.scalar(parts["global"]) or math.nan
     multiplier = 1 / value if checkpoint.declared.format == COMPRESSED else value
@@ -265,6 +289,21 @@ def _decoded(checkpoint: Checkpoint, linear: Linear, start: int, stop: int) -> A
         for role in ("weight", "scale")
     )
     return np.swapaxes(decoding.nvfp4(packed, scales, multiplier), -1, -2)
+
+
+def _spread(weight: Entry, scale: Entry) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """(a grid of the scales of an FP8 matrix, rows and columns that each is for); None if they do not fit."""
+    if len(weight.shape) != 2 or 0 in weight.shape:
+        return None
+    rows, columns = weight.shape
+    if scale.size == 1:
+        return (1, 1), (rows, columns)
+    if scale.shape in ((rows,), (rows, 1)):
+        return (rows, 1), (1, columns)
+    if scale.shape == (rows, columns // 32) and scale.dtype in ("U8", "F8_E8M0"):
+        return (rows, columns // 32), (1, 32)
+    grid = -(-rows // 128), -(-columns // 128)
+    return (grid, (128, 128)) if scale.shape in (grid, (grid[0], 1, grid[1], 1)) else None
 
 
 def _base_rows(source: Store, name: str, start: int, stop: int) -> Array:

@@ -20,6 +20,21 @@ class Kind(StrEnum):
 
     NVFP4 = "NVFP4"
     FP8 = "FP8"
+    FP8_ROWS = "FP8 by rows"
+    FP8_BLOCKS = "FP8 in blocks"
+    MXFP8 = "MXFP8"
+
+
+# The ModelOpt algorithms under which engines read each.
+ALGORITHMS: Mapping[Kind, tuple[str, ...]] = {
+    Kind.NVFP4: ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ"),
+    Kind.FP8: ("FP8",),
+    Kind.FP8_ROWS: ("FP8_PER_CHANNEL_PER_TOKEN",),
+    Kind.FP8_BLOCKS: ("FP8_PB_WO", "FP8_BLOCK_SCALES"),
+    Kind.MXFP8: ("MXFP8",),
+}
+# Scales of blocks of FP8 under the name that DeepSeek-V3 gave them.
+INVERSE = "weight_scale_inv"
 
 
 # role -> the tensor's suffix
@@ -88,8 +103,14 @@ class Checkpoint:
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
-        """Quantized linears and fused experts by name, complete or not."""
-        return {linear.name: linear for linear in sorted(_linears(self.store.entries), key=lambda i: i.name)}
+        """Quantized linears and fused experts by name, complete or not. FP8 with `weight_scale_inv` is one
+        where the configs list it as such; else the source left it."""
+        found = sorted(_linears(self.store.entries), key=lambda i: i.name)
+        return {linear.name: linear for linear in found if self._is_declared(linear)}
+
+    def _is_declared(self, linear: Linear) -> bool:
+        is_source_s = linear.parts["scale"].endswith(INVERSE)
+        return not is_source_s or self.declared.algorithm_of(linear) in ALGORITHMS[Kind.FP8_BLOCKS]
 
     @cached_property
     def matrices(self) -> dict[str, Entry]:
@@ -252,6 +273,7 @@ _SIGNS = {
     "weight_global_scale": COMPRESSED,
     "weight_scale_2": MODELOPT,
     "weight_scale": MODELOPT,
+    INVERSE: MODELOPT,
     "weight": "bare",
 }
 
@@ -269,6 +291,20 @@ def _linear(owner: str, fused: bool, sign: str, entries: Mapping[str, Entry]) ->
     if sign == "bare" and (weight is None or weight.dtype != "U8"):
         return None
     if weight is not None and weight.dtype == "F8_E4M3":
-        return Linear(owner, Kind.FP8, {role: f"{owner}.{s}" for role, s in _FP8_PARTS.items()})
+        parts = {role: f"{owner}.{s}" for role, s in _FP8_PARTS.items()}
+        if parts["scale"] not in entries and f"{owner}.{INVERSE}" in entries:
+            parts["scale"] = f"{owner}.{INVERSE}"
+        return Linear(owner, _eight_bits(weight, entries.get(parts["scale"])), parts)
+    if f"{owner}.{INVERSE}" in entries:
+        return None
     parts = {role: f"{owner}.{s}" for role, s in _MODELOPT_PARTS.items()}
     return Linear(owner, Kind.NVFP4, parts, fused=weight is not None and len(weight.shape) == 3)
+
+
+def _eight_bits(weight: Entry, scale: Entry | None) -> Kind:
+    """What kind of FP8 a weight is, by the scales that it has."""
+    if scale is None or scale.size == 1:
+        return Kind.FP8
+    if scale.dtype in ("U8", "F8_E8M0"):
+        return Kind.MXFP8
+    return Kind.FP8_ROWS if scale.shape in (weight.shape[:1], (*weight.shape[:1], 1)) else Kind.FP8_BLOCKS

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fxq.audit.checkpoint import COMPRESSED, CONFIG, NESTED, Checkpoint, names
+from fxq.audit.checkpoint import ALGORITHMS, COMPRESSED, CONFIG, NESTED, Checkpoint, Kind, names
 from fxq.audit.findings import Finding
 from fxq.audit.store import Json
 
-ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "MIXED_PRECISION", "FP8")
+KNOWN = (*(name for algorithms in ALGORITHMS.values() for name in algorithms), "MIXED_PRECISION")
 # Keys that sources' own quantization configs have and NVFP4's never.
 _OTHERS = ("weight_block_size", "activation_scheme", "modules_to_not_convert", "bits", "load_in_4bit", "fmt")
 
@@ -64,13 +64,19 @@ def _flat(flat: Json) -> Iterator[Finding]:
     yield from _algorithm(where, flat)
     scheme = flat.get("kv_cache_scheme")
     if isinstance(scheme, dict):
-        if scheme.get("num_bits") != 8 or scheme.get("type") != "float":
+        if scheme.get("type") == "float" and scheme.get("num_bits") == 4:
+            yield Finding(
+                "kv-scheme",
+                f"{where}.kv_cache_scheme",
+                "NVFP4: vLLM takes it with --kv-cache-dtype nvfp4 alone",
+            )
+        elif scheme.get("num_bits") != 8 or scheme.get("type") != "float":
             yield Finding("kv-scheme", f"{where}.kv_cache_scheme", f"expected 8-bit floats, found {scheme}")
     elif scheme is not None:
         yield Finding(
             "kv-scheme", f"{where}.kv_cache_scheme", f"only an object is portable, found {scheme!r}"
         )
-    if flat.get("quant_algo") != "MIXED_PRECISION":
+    if flat.get("quant_algo") in (None, *ALGORITHMS[Kind.NVFP4]):
         yield from _groups(where, flat)
 
 
@@ -112,15 +118,16 @@ def _nested(inner: Json) -> Iterator[Finding]:
         yield from _algorithm(where, inner)
     if inner.get("group_size", 16) != 16:
         yield Finding("config-key", f"{where}.group_size", f"expected 16, found {inner['group_size']!r}")
-    if inner.get("kv_cache_quant_algo") not in (None, "FP8"):
+    if inner.get("kv_cache_quant_algo") not in (None, "FP8", "NVFP4"):
         found = inner["kv_cache_quant_algo"]
-        yield Finding("kv-scheme", f"{where}.kv_cache_quant_algo", f"expected FP8 or null, found {found!r}")
+        expected = "expected FP8, NVFP4 or null"
+        yield Finding("kv-scheme", f"{where}.kv_cache_quant_algo", f"{expected}, found {found!r}")
 
 
 def _algorithm(where: str, config: Json) -> Iterator[Finding]:
     found = config.get("quant_algo")
-    if found not in ALGORITHMS:
-        known = ", ".join(ALGORITHMS)
+    if found not in KNOWN:
+        known = ", ".join(KNOWN)
         yield Finding("config-key", f"{where}.quant_algo", f"expected one of {known}; found {found!r}")
 
 
@@ -158,7 +165,7 @@ def _layers(checkpoint: Checkpoint, chosen: Json) -> Iterator[Finding]:
             yield Finding(
                 "config-layers", name, f"expected in quantized_layers as it is {linear.kind}; found it is not"
             )
-        elif str(linear.kind) not in algorithm:
+        elif algorithm not in ALGORITHMS[linear.kind]:
             yield Finding(
                 "config-layers", name, f"quantized_layers say {algorithm}, its tensors {linear.kind}"
             )
@@ -171,6 +178,14 @@ def _layers(checkpoint: Checkpoint, chosen: Json) -> Iterator[Finding]:
     }
     if sizes - {16}:
         yield Finding("config-layers", "quantized_layers", f"expected group_size 16, found {sorted(sizes)}")
+    blocks = {
+        layer.get("group_size", 128)
+        for layer in layers.values()
+        if _of(layer, "quant_algo") in ALGORITHMS[Kind.FP8_BLOCKS]
+    }
+    if blocks - {128}:
+        found = sorted(map(str, blocks))
+        yield Finding("config-layers", "quantized_layers", f"expected FP8 blocks of 128, found {found}")
 
 
 def _of(layer: object, key: str) -> object:

@@ -41,6 +41,13 @@ def decode(raw: Array, dtype: str) -> Array:
     return E4M3[raw] if dtype == "F8_E4M3" else raw
 
 
+def scales(raw: Array, dtype: str) -> Array:
+    """Stored scales as float32; bytes are powers of two, 2**(byte - 127), and NaN for 255 (e8m0)."""
+    if dtype not in ("U8", "F8_E8M0"):
+        return decode(raw, dtype)
+    return np.where(raw == 255, np.nan, np.exp2(raw.astype(np.float32) - 127)).astype(np.float32)
+
+
 def nvfp4(packed: Array, scales: Array, multiplier: float) -> Array:
     """float32 [..., K] of packed codes uint8 [..., K/2] and e4m3 codes uint8 [..., K/16]."""
     codes = _PAIRS[packed].reshape(*scales.shape, BLOCK)

@@ -46,11 +46,16 @@ RULES: dict[str, tuple[Severity, str]] = {
     "tensor-dtype": (_E, "engines view the bytes as another dtype"),
     "tensor-shape": (_E, "engines refuse this shape, or read other elements"),
     "tensor-unknown": (_E, "a tensor of integers or FP8 that belongs to no quantized linear"),
-    "fp8-leftover": (_W, "FP8 weights in the source's own blocks, which no engine reads beside NVFP4"),
+    "fp8-leftover": (_W, "FP8 weights in the source's own blocks, which the configs do not list"),
     "scale-value": (_E, "a scale that is zero, negative or not finite decodes to zeros or NaN"),
     "scale-reciprocal": (
         _W,
         "a global scale that looks like the inverse of one: multiplier and divisor mixed up?",
+    ),
+    "scale-range": (
+        _W,
+        "block scales far below what FP8 can hold, of which small ones lose precision: a global scale of "
+        "amax / 6 instead of amax / 2688?",
     ),
     "latent-quantized": (_W, "engines absorb this linear; vLLM takes its values through the quantized input"),
     "weights-zero": (_W, "every weight of this linear decodes to zero"),

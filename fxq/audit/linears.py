@@ -17,9 +17,24 @@ SATURATED = 0.5
 MANY = 64
 # A global scale is amax / 2688, its inverse 2688 / amax: they meet at 1 for an amax of 2688.
 TURNING_POINT = 1.0
+# Rows and columns of a block of FP8.
+BLOCK = 128
 # MLA's expansion of the cached latent, by the name that engines look for.
 ABSORBED = "kv_b_proj"
-_INPUTS = {"NVFP4": True, "FP8": True, "NVFP4_AWQ": True, "W4A16_NVFP4": False}
+# Algorithm -> whether its inputs have a stored scale; engines find that of the others while serving.
+_INPUTS = {
+    "NVFP4": True,
+    "FP8": True,
+    "NVFP4_AWQ": True,
+    "W4A16_NVFP4": False,
+    "FP8_PER_CHANNEL_PER_TOKEN": False,
+    "FP8_PB_WO": False,
+    "FP8_BLOCK_SCALES": False,
+    "MXFP8": False,
+}
+# Under amax / 2688 the largest block scale of a group is 448, or a few steps less if it was searched for. So
+# far below it small blocks lose their precision.
+_LOW = 8.0
 
 
 def check(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -28,12 +43,31 @@ def check(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "none-quantized", str(checkpoint.store.path.name), "expected quantized linears, found none"
         )
+    tops: dict[float, tuple[float, str]] = {}
     for linear in checkpoint.linears.values():
         yield from _FORMS[linear.kind](checkpoint, linear)
+        _note_top(checkpoint, linear, tops)
         yield from _extras(checkpoint, linear)
         if linear.name.rpartition(".")[2] == ABSORBED and linear.parts["input"] in checkpoint.store.entries:
             yield Finding("latent-quantized", linear.name, f"{linear.kind} with a quantized input")
+    for value, (top, name) in tops.items():
+        if 0 < top <= _LOW:
+            found = f"the largest block scale under a global scale of {value:g} is {top:g}"
+            yield Finding("scale-range", name, f"expected about 448, {found}")
     yield from _unknown(checkpoint)
+
+
+def _note_top(checkpoint: Checkpoint, linear: Linear, tops: dict[float, tuple[float, str]]) -> None:
+    """Add the largest block scale of a linear to those that have its global scale: siblings, most often."""
+    store, name = checkpoint.store, linear.parts["scale"]
+    value = store.scalar(linear.parts["global"]) if linear.kind is Kind.NVFP4 else None
+    entry = store.entries.get(name)
+    if value is None or entry is None or entry.dtype != "F8_E4M3" or not entry.size:
+        return
+    largest = max(int(store.raw(name, *rows).max()) for rows in store.chunks(name))
+    top = float(decoding.E4M3[min(largest, 0x7E)])
+    if top > tops.get(value, (0.0, ""))[0]:
+        tops[value] = (top, name)
 
 
 def _nvfp4(checkpoint: Checkpoint, linear: Linear) -> Iterator[Finding]:
@@ -118,11 +152,54 @@ def _fp8(checkpoint: Checkpoint, linear: Linear) -> Iterator[Finding]:
     dynamic = checkpoint.declared.format == COMPRESSED or scale.size > 1
     if parts["input"] in store.entries or not dynamic:
         yield from _input(checkpoint, linear)
-    for start, stop in store.chunks(parts["weight"]):
-        codes = store.raw(parts["weight"], start, stop)
-        if bool((codes & 0x7F == 0x7F).any()):
-            yield Finding("scale-value", parts["weight"], "expected finite FP8 weights, found NaN")
+    yield from _finite_codes(checkpoint, linear)
+
+
+def _finite_codes(checkpoint: Checkpoint, linear: Linear) -> Iterator[Finding]:
+    store, name = checkpoint.store, linear.parts["weight"]
+    for start, stop in store.chunks(name):
+        if bool((store.raw(name, start, stop) & 0x7F == 0x7F).any()):
+            yield Finding("scale-value", name, "expected finite FP8 weights, found NaN")
             return
+
+
+def _fp8_blocks(checkpoint: Checkpoint, linear: Linear) -> Iterator[Finding]:
+    """A float32 scale for 128 x 128; vLLM and SGLang find those of the inputs."""
+    store, scale = checkpoint.store, checkpoint.store.entries[linear.parts["scale"]]
+    weight = store.entries[linear.parts["weight"]]
+    yield from _typed(linear.parts["scale"], scale, "F32")
+    if len(weight.shape) not in (2, 3):
+        yield Finding("tensor-shape", linear.parts["weight"], f"expected a matrix, found {weight}")
+        return
+    *lead, rows, columns = weight.shape
+    grid = [*lead, -(-rows // BLOCK), -(-columns // BLOCK)]
+    if linear.parts["scale"].endswith(".weight_scale") and checkpoint.declared.format != COMPRESSED:
+        grid = [grid[0], 1, grid[1], 1] if not lead else grid  # as vLLM's parameter is
+    if columns % BLOCK:
+        yield Finding("tensor-shape", linear.parts["weight"], f"K = {columns} is no multiple of {BLOCK}")
+    elif list(scale.shape) != grid:
+        yield Finding("tensor-shape", linear.parts["scale"], f"expected {grid} for {weight}, found {scale}")
+    elif scale.dtype in FLOATS:
+        yield from _positive(checkpoint, linear.parts["scale"])
+    yield from _input(checkpoint, linear)
+    yield from _finite_codes(checkpoint, linear)
+
+
+def _mxfp8(checkpoint: Checkpoint, linear: Linear) -> Iterator[Finding]:
+    """A power of two in a byte for 32 numbers of a row."""
+    store, name = checkpoint.store, linear.parts["scale"]
+    weight, scale = store.entries[linear.parts["weight"]], store.entries[name]
+    expected = [*weight.shape[:-1], weight.shape[-1] // 32] if weight.shape else []
+    if not expected or weight.shape[-1] % 32:
+        yield Finding("tensor-shape", linear.parts["weight"], f"K is no multiple of 32: {weight}")
+    elif list(scale.shape) != expected:
+        yield Finding("tensor-shape", name, f"expected {expected} for {weight}, found {scale}")
+    for start, stop in store.chunks(name):
+        if bool((store.raw(name, start, stop) == 255).any()):
+            yield Finding("scale-value", name, "expected powers of two, found NaN")
+            break
+    yield from _input(checkpoint, linear)
+    yield from _finite_codes(checkpoint, linear)
 
 
 def _missing(linear: Linear, checkpoint: Checkpoint, roles: tuple[str, ...]) -> Iterator[Finding]:
@@ -212,4 +289,10 @@ def _unknown(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 _NAMED_ELSEWHERE = ("weight_scale_2", "weight_global_scale", "weight_zero_point", "input_zero_point")
-_FORMS = {Kind.NVFP4: _nvfp4, Kind.FP8: _fp8}
+_FORMS = {
+    Kind.NVFP4: _nvfp4,
+    Kind.FP8: _fp8,
+    Kind.FP8_ROWS: _fp8,
+    Kind.FP8_BLOCKS: _fp8_blocks,
+    Kind.MXFP8: _mxfp8,
+}

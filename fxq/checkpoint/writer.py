@@ -34,6 +34,7 @@ from fxq.graph.arguments import int_at, node_at
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
 from fxq.numbers.formats import Packed
+from fxq.numbers.nvfp4 import BLOCK
 from fxq.numbers.quality import STEPS, Quality
 from fxq.run.weights import TensorExpressions
 
@@ -55,7 +56,8 @@ _REPLACED = (
 class Written:
     """What was written, in names and bytes. qualities: per weight (parameter, expert or None) its error, and
     what may explain it. not_finite: tensors carried through as they are that hold NaN or Inf. steps: blocks
-    by where the search put their scales (`fxq.numbers.quality`)."""
+    by where the search put their scales (`fxq.numbers.quality`). cast, inexact: blocks of 16 that were cast
+    from another format, and those of them that do not decode to what they were."""
 
     qualities: dict[tuple[str, int | None], Quality] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
@@ -67,12 +69,16 @@ class Written:
     packed_bytes: int = 0
     not_finite: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=lambda: [0] * len(STEPS))
+    cast: int = 0
+    inexact: int = 0
 
     def note(self, name: tuple[str, int | None], weights: int, own: Quality) -> None:
         """Count in one weight; its steps are only kept in the sum."""
         self.steps = [a + b for a, b in zip(self.steps, own.steps or [0] * len(STEPS), strict=True)]
         self.qualities[name] = own._replace(steps=())
         self.weights += weights
+        if own.inexact is not None:
+            self.cast, self.inexact = self.cast + weights // BLOCK, self.inexact + own.inexact
 
 
 def plan(program: Program) -> Plan:

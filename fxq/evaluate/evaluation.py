@@ -86,7 +86,7 @@ def evaluate(
         raise SpecError(f"samples is at least 1 and seq_len at least 2; found {samples} and {seq_len}")
     given = [model] if base is None else [model, base]
     options = {"follow_links": follow_links, "trust_remote_code": trust_remote_code}
-    models = [open_model(m, quantized=True, **options) for m in given]
+    models = [open_model(m, served=True, **options) for m in given]
     names = [_name(one, held) for one, held in zip(given, models, strict=True)]
     _check_vocabularies(names, models)
     ids = samples_of(_with_tokenizer(models), text, samples, min(seq_len, *map(_longest, models)))

@@ -23,7 +23,7 @@ from fxq.passes import PASSES
 from fxq.pipeline.run import run_passes
 from fxq.pipeline.spec import parse
 from fxq.sources import Directory
-from fxq.sources.fp8_blocks import Activations, InputScale
+from fxq.sources.activations import Activations, InputScale
 
 # The passes that make the graph of a checkpoint from that of its model.
 _EXPERTS = parse("passes: [{fuse-experts: {partial: true}}]", PASSES, "served")

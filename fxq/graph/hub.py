@@ -120,7 +120,7 @@ class Hub:
     fused what the family's own checkpoints hold expert by expert). tensors: every tensor of the source in
     its order. extra: those the model class ignores (multi-token prediction layers, vision towers), carried
     through untouched. modules: names listed as unquantized even without a tensor of their own (a tied
-    `lm_head`).
+    `lm_head`). encodings: tensors that the source holds quantized -> in what, FP8 or MXFP4, say.
     """
 
     stored: Mapping[str, Stored] = field(default_factory=dict)
@@ -128,6 +128,14 @@ class Hub:
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    encodings: Mapping[str, str] = field(default_factory=dict)
+
+    def encoding_of(self, parameter: str) -> str:
+        """In what the source holds a parameter throughout; "" if in plain numbers, or not all alike."""
+        stored = self.stored.get(parameter)
+        keys = [parameter] if stored is None else [key for keys in stored.keys for key in keys]
+        found = {self.encodings.get(key, "") for key in keys}
+        return found.pop() if len(found) == 1 else ""
 
 
 class WeightSource(Protocol):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxq.numbers import kernels
+from fxq.numbers import kernels, nibbles
 from fxq.numbers.kernels.eager import BLOCK, E2M1_MAX, E4M3_MAX, e4m3_values, pack_rows, round_e2m1
 
 __all__ = [
@@ -166,11 +166,8 @@ def _quantize(
 
 def dequantize(packed: Packed) -> Tensor:
     """float32 [..., rows, K]: `e2m1(code) * (scale * scale_2)`."""
-    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=packed.weight.device)
-    grid = torch.cat([grid, -grid])
-    codes = torch.stack([packed.weight & 15, packed.weight >> 4], -1).flatten(-2)
     step = packed.scale.to(torch.float32) * packed.scale_2[..., None, None]
-    return (_blocks(grid[codes.int()]) * step[..., None]).flatten(-2)
+    return (_blocks(nibbles.e2m1(packed.weight)) * step[..., None]).flatten(-2)
 
 
 def fake_quantize(t: Tensor, amax: Tensor, scale: str) -> Tensor:

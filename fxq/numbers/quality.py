@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxq.numbers.formats import Format, Measured
+from fxq.numbers.mxfp4 import Cast
 from fxq.numbers.nvfp4 import BLOCK
 
 # Block scales are compared by their codes, which are in the order of their values; of FP8's 8 are a factor of
@@ -25,7 +26,8 @@ class Quality(NamedTuple):
     """One weight: sum (w - w')**2 and sum w**2; crest: mean of its blocks' maximum over their root mean
     square; spread: its global amax over the median block's; steps: how many sampled blocks got a scale so
     many codes above (STEPS) the one that reaches their maximum, farther ones counted at the ends; empty
-    for a weight without block scales; zeros: what it is stored as that holds zeros alone, and should not."""
+    for a weight without block scales; zeros: what it is stored as that holds zeros alone, and should not;
+    inexact: of a weight that was cast, how many blocks do not decode to what they were; None of others."""
 
     error: float
     energy: float
@@ -33,12 +35,13 @@ class Quality(NamedTuple):
     spread: float = 0.0
     steps: tuple[int, ...] = ()
     zeros: tuple[str, ...] = ()
+    inexact: int | None = None
 
     @classmethod
     def of(cls, record: Sequence[Any]) -> Self:
         """From what JSON keeps of one."""
-        error, energy, crest, spread, steps, zeros = record
-        return cls(error, energy, crest, spread, tuple(steps), tuple(zeros))
+        error, energy, crest, spread, steps, zeros, inexact = record
+        return cls(error, energy, crest, spread, tuple(steps), tuple(zeros), inexact)
 
     @property
     def sqnr_db(self) -> float | None:
@@ -55,8 +58,9 @@ def qualities(values: Tensor, packed: Measured, format: Format) -> list[Quality]
     error, energy = packed.error.clone(), packed.energy.clone()
     for i in (energy == 0).nonzero().flatten().tolist():  # zeros, or so small that nothing of them is left
         error[i] = energy[i] = values[i].double().square().sum()
-    columns = error.tolist(), energy.tolist(), itertools.chain(*sampled)
-    return [Quality(error, energy, *rest) for error, energy, rest in zip(*columns, strict=True)]
+    inexact = packed.inexact.tolist() if isinstance(packed, Cast) else [None] * len(values)
+    columns = error.tolist(), energy.tolist(), itertools.chain(*sampled), inexact
+    return [Quality(error, energy, *rest, inexact=n) for error, energy, rest, n in zip(*columns, strict=True)]
 
 
 def _sampled(

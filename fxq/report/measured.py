@@ -63,6 +63,7 @@ class WritingReport:
         report.measure({name: (own.error, own.energy) for name, own in written.qualities.items()})
         zeros = [key for own in written.qualities.values() for key in own.zeros]
         report.add_warnings(report.losses(zeros, written.not_finite))
+        report.cast_blocks, report.inexact_blocks = written.cast, written.inexact
         report.tensors_quantized, report.tensors_excluded = len(written.linears), len(written.excluded)
         report.bits_per_weight = 8 * written.quantized_bytes / written.weights
         report.source_bytes_read = self.source.bytes_read

@@ -34,7 +34,9 @@ class Report:
     source_bytes_read: bytes of the source's tensors read for calibrating, packing and writing.
     bits_per_weight: bytes of the quantized linears, scales included, times 8, by their weights. rewritten:
     tensors of the checkpoint that hold what a pass computed and not the source's values; quantized ones by
-    the name they had before. untied: modules that share a tensor in the source and have their own here.
+    the name they had before. cast_blocks, inexact_blocks: blocks of 16 that were cast from MXFP4, and those
+    of them that do not decode to what they were. untied: modules that share a tensor in the source and have
+    their own here.
     """
 
     spec: str
@@ -52,6 +54,8 @@ class Report:
     tensors_quantized: int | None = None
     tensors_excluded: int | None = None
     bits_per_weight: float | None = None
+    cast_blocks: int = 0
+    inexact_blocks: int = 0
     sqnr_db: float | None = None
     expert_sqnr_db: float | None = None
     worst_tensor: str | None = None
@@ -99,7 +103,12 @@ class Report:
             yield "untied", f"{', '.join(self.untied)}: its tensor is shared in the source, its own here"
         if self.bits_per_weight is not None:
             yield "bits per weight", f"{self.bits_per_weight:.3f}"
-        if self.sqnr_db is not None:
+        if self.cast_blocks:
+            lost = f"{self.inexact_blocks} of them rounded: too small beside the largest of their group"
+            yield "cast", f"{self.cast_blocks} blocks of 16, {lost if self.inexact_blocks else 'all exact'}"
+        if self.sqnr_db == math.inf:
+            yield "weight SQNR", "exact: every weight decodes to what it was"
+        elif self.sqnr_db is not None:
             worst = ""
             if self.worst_sqnr_db is not None:
                 worst = f" (worst {self.worst_sqnr_db:.2f} dB, {self.worst_tensor})"

@@ -1,7 +1,8 @@
 """Sources: where weights come from, and the text that a model is calibrated on.
 
-directory: a model's directory, by way of its files (files, safetensors_file), decoded where they are
-quantized (fp8_blocks, nvfp4_checkpoint). live: a model in memory, by way of its parameters (parameters).
+directory: a model's directory, by way of its files (files, safetensors_file), decoded where its weights are
+encoded (encodings: the table of layouts; encoded_weight; activations: what engines do beside). live: a model
+in memory, by way of its parameters (parameters).
 conversion: how the tensors of a checkpoint make up parameters, for both. prefetch: files read ahead.
 fingerprint: what tells two runs apart. samples: calibration text as token ids.
 """

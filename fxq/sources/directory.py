@@ -6,6 +6,7 @@ Parameters are rows of the hub's tensors (`fxq.sources.conversion`), so that one
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
@@ -16,11 +17,10 @@ from transformers.core_model_loading import dot_natural_key
 
 from fxq.errors import SourceError
 from fxq.graph.hub import Hub, Stored, TensorInfo, row_axis
-from fxq.numbers import nvfp4
+from fxq.sources.activations import activations_of
 from fxq.sources.conversion import hub_of, kept_turned
+from fxq.sources.encodings import encoding_of
 from fxq.sources.files import INDEX, allow_files, check_depth, check_links, read_config, shards
-from fxq.sources.fp8_blocks import ELEMENTS_AT_ONCE, Fp8Weight, Nvfp4Weight, decode_blocks, fp8_encoding
-from fxq.sources.nvfp4_checkpoint import nvfp4_encoding
 from fxq.sources.safetensors_file import SafetensorsFile
 
 
@@ -28,15 +28,15 @@ class Directory:
     """A model directory. Nothing is kept or mapped, and several threads may read at once.
 
     config: its config.json. infos: every tensor as it decodes, in natural order of names; the scales of
-    quantized ones are not among them. activations: what an NVFP4 checkpoint's inputs and cache are quantized
-    with. bytes_read: of tensors, as they decode, that were read so far. quantized: whether such a checkpoint
-    may be read, decoded, instead of being refused. follow_links: whether files may be links out of the
+    quantized ones are not among them. weights: those that are encoded. activations: what a quantized
+    checkpoint's inputs and cache are quantized with, if asked for (`served`) and said. bytes_read: of
+    tensors, as they decode, that were read so far. follow_links: whether files may be links out of the
     directory. SourceError says what is wrong with a file of it.
     """
 
     concurrent = True
 
-    def __init__(self, path: Path, *, quantized: bool = False, follow_links: bool = False) -> None:
+    def __init__(self, path: Path, *, served: bool = False, follow_links: bool = False) -> None:
         check_links(path, follow=follow_links)
         self.path, self.config = path, read_config(path)
         names, listed = shards(path)
@@ -44,11 +44,9 @@ class Directory:
         self._files = _by_tensor(path, [SafetensorsFile(path / name) for name in names], listed)
         check_depth(path, self.config, len(self._files))
         raw = {key: self._files[key].entries[key].info for key in sorted(self._files, key=dot_natural_key)}
-        encoding = nvfp4_encoding(self.config, raw, path) if quantized else None
-        encoding = encoding or fp8_encoding(self.config, raw, path)
-        self.infos, self._fp8, self._nvfp4 = dict(encoding.infos), encoding.fp8, encoding.nvfp4
-        self.activations = encoding.activations
-        self._turned: set[str] = set()
+        encoding = encoding_of(self.config, raw, path)
+        self.infos, self.weights = dict(encoding.infos), dict(encoding.weights)
+        self.activations = activations_of(encoding, raw, path) if served else None
         self.bytes_read, self._counting = 0, Lock()
         self.hub = Hub(tensors=self.infos)
         self._own: dict[str, TensorInfo] = {}
@@ -56,17 +54,12 @@ class Directory:
     def attach(self, model: PreTrainedModel) -> None:
         """Learn where each parameter of `model` lies (on fake tensors or others: no values are needed);
         SourceError if one is missing."""
-        if self.activations is not None:
-            self._turn(kept_turned(model, [*self._nvfp4, *self._fp8]))
-        self.hub = hub_of(model, self.infos, str(self.path))
+        for key in kept_turned(model, list(self.weights)):  # they are stored as [out, in]
+            weight = self.weights[key] = replace(self.weights[key], transposed=True)
+            self.infos[key] = TensorInfo(weight.decoded_shape, self.infos[key].dtype)
+        encodings = {key: weight.title for key, weight in self.weights.items()}
+        self.hub = replace(hub_of(model, self.infos, str(self.path)), encodings=encodings)
         self._own = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-
-    def _turn(self, keys: Sequence[str]) -> None:
-        """Quantized weights are [out, in]; these the model has as [in, out]."""
-        for key in keys:
-            info = self.infos[key]
-            self.infos[key] = TensorInfo(info.shape[::-1], info.dtype)
-        self._turned = set(keys)
 
     def read_stored(self, key: str) -> Tensor:
         """A tensor as the file holds it, scales included."""
@@ -125,8 +118,7 @@ class Directory:
         lead = shape[: row_axis(shape)] if expert is None else shape[1:-2]
         first = 0 if expert is None else expert * math.prod(lead)
         matrices = range(first, first + math.prod(lead))
-        encoded = key in self._fp8 or key in self._nvfp4
-        plain = not encoded and out.dtype == self.infos[key].dtype
+        plain = key not in self.weights and out.dtype == self.infos[key].dtype
         if plain and rows.step == 1 and out.is_contiguous():
             self._raw(key, matrices, rows, shape, out)
             return
@@ -136,76 +128,21 @@ class Directory:
 
     def _span(self, key: str, matrices: range, rows: range) -> Tensor:
         """Consecutive rows of some matrices [N, ...] of a tensor [..., N, ...], as [matrices, rows, ...]."""
-        if key in self._turned:
-            height, width = self.infos[key].shape
-            return self._decoded(key, (width, height), matrices, range(width)).mT[:, rows.start : rows.stop]
-        return self._decoded(key, self.infos[key].shape, matrices, rows)
-
-    def _decoded(self, key: str, shape: tuple[int, ...], matrices: range, rows: range) -> Tensor:
-        """`_span` of a tensor whose decoded shape in the file is `shape`."""
-        dtype = self.infos[key].dtype
-        if (weight := self._nvfp4.get(key)) is not None:
-            out = torch.empty(len(matrices), len(rows), shape[-1], dtype=dtype)
-            for matrix, piece in zip(matrices, out, strict=True):
-                self._unpack(weight, shape, matrix, rows, piece)
+        shape, dtype = self.infos[key].shape, self.infos[key].dtype
+        out = torch.empty(len(matrices), len(rows), *shape[row_axis(shape) + 1 :], dtype=dtype)
+        if (weight := self.weights.get(key)) is None:
+            self._raw(key, matrices, rows, shape, out)
             return out
-        width = shape[row_axis(shape) + 1 :]
-        raw = torch.empty(len(matrices), len(rows), *width, dtype=self._files[key].entries[key].info.dtype)
-        self._raw(key, matrices, rows, shape, raw)
-        scaled = self._fp8.get(key)
-        if scaled is None:
-            return raw
-        scales = self._scales(key, scaled, shape, matrices, rows)
-        out = torch.empty(raw.shape, dtype=dtype)
-        for number in range(len(matrices)):
-            decode_blocks(raw[number], scales[number], scaled.block, rows.start, out[number])
+        for matrix, piece in zip(matrices, out, strict=True):
+            weight.decode(self._stored_rows, matrix, rows, piece)
         return out
 
-    def _unpack(
-        self, weight: Nvfp4Weight, shape: tuple[int, ...], matrix: int, rows: range, out: Tensor
-    ) -> None:
-        """Some rows of one NVFP4 matrix into `out` [rows, K], a part at a time."""
-        scale_2 = self.read_stored(weight.scale_2).flatten()
-        scale_2 = scale_2[matrix] if len(scale_2) > 1 else scale_2[0]
-        scale_2 = scale_2.reciprocal() if weight.is_divisor else scale_2
-        if weight.along_rows:  # blocks reach over rows
-            codes, scale = (self._whole(key, shape, matrix).mT for key in (weight.weight, weight.scale))
-            out.copy_(_dequantized(weight, codes, scale, scale_2).mT[rows.start : rows.stop])
-            return
-        most = max(1, ELEMENTS_AT_ONCE // max(shape[-1], 1))
-        for start in range(0, len(rows), most):
-            part = rows[start : start + most]
-            codes = self._columns(weight.weight, shape[-1] // 2, shape, matrix, part)
-            scale = self._columns(weight.scale, shape[-1] // nvfp4.BLOCK, shape, matrix, part)
-            out[start : start + most] = _dequantized(weight, codes, scale, scale_2)
-
-    def _columns(self, key: str, width: int, shape: tuple[int, ...], matrix: int, rows: range) -> Tensor:
-        """Rows of one matrix of codes or block scales [..., N, width]."""
-        out = torch.empty(1, len(rows), width, dtype=self._files[key].entries[key].info.dtype)
-        self._raw(key, range(matrix, matrix + 1), rows, (*shape[:-1], width), out)
-        return out[0]
-
-    def _whole(self, key: str, shape: tuple[int, ...], matrix: int) -> Tensor:
-        """One whole matrix of codes or block scales [..., height, K], of fewer rows than it decodes to."""
-        height, width = self._files[key].entries[key].info.shape[-2:]
-        return self._columns(key, width, (*shape[:-2], height, width), matrix, range(height))
-
-    def _scales(
-        self, key: str, scaled: Fp8Weight, shape: tuple[int, ...], matrices: range, rows: range
-    ) -> Tensor:
-        """float32 scales of the blocks that hold these rows, as [matrices, block rows, block columns]."""
-        if scaled.shared:
-            one = Fp8Weight(scaled.key, scaled.block)
-            return self._scales(key, one, shape[-2:], range(1), rows).expand(len(matrices), -1, -1)
-        grid = scaled.grid(shape)
-        blocks = range(rows.start // scaled.block[0], -(-rows.stop // scaled.block[0]))
-        dtype = self._files[scaled.key].entries[scaled.key].info.dtype
-        scales = torch.empty(len(matrices), len(blocks), grid[-1], dtype=dtype)
-        self._raw(scaled.key, matrices, blocks, grid, scales)
-        scales = scales.to(torch.float32)
-        if not bool(torch.isfinite(scales).all()):
-            raise SourceError(f"{self.path}: {scaled.key} holds NaN or Inf, so that {key} cannot be decoded")
-        return scales
+    def _stored_rows(self, key: str, height: int, width: int, matrix: int, rows: range) -> Tensor:
+        """A `ReadRows`."""
+        out = torch.empty(len(rows), width, dtype=self._files[key].entries[key].info.dtype)
+        if out.numel():
+            self._files[key].read(key, out, (matrix * height + rows.start) * width * out.dtype.itemsize)
+        return out
 
     def _raw(self, key: str, matrices: range, rows: range, shape: tuple[int, ...], out: Tensor) -> None:
         """The bytes of `_span` into `out`, contiguous, of a tensor of which `shape` is the shape."""
@@ -219,14 +156,6 @@ class Directory:
             return
         for matrix, block in zip(matrices, out.view(len(matrices), len(rows), -1), strict=True):
             self._files[key].read(key, block, (matrix * tall + rows.start) * size)
-
-
-def _dequantized(weight: Nvfp4Weight, codes: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
-    """float32 [rows, K]; SourceError if a scale is no number."""
-    values = nvfp4.dequantize(nvfp4.Packed(codes.contiguous(), scale.contiguous(), scale_2))
-    if not bool(torch.isfinite(values).all()):
-        raise SourceError(f"{weight.weight}: {weight.scale} or {weight.scale_2} holds NaN or Inf")
-    return values
 
 
 def _by_tensor(

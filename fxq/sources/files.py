@@ -20,7 +20,7 @@ _DEPTH = re.compile(r"(\w+_)?num_(\w+_)?(layers|blocks)|n_layers?|(\w+_)?(encode
 _DEEPEST = 1000  # layers that any checkpoint may claim
 _NESTED = 64
 _OTHER_FILES = 1024  # the output's shards, libraries
-_PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt")
 
 
 def allow_files(count: int) -> None:
@@ -69,6 +69,22 @@ def _visible(directory: Path) -> Iterator[Path]:
             yield path
             if path.is_dir() and not path.is_symlink():
                 yield from sorted(path.rglob("*"))
+
+
+def check_gguf(path: Path) -> None:
+    """SourceError, with the command that converts it, for a GGUF file or a directory that has no weights but
+    such."""
+    found = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if not found or any(path.glob("*.safetensors")):
+        return
+    folder, name = found[0].parent, found[0].name
+    load = f"'{folder}', gguf_file='{name}'"
+    raise SourceError(
+        f"{found[0]}: a GGUF file; fxq reads safetensors. transformers converts it (pip install gguf): "
+        f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"M.from_pretrained({load}, dtype='bfloat16').save_pretrained('converted'); "
+        f"T.from_pretrained({load}).save_pretrained('converted')\""
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Live:
         for name, stored in hub.stored.items():
             for key in (key for keys in stored.keys for key in keys):
                 tensors[key] = TensorInfo(tensors[key].shape, self.parameters[name].dtype)
-        return dataclasses.replace(hub, tensors=tensors)
+        return dataclasses.replace(hub, tensors=tensors, encodings={})
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         value = self.parameters.read(name)

@@ -36,7 +36,7 @@ from fxq.pipeline.spec import Spec
 from tests import reader, tiny
 from tests.docs import ROOT, blocks
 from tests.families import Zoo, load, save, zoo
-from tests.sources.test_fp8_blocks import fp8_copy
+from tests.sources.test_encodings_fp8 import fp8_copy
 
 __all__ = ["zoo"]
 

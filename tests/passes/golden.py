@@ -9,11 +9,12 @@
     ...
 
 Header keys (YAML): `pass`; `options`; `rewrites` (how many the pass reports); `hub` (`tensors` as
-`name: bf16[2,3]`, `stored`, `names`, `extra`, `modules`); `values` (amax node -> number, known before);
-`weights` (parameter -> values, broadcast from the left, else random); `inputs` (placeholder -> values, else
-random); `batches` (calibration data: a list of token id batches, which opens a session). Sections: `before`;
-`after`, the exact dump, with calibrated values as comments; `error`, a line `Class: part of the message`,
-then more parts; `miss`, lines `node: part of the reason`, checked against `sites` of the graph before.
+`name: bf16[2,3]`, `stored`, `names`, `extra`, `modules`, `encodings`); `values` (amax node -> number, known
+before); `weights` (parameter -> values, broadcast from the left, else random); `inputs` (placeholder ->
+values, else random); `batches` (calibration data: a list of token id batches, which opens a session).
+Sections: `before`; `after`, the exact dump, with calibrated values as comments; `error`, a line `Class: part
+of the message`, then more parts; `miss`, lines `node: part of the reason`, checked against `sites` of the
+graph before.
 """
 
 import dataclasses
@@ -175,7 +176,8 @@ def hub_of(fields: Mapping[str, Any]) -> Hub:
         tensors[name] = TensorInfo(tuple(val.shape), val.dtype)
     stored = {name: _stored(value, tensors) for name, value in fields.get("stored", {}).items()}
     names = {name: _stored(value, tensors) for name, value in fields.get("names", {}).items()} or stored
-    return Hub(stored, names, tensors, tuple(fields.get("extra", ())), tuple(fields.get("modules", ())))
+    extra, modules = tuple(fields.get("extra", ())), tuple(fields.get("modules", ()))
+    return Hub(stored, names, tensors, extra, modules, fields.get("encodings", {}))
 
 
 def error_class(name: str) -> type[errors.FxqError]:

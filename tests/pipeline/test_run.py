@@ -1,7 +1,7 @@
 """Passes run in an order that their facts allow, and are held to what they promise."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -189,13 +189,14 @@ def test_a_calibration_pass_runs_only_with_a_session_and_is_only_then_held_to_it
     assert float(program.values["a"]) == 2.0
 
 
+NO_DATA = ("nvfp4_cast_mxfp4", "nvfp4_weight_only", "nvfp4_weight_only_mse")
+
+
 def test_the_pass_that_needs_data_is_named() -> None:
     assert needs_data(steps(Step(), Calibration())) == "calibration"
     assert needs_data(steps(Step())) is None
     for name in shipped():
-        assert needs_data(load(name, PASSES).passes) == (
-            None if name in ("nvfp4_weight_only", "nvfp4_weight_only_mse") else "calibrate-max"
-        )
+        assert needs_data(load(name, PASSES).passes) == (None if name in NO_DATA else "calibrate-max")
 
 
 @pytest.mark.parametrize("name", list(PASSES))
@@ -316,8 +317,18 @@ def spec(request: pytest.FixtureRequest) -> Iterator[str]:
     return request.param
 
 
-def test_every_shipped_spec_runs_over_a_small_graph_without_weights(spec: str) -> None:
+def _model_for(spec: str) -> Program:
+    """The small graph, its weights held as a spec wants them."""
     program = Program(parse(MODEL), HUB)
+    if spec == "nvfp4_cast_mxfp4":
+        names = [str(node.target) for node in program.graph.nodes if node.op == "get_attr"]
+        held = dict.fromkeys([*names, *(key for keys in EXPERTS.keys for key in keys)], "MXFP4")
+        program.hub = replace(HUB, encodings=held)
+    return program
+
+
+def test_every_shipped_spec_runs_over_a_small_graph_without_weights(spec: str) -> None:
+    program = _model_for(spec)
     run_passes(load(spec, PASSES).passes, program)
     verify(program.graph)
     text = dump(program.graph)
@@ -347,12 +358,12 @@ def test_every_shipped_spec_runs_over_a_small_graph_without_weights(spec: str) -
     packs = [node for node in program.graph.nodes if node.target is dialect.PACK]
     blocks = [node for node in packs if node.kwargs["format"] == "nvfp4"]
     modes = {node.kwargs["scale"] for node in blocks}  # FP8 weights have no block scales to search
-    decided = any(kind in spec for kind in ("hessian", "gptq"))
+    decided = any(kind in spec for kind in ("hessian", "gptq", "cast_mxfp4"))
     assert modes == (set() if decided else {"mse" if "mse" in spec else "max"})
 
 
 def test_every_shipped_spec_fills_every_amax(spec: str) -> None:
-    program = Program(parse(MODEL), HUB)
+    program = _model_for(spec)
     weights = {str(n.target): n.meta["val"] for n in program.graph.nodes if n.op == "get_attr"}
     held: dict[str, Tensor] = {name: torch.ones(val.shape, dtype=val.dtype) for name, val in weights.items()}
     passes = load(spec, PASSES).passes

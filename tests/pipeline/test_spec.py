@@ -20,6 +20,7 @@ def options(step: object) -> dict[str, Any]:
 
 FILE = "mine.yaml"
 SHIPPED = (
+    "nvfp4_cast_mxfp4",
     "nvfp4_default-fp8_cast_kv",
     "nvfp4_default-fp8_kv",
     "nvfp4_default_gptq-fp8_cast_kv",
@@ -81,13 +82,18 @@ def test_a_shipped_spec_is_what_its_name_says(name: str) -> None:
     assert ("calibrate-hessian" in steps) == ("hessian" in name)
     assert ("gptq" in steps) == ("retarget" in steps) == ("fold-scales" in steps) == ("gptq" in name)
     assert ("quantize-linears" in steps) == ("experts_only" not in name)
+    assert ("cast-mxfp4" in steps) == ("cast_mxfp4" in name)
     assert ("quantize-kv" in steps) == name.endswith("_kv")
     if name.endswith("_kv"):
         assert options(steps["quantize-kv"])["scale"] == ("cast" if "cast" in name else "calibrate")
     for step in ("quantize-linears", "quantize-experts"):
         if step in steps:
             expected = (
-                {"none"} if "weight_only" in name else {"nvfp4", "fp8"} if "_fp8_" in name else {"nvfp4"}
+                {"none"}
+                if "weight_only" in name or "cast_mxfp4" in name
+                else {"nvfp4", "fp8"}
+                if "_fp8_" in name
+                else {"nvfp4"}
             )
             assert options(steps[step])["inputs"] in expected
 
@@ -99,6 +105,7 @@ def test_options_reach_the_pass() -> None:
         "inputs": "none",
         "only": ("*.mlp.*", "a"),
         "skip": ("*.gate",),
+        "stored": (),
         "partial": False,
     }
 
@@ -118,7 +125,7 @@ def test_a_null_format_means_none() -> None:
         (
             only("quantize-linears: {skips: []}"),
             "mine.yaml:3: quantize-linears has no option 'skips'; it has: inputs, only, partial, "
-            "skip, weights",
+            "skip, stored, weights",
         ),
         (
             only("quantise-linears"),
@@ -301,7 +308,7 @@ def test_a_wrong_order_is_found_before_anything_is_traced(passes: str, message: 
 def test_an_unknown_name_lists_the_shipped_specs() -> None:
     with pytest.raises(
         SpecError,
-        match=r"no spec is called 'nvfp4'; there are nvfp4_default-fp8_cast_kv, .*; or give a .yaml file",
+        match=r"no spec is called 'nvfp4'; there are nvfp4_cast_mxfp4, .*; or give a .yaml file",
     ):
         load("nvfp4", PASSES)
 

@@ -22,8 +22,8 @@ from fxq.graph.hub import TensorInfo
 from fxq.model import open_model
 from fxq.passes import PASSES
 from fxq.pipeline import spec
+from fxq.sources.encodings import encoding_of
 from fxq.sources.files import INDEX, check_depth, read_config, shards
-from fxq.sources.fp8_blocks import fp8_encoding
 from fxq.sources.safetensors_file import DTYPES, SafetensorsFile
 from fxq.sources.samples import load_samples
 from tests.families import VOCABULARY, Zoo, zoo
@@ -169,25 +169,41 @@ def test_an_index_names_files_of_its_directory_or_nothing(index: bytes, tmp_path
     assert found == ("model.safetensors",)
 
 
+NAMES = [
+    ["m.weight", "m.weight_scale_inv", "n.scale"],
+    ["m.weight", "m.weight_scale", "m.weight_scale_2"],
+    ["m.weight_packed", "m.weight_scale", "m.weight_global_scale"],
+    ["m_blocks", "m_scales", "m_weight_scale"],
+]
+
+
 @bounded(200)
 @given(
     quantization=values
     | st.fixed_dictionaries(
-        {"quant_method": st.sampled_from(["fp8", "gptq", 3])},
-        optional={"weight_block_size": values, "fmt": values},
+        {"quant_method": st.sampled_from(["fp8", "gptq", "mxfp4", "compressed-tensors", "modelopt", 3])},
+        optional={
+            "weight_block_size": values,
+            "fmt": values,
+            "format": st.just("pack-quantized") | values,
+            "config_groups": values,
+            "quant_algo": st.just("MXFP8") | values,
+            "quantized_layers": values,
+        },
     ),
     shapes=st.lists(st.lists(st.integers(0, 300), max_size=3), min_size=3, max_size=3),
     dtypes=st.lists(st.sampled_from(list(DTYPES.values())), min_size=3, max_size=3),
+    data=st.data(),
 )
 def test_stored_formats_are_understood_or_refused(
-    quantization: Any, shapes: list[list[int]], dtypes: list[torch.dtype], tmp_path: Path
+    quantization: Any, shapes: list[list[int]], dtypes: list[torch.dtype], data: Any, tmp_path: Path
 ) -> None:
-    keys = ["m.weight", "m.weight_scale_inv", "n.scale"]
+    keys = data.draw(st.sampled_from(NAMES))
     raw = {
         key: TensorInfo(tuple(shape), dtype) for key, shape, dtype in zip(keys, shapes, dtypes, strict=True)
     }
     try:
-        encoding = fp8_encoding({"quantization_config": quantization}, raw, tmp_path)
+        encoding = encoding_of({"quantization_config": quantization}, raw, tmp_path)
     except fxq.SourceError as error:
         _check_message(error, str(tmp_path))
         return

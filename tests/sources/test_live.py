@@ -259,7 +259,7 @@ def test_a_quantized_parameter_is_refused_by_name(dtype: torch.dtype, zoo: Zoo) 
 
 def test_a_model_decoded_from_fp8_while_loading_is_read_as_it_is(zoo: Zoo, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    from tests.sources.test_fp8_blocks import fp8_copy
+    from tests.sources.test_encodings_fp8 import fp8_copy
 
     path = fp8_copy(zoo("qwen3_moe"), tmp_path / "fp8", (16, 16))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 import fxq
 from fxq.sources import Directory
-from fxq.sources.fp8_blocks import without_encoding
+from fxq.sources.encodings import without_encoding
 from fxq.sources.safetensors_file import SafetensorsFile
 from tests import reader
 from tests.families import EXPERTS, Zoo, add_tensors, drop_tensors, load, zoo
@@ -237,7 +237,7 @@ def _refused(path: Path, *words: str) -> None:
     assert len(message.splitlines()) == 1
 
 
-OTHERS = ["gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "modelopt", "hqq", "no-such", None, 7]
+OTHERS = ["gptq", "awq", "bitsandbytes", "compressed-tensors", "modelopt", "hqq", "quark", "no-such", None, 7]
 
 
 @pytest.mark.parametrize("method", OTHERS)
@@ -255,7 +255,7 @@ def test_a_format_that_a_sub_config_or_another_file_states_is_refused(zoo: Zoo, 
     _state(path, {"format": "int-quantized"}, "compression_config")
     _refused(path, "compression_config", "compressed-tensors")
     path = Path(shutil.copytree(zoo("llama"), tmp_path / "modelopt"))
-    (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "INT4_AWQ"}}')
     _refused(path, "hf_quant_config.json", "modelopt")
 
 
