@@ -14,6 +14,8 @@ from torch.fx import Graph
 from fxq.checkpoint import writer as checkpoint
 from fxq.checkpoint.workdir import Work, check_output, working
 from fxq.errors import CheckpointError, SpecError
+from fxq.evaluate import evaluation
+from fxq.evaluate.evaluation import EVAL_SAMPLES, EVAL_SEQ_LEN
 from fxq.evaluate.perplexity import perplexities
 from fxq.gc_paused import gc_paused
 from fxq.graph.program import Program
@@ -23,10 +25,11 @@ from fxq.passes import table
 from fxq.pipeline.base import Pass, Progress, Session, bystanders, no_progress
 from fxq.pipeline.run import NOTHING_TO_WRITE, needs_data, run_passes
 from fxq.pipeline.spec import Spec, load
+from fxq.report import files
 from fxq.report.measured import WritingReport, measure_memory, timed
 from fxq.report.reasons import doubts_of_text
 from fxq.report.summary import Report
-from fxq.run.batches import batches_of, predicted_batches
+from fxq.run.batches import batches_of, check_predicted, predicted_batches
 from fxq.run.weights import amaxes
 
 SAMPLES = 128  # of calibration, if nothing is said
@@ -41,6 +44,8 @@ def compile(
     resume: bool = False,
     shard_bytes: int = checkpoint.SHARD_BYTES,
     evaluate: object = None,
+    eval_samples: int = EVAL_SAMPLES,
+    eval_seq_len: int = EVAL_SEQ_LEN,
     samples: int | None = None,
     seq_len: int = 512,
     device: str | torch.device = "cpu",
@@ -58,10 +63,11 @@ def compile(
     mapping of columns; the first `samples` (128) are used, cut to `seq_len` tokens each. resume: go on with
     what an interrupted run of the same arguments left beside `out`, if there is anything; the output is the
     same, byte for byte.
-    shard_bytes: about how large the files of the output become. evaluate: text, given alike, to measure
-    perplexity on. device: "cpu" or "cuda", where calibration and packing run. allow_partial: weights that
-    the spec asks for and that cannot be quantized are left as they are, with a warning, instead of an error.
-    passes: more passes that a spec may name, classes or Python files (see `fxq.passes.table`). follow_links:
+    shard_bytes: about how large the files of the output become. evaluate: text, given alike, whose first
+    `eval_samples`, cut to `eval_seq_len` tokens, measure the model and, once it is written, the output, as
+    `fxq.evaluate` does. device: "cpu" or "cuda", where calibration and packing run. allow_partial: weights
+    that the spec asks for and that cannot be quantized are left as they are, with a warning, instead of an
+    error. passes: more passes that a spec may name, classes or Python files (see `fxq.passes.table`). follow_links:
     whether files of the directory may be symbolic links out of it.
     Raises SpecError, SourceError, TraceError, VerifyError or CheckpointError; on any of them nothing is
     written.
@@ -90,6 +96,9 @@ def compile(
     with working(to, resume=resume) if to is not None else nullcontext() as work:
         opened = open_model(model, follow_links=follow_links, trust_remote_code=trust_remote_code)
         ids = samples_of(opened, calib, wanted, seq_len) if calib is not None else None
+        unseen = samples_of(opened, evaluate, eval_samples, eval_seq_len) if evaluate is not None else None
+        if unseen is not None:
+            check_predicted(unseen)  # before hours of calibration
         run = functools.partial(run_of, opened, chosen, ids, where)
         if work is not None:
             work.begin(run(shard_bytes))
@@ -99,7 +108,7 @@ def compile(
         session = Session(opened.source, where, batches, progress)
         if work is not None:
             session.found = work.calibrations()
-            session.writes = evaluate is None
+            session.writes = True
         report.calibration_tokens = sum(batch.numel() for batch in batches or ())
         if needing is not None and ids is not None:
             report.add_warnings(doubts_of_text(len(ids), samples, report.calibration_tokens))
@@ -109,10 +118,12 @@ def compile(
         if program.pending is None:
             report.count(program)
         compiled = Compiled(opened, program, session, report, run)
-        if evaluate is not None:
-            compiled.perplexity(evaluate)
         if work is not None and to is not None:
             compiled._write(work, to, shard_bytes)
+    if unseen is not None and to is not None:
+        compiled._evaluate(model, to, unseen, follow_links=follow_links)
+    elif unseen is not None:
+        compiled.perplexity(unseen, samples=eval_samples, seq_len=eval_seq_len)
     return compiled
 
 
@@ -183,6 +194,34 @@ class Compiled:
                 step=step,
                 beside=writing,
             )
+
+    def _evaluate(
+        self, base: AnyModel, out: Path, unseen: Sequence[Sequence[int]], *, follow_links: bool
+    ) -> None:
+        """Measure what was written into `out`; its report says what was found."""
+        try:
+            with timed(self.report, "evaluate"):
+                found = evaluation.evaluate(
+                    out,
+                    unseen,
+                    base=base,
+                    samples=len(unseen),
+                    seq_len=max(map(len, unseen)),
+                    device=self._session.device,
+                    follow_links=follow_links,
+                    trust_remote_code=self._model.trust_remote_code,
+                    progress=self._session.progress,
+                )
+        except BaseException as error:
+            error.add_note(f"{out} is complete: measure it with fxq eval {out} --base MODEL --text FILE")
+            raise
+        self.report.perplexity_after = found.perplexity
+        if found.against is not None:
+            self.report.perplexity_before = found.against.perplexity
+            self.report.kl_divergence = found.against.kl["mean"]
+            self.report.top1_agreement = found.against.top1_agreement
+        self.report.add_warnings(found.notes)
+        files.update(self.report, out)
 
     def perplexity(self, text: object, *, samples: int = 64, seq_len: int = 512) -> tuple[float, float]:
         """(unquantized, simulated deployed) perplexity per token of a text given like calibration text.

@@ -50,7 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="checkpoint format, instead of the spec's: modelopt, compressed-tensors",
     )
-    add("--eval", metavar="FILE", type=Path, help="also measure perplexity before and after on this text")
+    add(
+        "--eval",
+        metavar="FILE",
+        type=Path,
+        help="when all is written, measure it on this text as `fxq eval DIR --base MODEL` does",
+    )
+    add("--eval-samples", type=int, default=64, metavar="N", help="lines of it to use (default 64)")
+    add(
+        "--eval-seq-len", type=int, default=512, metavar="L", help="tokens kept of each of them (default 512)"
+    )
     shared.add_partial(parser)
     shared.add_json(parser, "print the summary as JSON")
     shared.add_passes(parser)
@@ -106,6 +115,8 @@ def _compiled(arguments: argparse.Namespace, chosen: "Spec") -> "Compiled":
         out=arguments.out,
         resume=arguments.resume,
         evaluate=arguments.eval,
+        eval_samples=arguments.eval_samples,
+        eval_seq_len=arguments.eval_seq_len,
         samples=arguments.samples,
         seq_len=arguments.seq_len,
         device=arguments.device,

@@ -25,6 +25,7 @@ from fxq.run.batches import predicted_batches
 from fxq.run.simulate import simulation
 from fxq.run.streaming import Streaming
 
+EVAL_SAMPLES, EVAL_SEQ_LEN = 64, 512  # if nothing is said
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -67,8 +68,8 @@ def evaluate(
     text: object,
     *,
     base: AnyModel | None = None,
-    samples: int = 64,
-    seq_len: int = 512,
+    samples: int = EVAL_SAMPLES,
+    seq_len: int = EVAL_SEQ_LEN,
     device: str | torch.device = "cpu",
     follow_links: bool = False,
     trust_remote_code: bool = False,

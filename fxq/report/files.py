@@ -72,15 +72,30 @@ class Details:
 
 def write(report: Report, details: Details, directory: Path) -> None:
     """Write fxq-report/report.json and report.html into a checkpoint's directory."""
-    made = content(report, details)
     folder = directory / DIRECTORY
     folder.mkdir()
-    (folder / "report.json").write_text(_lines(made), encoding="utf-8")
-    title = f"{details.title}, {report.spec}"
+    for name, text in _files(content(report, details)).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def update(report: Report, directory: Path) -> None:
+    """Put what was measured of a complete checkpoint into its report: each file is replaced as a whole."""
+    folder = directory / DIRECTORY
+    made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    made |= {"summary": _summary(report), "warnings": report.warnings, "measured": _measured(report)}
+    for name, text in _files(made).items():
+        new = folder / f"{name}.part"
+        new.write_text(text, encoding="utf-8")
+        new.replace(folder / name)
+
+
+def _files(made: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> text of the report's files."""
+    title = f"{made['title']}, {made['spec']}"
     # The page shows folded names: with all experts of a large model rewritten, the others are megabytes.
-    rewritten = [{"name": name, "count": count} for name, count in fold(report.rewritten)]
-    shown = {**made, "rewritten": rewritten}
-    (folder / "report.html").write_text(page("report", title, shown), encoding="utf-8")
+    rewritten = [{"name": name, "count": count} for name, count in fold(made["rewritten"])]
+    html = page("report", title, {**made, "rewritten": rewritten})
+    return {"report.json": _lines(made), "report.html": html}
 
 
 def _lines(made: Mapping[str, Any]) -> str:
@@ -96,13 +111,12 @@ def _lines(made: Mapping[str, Any]) -> str:
 
 def content(report: Report, details: Details) -> dict[str, Any]:
     """report.json as plain values."""
-    plain = report.as_dict()
     return {
         "version": VERSION,
         "fxq": __version__,
         "spec": report.spec,
         "title": details.title,
-        "summary": {n: _plain(v) for n, v in plain.items() if n not in _MEASURED + _OWN_FIELDS},
+        "summary": _summary(report),
         "weights": [_weight(name, found) for name, found in _by_parameter(details.weights)],
         "tokens": _tokens(details.tokens),
         "scales": {"steps": list(STEPS), "counts": list(details.steps)},
@@ -113,12 +127,21 @@ def content(report: Report, details: Details) -> dict[str, Any]:
         "untied": report.untied,
         "sizes": {name: details.sizes.get(name, 0) for name in ("weights", "scales", "untouched")},
         "warnings": report.warnings,
-        "measured": {
-            "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
-            "peak_host_bytes": report.peak_host_bytes,
-            "peak_device_bytes": report.peak_device_bytes,
-            "source_bytes_read": report.source_bytes_read,
-        },
+        "measured": _measured(report),
+    }
+
+
+def _summary(report: Report) -> dict[str, Any]:
+    plain = report.as_dict()
+    return {n: _plain(v) for n, v in plain.items() if n not in _MEASURED + _OWN_FIELDS}
+
+
+def _measured(report: Report) -> dict[str, Any]:
+    return {
+        "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
+        "peak_host_bytes": report.peak_host_bytes,
+        "peak_device_bytes": report.peak_device_bytes,
+        "source_bytes_read": report.source_bytes_read,
     }
 
 

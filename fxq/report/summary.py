@@ -34,7 +34,9 @@ class Report:
     source_bytes_read: bytes of the source's tensors read for calibrating, packing and writing.
     bits_per_weight: bytes of the quantized linears, scales included, times 8, by their weights. rewritten:
     tensors of the checkpoint that hold what a pass computed and not the source's values; quantized ones by
-    the name they had before. untied: modules that share a tensor in the source and have their own here.
+    the name they had before. kl_divergence: KL(source || output) in nats per predicted token; top1_agreement:
+    the share of tokens where both rank the same one first. untied: modules that share a tensor in the source
+    and have their own here.
     """
 
     spec: str
@@ -61,6 +63,8 @@ class Report:
     output_bytes: int | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
     out: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_host_bytes: int | None = None
@@ -109,6 +113,12 @@ class Report:
                 "perplexity",
                 f"{self.perplexity_before:.3f} before, {self.perplexity_after:.3f} after (weights, "
                 "inputs and KV as served)",
+            )
+        if self.kl_divergence is not None and self.top1_agreement is not None:
+            yield (
+                "predictions",
+                f"KL {self.kl_divergence:.5f} nats per token from the source's; top-1 agreement "
+                f"{self.top1_agreement:.2%}",
             )
         if self.source_bytes and self.output_bytes:
             yield "size", f"{self.source_bytes / 1e6:.1f} MB before, {self.output_bytes / 1e6:.1f} MB after"
