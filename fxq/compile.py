@@ -67,8 +67,8 @@ def compile(
     `eval_samples`, cut to `eval_seq_len` tokens, measure the model and, once it is written, the output, as
     `fxq.evaluate` does. device: "cpu" or "cuda", where calibration and packing run. allow_partial: weights
     that the spec asks for and that cannot be quantized are left as they are, with a warning, instead of an
-    error. passes: more passes that a spec may name, classes or Python files (see `fxq.passes.table`). follow_links:
-    whether files of the directory may be symbolic links out of it.
+    error. passes: more passes that a spec may name, classes or Python files (see `fxq.passes.table`).
+    follow_links: whether files of the directory may be symbolic links out of it.
     Raises SpecError, SourceError, TraceError, VerifyError or CheckpointError; on any of them nothing is
     written.
     """

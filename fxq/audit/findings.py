@@ -52,6 +52,7 @@ RULES: dict[str, tuple[Severity, str]] = {
         _W,
         "a global scale that looks like the inverse of one: multiplier and divisor mixed up?",
     ),
+    "input-outlier": (_I, "an input far larger than others, as massive activations of trained models are"),
     "latent-quantized": (_W, "engines absorb this linear; vLLM takes its values through the quantized input"),
     "weights-zero": (_W, "every weight of this linear decodes to zero"),
     "codes-saturated": (_W, "so many weights at the largest code mean scales that are too small"),

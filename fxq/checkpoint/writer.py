@@ -241,8 +241,8 @@ class _Writer:
         tensors: dict[str, Tensor] = {}
         scalars = TensorExpressions({}, values, torch.device("cpu"))
         for store in self.program.graph.nodes:
-            if store.target is dialect.STORE_KV and store.args[1] is not None:
-                amaxes = [scalars.one(node_at(store, i)) for i in (1, 2)]
+            if store.target is dialect.STORE_KV:
+                amaxes = [None if a is None else scalars.one(a) for a in store.args[1:]]
                 tensors |= self.format.kv_tensors(store.args[0], *amaxes, store.kwargs["format"])
             elif store.target in (dialect.STORE_LINEAR, dialect.STORE_ROWS) and store.args[2] is not None:
                 amax, format = scalars.one(node_at(store, 2)), str(node_at(store, 1).kwargs["format"])
