@@ -31,9 +31,9 @@ class Preview:
 
     refused: why the spec does not apply; everything else is empty then. needs_data: whether calibration data
     is needed. experts, linears: quantized tensors of the checkpoint. groups: (names of the linears that share
-    their global scales, how many such sets). excluded: (name, how many, why) of what stays as it is; `*` is a
-    number in a name, or at its end all of a module. kv_cache: how keys and values are held. *_bytes: of all
-    tensors, without headers.
+    their global scales, how many such sets). excluded: (name, how many, why) of what stays as it is; `*`
+    is any number in a name, `{0,29}` one of these, and `*` at its end all of a module. kv_cache: how keys and
+    values are held. *_bytes: of all tensors, without headers.
     bits_per_weight: of the output, source_bits_per_weight of the source, by the source's numbers.
     """
 

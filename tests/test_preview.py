@@ -18,7 +18,7 @@ from fxq.model import Model, open_model
 from fxq.passes import PASSES
 from fxq.pipeline import spec
 from fxq.preview import Preview, preview, previews
-from fxq.report.summary import fold, unquantized
+from fxq.report.summary import fold, fold_among, unquantized
 from fxq.sources import Directory
 from tests import reader, tiny
 from tests.families import VOCABULARY, Zoo, random_model, samples, save, zoo
@@ -144,6 +144,31 @@ def test_globs_that_did_not_select_are_the_reason(opened: Opened) -> None:
     whys = reasons(shown(opened("llama_tied"), "nvfp4_mlp_only_mse-fp8_cast_kv"))
     assert "skip=['*attn*'" in whys["model.layers.*.self_attn.*"]
     assert whys["model.embed_tokens"].startswith("an embedding, and the output head")
+
+
+def test_numbers_of_globs_stay_and_the_layers_that_they_name_are_shown(opened: Opened) -> None:
+    text = "passes: [{quantize-linears: {skip: ['*.layers.1.*']}}, sync-groups, calibrate-bootstrap, lower]"
+    whys = reasons(preview(opened("llama_tied"), spec.parse(text, PASSES, "mine.yaml")))
+    assert "skip=['*.layers.1.*']" in whys["model.layers.1.mlp.*"]
+    assert "skip=['*.layers.1.*']" in whys["model.layers.1.self_attn.*"]
+    assert whys["model.layers.*.input_layernorm"].startswith("a vector")
+
+
+@pytest.mark.parametrize(
+    ("names", "everything", "expected"),
+    [
+        (["l.0.a", "l.1.a"], ["l.0.a", "l.1.a"], [("l.*.a", 2)]),
+        (["l.0.a", "l.29.a"], [f"l.{i}.a" for i in range(30)], [("l.{0,29}.a", 2)]),
+        (["l.3.a", "l.0.b"], ["l.3.a", "l.4.a", "l.0.b"], [("l.3.a", 1), ("l.*.b", 1)]),
+        (["l.0.e.1", "l.1.e.1"], [f"l.{i}.e.{j}" for i in (0, 1) for j in (0, 1)], [("l.*.e.1", 2)]),
+        (["l.0.e.0", "l.1.e.1"], [f"l.{i}.e.{j}" for i in (0, 1) for j in (0, 1)], [("l.*.e.*", 2)]),
+        (["norm"], ["norm", "l.0.a"], [("norm", 1)]),
+    ],
+)
+def test_names_are_folded_among_others(
+    names: list[str], everything: list[str], expected: list[tuple[str, int]]
+) -> None:
+    assert fold_among(names, everything) == expected
 
 
 def test_every_spec_has_a_row_and_one_that_does_not_apply_its_reason(opened: Opened) -> None:

@@ -16,7 +16,7 @@ scales                      steps and counts: sampled blocks by how many FP8 cod
 worst                       name, expert or null, sqnr_db, noise (error / energy), typical (the median noise
                             of its projection), reason; worst first
 groups                      linears that share global scales: linears (names with * for numbers), count
-excluded                    what is not quantized: name, count, reason
+excluded                    what is not quantized: name (* for numbers, {0,29} for some), count, reason
 rewritten                   names of the checkpoint's tensors that hold what a pass computed; of a quantized
                             linear m `m.weight`, whatever its format calls it
 untied                      names of modules that share a tensor in the source and have one of their own here

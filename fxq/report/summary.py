@@ -22,6 +22,7 @@ from fxq.pipeline.facts import is_weight_quantize
 
 # Correct NVFP4 weights are at 18 to 22 dB, FP8 above 25.
 LEAST_SQNR_DB = 18
+_QUOTED = re.compile(r"('[^']*')")
 _NODE_NUMBER = re.compile(r"(%\w*?)(_\d+)+\b")
 
 
@@ -236,8 +237,55 @@ def _listed(names: Sequence[str], program: Program) -> str:
 
 
 def fold(names: Iterable[str]) -> list[tuple[str, int]]:
-    """(name, how many) with the numbers of layers and experts as `*`, and nodes without theirs; in order."""
-    return list(Counter(_NODE_NUMBER.sub(r"\1", NUMBER.sub("*", name)) for name in names).items())
+    """(name, how many) with the numbers of layers and experts as `*`, and nodes without theirs; in order.
+
+    What stands in quotes is a user's, as a glob is, and stays as it is.
+    """
+    return list(Counter("".join(_folded(_QUOTED.split(name))) for name in names).items())
+
+
+def _folded(parts: Sequence[str]) -> Iterator[str]:
+    """Every second part is in quotes."""
+    for i, part in enumerate(parts):
+        yield part if i % 2 else _NODE_NUMBER.sub(r"\1", NUMBER.sub("*", part))
+
+
+def fold_among(names: Iterable[str], everything: Iterable[str]) -> list[tuple[str, int]]:
+    """`fold`, with the numbers themselves where `everything` has more of them than `names`:
+    `layers.{0,29}.mlp`."""
+    own, every = _by_pattern(names), _by_pattern(everything)
+    found = []
+    for pattern, alike in own.items():
+        columns = _numbers(alike)
+        whole = map(set, _numbers(every.get(pattern, alike)))
+        is_product = math.prod(map(len, columns)) == len(alike)
+        shown = [
+            "*" if not is_product or set(column) == other else _set(column)
+            for column, other in zip(columns, whole, strict=True)
+        ]
+        found.append((_with_numbers(alike[0], shown), len(alike)))
+    return found
+
+
+def _with_numbers(name: str, numbers: Sequence[str]) -> str:
+    following = iter(numbers)
+    return NUMBER.sub(lambda _: next(following), name)
+
+
+def _by_pattern(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        found.setdefault(NUMBER.sub("*", name), []).append(name)
+    return found
+
+
+def _numbers(alike: Sequence[str]) -> list[list[str]]:
+    """Of names that differ in numbers alone, which numbers stand at each place."""
+    return [[*dict.fromkeys(column)] for column in zip(*map(NUMBER.findall, alike), strict=True)]
+
+
+def _set(numbers: Sequence[str]) -> str:
+    return numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}"
 
 
 def _shared_scales(lowered: Graph) -> int:
