@@ -23,8 +23,9 @@ from fxq.model import AnyModel, Model, device_of, directory_of, open_model, run_
 from fxq.numbers import kernels
 from fxq.passes import table
 from fxq.pipeline.base import Pass, Progress, Session, bystanders, no_progress
-from fxq.pipeline.run import NOTHING_TO_WRITE, needs_data, run_passes
+from fxq.pipeline.run import NOTHING_TO_WRITE, calibrates_first, needs_data, run_passes
 from fxq.pipeline.spec import Spec, load
+from fxq.preview import uncalibrated
 from fxq.report import files
 from fxq.report.measured import WritingReport, measure_memory, timed
 from fxq.report.reasons import doubts_of_text
@@ -113,6 +114,10 @@ def compile(
         if needing is not None and ids is not None:
             report.add_warnings(doubts_of_text(len(ids), samples, report.calibration_tokens))
         with timed(report, "passes"), gc_paused():
+            if calibrates_first(chosen.passes, writes=session.writes):
+                rehearsed = uncalibrated(program, chosen, known)  # what cannot be written fails before it
+                if rehearsed.calibrated is not None:
+                    checkpoint.plan(rehearsed)
             run_passes(chosen.passes, program, session, beside=bystanders(chosen.passes, known))
         measure_memory(report, where)
         if program.pending is None:

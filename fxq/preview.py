@@ -65,11 +65,7 @@ def preview(model: Model, spec: Spec, known: Mapping[str, type[Pass]] = PASSES) 
 
     known: every pass by name; those that the spec does not use may say why weights stay.
     """
-    traced = model.program
-    program = Program(
-        copy.deepcopy(traced.graph), traced.hub, constants=traced.constants, accepts=traced.accepts
-    )
-    run_passes(spec.passes, program, beside=bystanders(spec.passes, known))
+    program = uncalibrated(model.program, spec, known)
     source = sum(info.nbytes for info in program.hub.tensors.values())
     weights = sum(info.nbytes // info.dtype.itemsize for info in program.hub.tensors.values())
     made = Preview(
@@ -96,6 +92,14 @@ def preview(model: Model, spec: Spec, known: Mapping[str, type[Pass]] = PASSES) 
         bits_per_weight=8 * output / weights,
         warnings=(*made.warnings, *unquantized(program.calibrated, program)),
     )
+
+
+def uncalibrated(traced: Program, spec: Spec, known: Mapping[str, type[Pass]] = PASSES) -> Program:
+    """A copy of a traced program after the passes, with nothing calibrated."""
+    program = Program(
+        copy.deepcopy(traced.graph), traced.hub, constants=traced.constants, accepts=traced.accepts
+    )
+    return run_passes(spec.passes, program, beside=bystanders(spec.passes, known))
 
 
 def previews(

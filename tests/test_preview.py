@@ -19,6 +19,7 @@ from fxq.passes import PASSES
 from fxq.pipeline import spec
 from fxq.preview import Preview, preview, previews
 from fxq.report.summary import fold, fold_among, unquantized
+from fxq.run.statistics import Calibration
 from fxq.sources import Directory
 from tests import reader, tiny
 from tests.families import VOCABULARY, Zoo, random_model, samples, save, zoo
@@ -87,12 +88,13 @@ def _bytes(directory: Path) -> int:
     return total
 
 
+def refuse(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError(f"called with {args[1:]}")
+
+
 def test_nothing_is_read_and_the_model_stays_fit_for_more(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*args: Any) -> Any:
-        raise AssertionError(f"a weight was read: {args[1:]}")
-
     for name in ("read", "read_expert", "read_hub"):
         monkeypatch.setattr(Directory, name, refuse)
     model = opened("qwen3_moe")
@@ -179,6 +181,22 @@ def test_every_spec_has_a_row_and_one_that_does_not_apply_its_reason(opened: Ope
         assert ("expected stacks of expert weights" in str(row.refused)) == (name.startswith("nvfp4_experts"))
         assert row.needs_data == (name not in ("nvfp4_weight_only", "nvfp4_weight_only_mse"))
         assert bool(row.output_bytes) == (row.refused is None)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_format_that_cannot_be_written_is_found_before_calibration(
+    writes: bool, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Calibration, "segments", refuse)
+    with pytest.raises(fxq.CheckpointError, match="FP8 weights as ModelOpt does"):
+        fxq.compile(
+            zoo("qwen3_moe"),
+            "nvfp4_experts_fp8_rest_mse-fp8_kv",
+            calib=samples(2),
+            out=tmp_path / "out" if writes else None,
+            format="compressed-tensors",
+        )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
