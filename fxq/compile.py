@@ -182,8 +182,10 @@ class Compiled:
         replaced, warnings = model.replaced_files()
         self.report.add_warnings(warnings)
         writing = WritingReport(self.report, model.name, program, plan, model.source, out, device)
-        nodes = len(program.graph.nodes)
-        with timed(self.report, "write"), self._session.progress("pack and write", nodes) as step:
+        batches = self._session.batches or ()
+        label = "calibrate and write" if program.pending is not None else "pack and write"
+        work_left = checkpoint.work(program, batches)
+        with timed(self.report, "write"), self._session.progress(label, work_left) as step:
             checkpoint.write(
                 program,
                 plan,
@@ -194,7 +196,7 @@ class Compiled:
                 device=device,
                 shard_bytes=shard_bytes,
                 replaced=replaced,
-                batches=self._session.batches or (),
+                batches=batches,
                 keep=lambda found: self._session.found.update({self._session.place: found}),
                 step=step,
                 beside=writing,

@@ -33,9 +33,11 @@ from fxq.graph import dialect
 from fxq.graph.arguments import int_at, node_at
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
+from fxq.graph.structure.views import statistics
 from fxq.numbers.formats import Packed
 from fxq.numbers.quality import STEPS, Quality
 from fxq.run.weights import TensorExpressions
+from fxq.run.work import MOVED, ROUNDED, Step, no_step, total
 
 FORMATS: dict[str, ModuleType] = {"modelopt": modelopt, "compressed-tensors": compressed_tensors}
 SHARD_BYTES = 5_000_000_000
@@ -93,7 +95,7 @@ def write(
     replaced: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     batches: Sequence[Tensor] = (),
     keep: Callable[[Found], None] = lambda found: None,
-    step: Callable[[], None] = lambda: None,
+    step: Step = no_step,
     beside: Callable[[Path, Written], None] = lambda directory, written: None,
 ) -> Written:
     """Run the lowered program and turn the work directory into the output, complete.
@@ -128,6 +130,24 @@ def write(
         beside(work.model, written)
         work.publish([*shards.names, "config.json"])
     return written
+
+
+def work(program: Program, batches: Sequence[Tensor]) -> int:
+    """What `write` costs, as its `step` counts it."""
+    done = 0
+    for node in program.graph.nodes:
+        if dialect.is_pack(node):
+            done += _packing(node)
+        elif node.target is dialect.STORE:
+            done += MOVED * node_at(node, 1).meta["val"].numel()
+    if program.pending is not None and program.calibrated is not None:
+        graph, rounds = program.calibrated, program.pending == "quantized"
+        done += total(graph, batches, statistics(graph), rounds=rounds)
+    return done
+
+
+def _packing(pack: Node) -> int:
+    return int(ROUNDED * node_at(pack, 0).meta["val"].numel())
 
 
 def _untied(program: Program, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +201,7 @@ class _Writer:
         device: torch.device,
         batches: Sequence[Tensor],
         keep: Callable[[Found], None],
-        step: Callable[[], None],
+        step: Step,
     ) -> None:
         self.program, self.source, self.format, self.shards, self.step = program, source, format, shards, step
         self.finished, self.device, self.batches, self.keep = finished, device, batches, keep
@@ -209,6 +229,7 @@ class _Writer:
             self.uncopied,
             self.batches,
             lambda: self.keep(self.program.found()),
+            self.step,
         )
         with closing(computed.results()) as results:
             for result in itertools.chain.from_iterable(results):
@@ -226,14 +247,14 @@ class _Writer:
             yield from self._copied(result.store, functools.partial(_rows, result.value), result.is_finite)
         else:
             key = str(result.store.args[0])
-            self.step()
+            self.step(MOVED * result.value.numel())
             yield Piece(f"{key} rewritten", self._whole({key: result.value}))
 
     def _is_stored(self, store: Node) -> bool:
         """Whether an interrupted run wrote a rewritten tensor."""
         done = f"{store.args[0]} rewritten" in self.finished
         if done:
-            self.step()
+            self.step(MOVED * node_at(store, 1).meta["val"].numel())
         return done
 
     def _scales(self, values: Mapping[str, Tensor]) -> Iterator[Piece]:
@@ -269,7 +290,8 @@ class _Writer:
     ) -> Iterator[Piece]:
         """A tensor of the source, a part at a time; one that is not finite is noted."""
         key, finite = str(store.args[0]), True
-        for part in parts(self.shards.infos[key], PIECE_BYTES):
+        info = self.shards.infos[key]
+        for part in parts(info, PIECE_BYTES):
             start = part.start if part else 0
             name = f"{key} from {start}"
             if name not in self.finished:
@@ -279,9 +301,10 @@ class _Writer:
             else:
                 good = self.finished[name]
             finite = finite and good
+            rows = info.shape[:1] if part is None else (len(part),)
+            self.step(MOVED * math.prod((*rows, *info.shape[1:])))
         if not finite:
             self.written.not_finite.append(key)
-        self.step()
 
     def _is_packed(self, pack: Node) -> bool:
         """Whether an interrupted run wrote all of it."""
@@ -289,8 +312,7 @@ class _Writer:
         if note is None:
             return False
         self._note(pack, Quality.of(note))
-        for _ in pack.users:
-            self.step()
+        self.step(_packing(pack))
         return True
 
     def _note(self, pack: Node, own: Quality) -> None:
@@ -312,7 +334,7 @@ class _Writer:
                 if is_zero and bool(weights.values[i, rows].any()):
                     zeros.append(str(store.args[0]))
                 blocks += self._blocks(store, part)
-                self.step()
+            self.step(_packing(pack))
             own = own._replace(zeros=tuple(zeros))
             self._note(pack, own)
             yield Piece(_piece_name(pack), blocks, own)

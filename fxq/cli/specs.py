@@ -122,7 +122,7 @@ def preview_all(arguments: argparse.Namespace) -> None:
     with tables.progress("plan", len(specs)) as step:
         for row in previews(model, specs, known):
             rows.append(row)
-            step()
+            step(1)
     if arguments.json:
         print(json.dumps([row.as_dict() for row in rows], indent=2))
     else:

@@ -24,6 +24,7 @@ from fxq.run import likelihood
 from fxq.run.batches import predicted_batches
 from fxq.run.simulate import simulation
 from fxq.run.streaming import Streaming
+from fxq.run.work import total
 
 EVAL_SAMPLES, EVAL_SEQ_LEN = 64, 512  # if nothing is said
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -94,7 +95,7 @@ def evaluate(
     programs = [served(held) for held in models]
     batches = predicted_batches(programs, ids)
     runs = [simulation(program, held.source, where) for program, held in zip(programs, models, strict=True)]
-    with progress("evaluate", sum(len(run.graph.nodes) for run in runs)) as step:
+    with progress("evaluate", sum(total(run.graph, batches) for run in runs)) as step:
         for run in runs:
             run.step = step
         losses, apart = _run(runs, batches)

@@ -1,8 +1,10 @@
 """The command line as a user meets it: what is printed, where, and with which exit status."""
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,27 @@ def _never(*args: object, **kwargs: object) -> None:
 
 def _interrupted(*args: object, **kwargs: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [SPEC, "nvfp4_weight_only", pytest.param("nvfp4_default_gptq-fp8_cast_kv", marks=pytest.mark.slow)],
+)
+def test_progress_counts_all_work_and_no_more(spec: str, model: Path, tmp_path: Path) -> None:
+    shown: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+        shown[label] = [total]
+        yield shown[label].append
+
+    text = samples(8, 40)
+    fxq.compile(model, spec, calib=text, out=tmp_path / "out", evaluate=text, progress=progress)
+    data = "weight_only" not in spec
+    assert list(shown) == ["calibrate and write" if data else "pack and write", "evaluate"]
+    for label, (total, *steps) in shown.items():
+        assert sum(steps) == pytest.approx(total, rel=0.1), label
+        assert max(steps) < total / 4, label
 
 
 def test_compile_prints_json_when_asked(
