@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from fxq.audit import Findings, verify_checkpoint
     from fxq.compile import Compiled, compile
     from fxq.evaluate.evaluation import Evaluation, evaluate
+    from fxq.sources.samples import Blend
 
 __version__ = "0.1.0"
 __all__ = [
+    "Blend",
     "CheckpointError",
     "Compiled",
     "Evaluation",
@@ -33,6 +35,7 @@ __all__ = [
     "verify_checkpoint",
 ]
 _HOMES = {
+    "Blend": "fxq.sources.samples",
     "compile": "fxq.compile",
     "Compiled": "fxq.compile",
     "evaluate": "fxq.evaluate.evaluation",

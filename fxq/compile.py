@@ -49,6 +49,7 @@ def compile(
     eval_seq_len: int = EVAL_SEQ_LEN,
     samples: int | None = None,
     seq_len: int = 512,
+    pack: bool = False,
     device: str | torch.device = "cpu",
     format: str | None = None,
     allow_partial: bool = False,
@@ -60,8 +61,11 @@ def compile(
     """Trace, transform and calibrate a model; with `out`, also write the checkpoint.
 
     model: a Hugging Face directory with safetensors, or a live model (left as it is). spec: a shipped spec's
-    name, a YAML file, or a Spec. calib: a .jsonl path, an iterable of texts, id lists or such mappings, or a
-    mapping of columns; the first `samples` (128) are used, cut to `seq_len` tokens each. resume: go on with
+    name, a YAML file, or a Spec. calib: text as `fxq.sources.samples.load_samples` takes it: a file (.jsonl,
+    .json, .txt, .parquet, or a directory of `datasets`), an iterable of texts, id lists or mappings with
+    "text", "messages" or "input_ids", a mapping of such columns, one text, or a `fxq.Blend` of these. A str
+    that names a file is the file. The first `samples` (128) are used, cut to `seq_len` tokens each; with
+    `pack` they are joined and cut into so many rows of just that length. resume: go on with
     what an interrupted run of the same arguments left beside `out`, if there is anything; the output is the
     same, byte for byte.
     shard_bytes: about how large the files of the output become. evaluate: text, given alike, whose first
@@ -88,7 +92,7 @@ def compile(
     needing = needs_data(chosen.passes)
     if needing is not None and calib is None:
         raise SpecError(
-            f"{chosen.name}: {needing} needs calibration data; give --calib FILE.jsonl (calib=... in python)"
+            f"{chosen.name}: {needing} needs calibration data; give --calib FILE (calib=... in python)"
         )
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
@@ -96,7 +100,10 @@ def compile(
     report = Report(chosen.name)
     with working(to, resume=resume) if to is not None else nullcontext() as work:
         opened = open_model(model, follow_links=follow_links, trust_remote_code=trust_remote_code)
-        ids = samples_of(opened, calib, wanted, seq_len) if calib is not None else None
+        doubts: list[str] = []
+        ids = None
+        if calib is not None:
+            ids = samples_of(opened, calib, wanted, seq_len, pack=pack, notes=doubts)
         unseen = samples_of(opened, evaluate, eval_samples, eval_seq_len) if evaluate is not None else None
         if unseen is not None:
             check_predicted(unseen)  # before hours of calibration
@@ -112,7 +119,8 @@ def compile(
             session.writes = True
         report.calibration_tokens = sum(batch.numel() for batch in batches or ())
         if needing is not None and ids is not None:
-            report.add_warnings(doubts_of_text(len(ids), samples, report.calibration_tokens))
+            doubts += doubts_of_text(len(ids), samples, report.calibration_tokens)
+            report.add_warnings(f"calibration: {doubt}" for doubt in doubts)
         with timed(report, "passes"), gc_paused():
             if calibrates_first(chosen.passes, writes=session.writes):
                 rehearsed = uncalibrated(program, chosen, known)  # what cannot be written fails before it

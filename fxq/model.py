@@ -174,22 +174,67 @@ def _stored_dtype(source: Directory) -> torch.dtype:
     )
 
 
-def samples_of(model: Model, text: object, samples: int, seq_len: int) -> list[list[int]]:
-    """The first samples of a text, as token ids of the model, cut to what it can hold."""
+def samples_of(
+    model: Model,
+    text: object,
+    samples: int,
+    seq_len: int,
+    *,
+    pack: bool = False,
+    notes: list[str] | None = None,
+) -> list[list[int]]:
+    """The first samples of a text, as token ids of the model, cut to what it can hold; see `load_samples`."""
     text_config = model.fake.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or seq_len
-    tokenizer: list[Any] = []
-
-    def encode(line: str) -> Sequence[int]:
-        if not tokenizer:
-            if model.directory is None:
-                raise SourceError("text needs a tokenizer; a model without a directory takes input_ids")
-            tokenizer.append(load_tokenizer(model.directory, trust_remote_code=model.trust_remote_code))
-        return tokenizer[0](line)["input_ids"]
-
-    return calibration.load_samples(
-        text, encode, vocabulary=text_config.vocab_size, samples=samples, length=min(seq_len, limit)
+    reader = _Reader(model)
+    found = calibration.load_samples(
+        text,
+        reader.encode,
+        vocabulary=text_config.vocab_size,
+        samples=samples,
+        length=min(seq_len, limit),
+        chat=reader.chat,
+        pack=pack,
+        notes=notes,
     )
+    if notes is not None and reader.has_unused_template:
+        notes.append(
+            'the model has a chat template and the text is plain; {"messages": [...]} would show it what it '
+            "is asked when it is served"
+        )
+    return found
+
+
+class _Reader:
+    """The tokenizer of a model's directory, loaded when it is first needed."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.read_text = self.read_messages = False
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        if self.model.directory is None:
+            raise SourceError("text needs a tokenizer; a model without a directory takes input_ids")
+        return load_tokenizer(self.model.directory, trust_remote_code=self.model.trust_remote_code)
+
+    def encode(self, text: str) -> Sequence[int]:
+        self.read_text = True
+        return self.tokenizer(text)["input_ids"]
+
+    def chat(self, messages: Any) -> Sequence[int]:
+        """A conversation as the model's template puts it."""
+        self.read_messages = True
+        if not self._has_template():
+            raise SourceError("the tokenizer has no chat template for messages; give text or input_ids")
+        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+
+    def _has_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def has_unused_template(self) -> bool:
+        return self.read_text and not self.read_messages and self._has_template()
 
 
 def run_of(

@@ -1,6 +1,8 @@
 """Arguments that several commands share."""
 
+import contextlib
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -40,3 +42,24 @@ def add_partial(parser: ArgumentParser) -> None:
 def add_json(parser: ArgumentParser, about: str = "print it as JSON") -> None:
     """Output for programs."""
     parser.add_argument("--json", action="store_true", help=about)
+
+
+def text_of(given: Sequence[str] | None) -> object:
+    """The text that `FILE[=WEIGHT]`, maybe several of them, stand for: files, the whole name if there is such
+    a one."""
+    if given is None:
+        return None
+    parts = [_weighed(name) for name in given]
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    from fxq.sources.samples import Blend
+
+    return Blend(parts)
+
+
+def _weighed(name: str) -> tuple[Path, float]:
+    file, equals, weight = name.rpartition("=")
+    if equals and not Path(name).exists():
+        with contextlib.suppress(ValueError):
+            return Path(file), float(weight)
+    return Path(name), 1.0

@@ -41,9 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with what an interrupted run left beside DIR: finished work is checked, not redone",
     )
-    add("--calib", metavar="FILE", type=Path, help='JSON lines of {"text": ...} or {"input_ids": [...]}')
-    add("--samples", type=int, metavar="N", help="calibration lines to use (default 128)")
-    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
+    add(
+        "--calib",
+        action="append",
+        metavar="FILE[=WEIGHT]",
+        help='text to calibrate on: .jsonl or .json of {"text": ...}, {"messages": [...]} or {"input_ids": '
+        "[...]}, .txt, .parquet, a directory of `datasets`; of several files each gives its share of samples",
+    )
+    add("--samples", type=int, metavar="N", help="calibration samples to use (default 128)")
+    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each sample (default 512)")
+    add("--pack", action="store_true", help="join samples and cut them into N rows of just L tokens")
     add("--device", default="cpu", metavar="cpu|cuda", help="where calibration and packing run (default cpu)")
     add(
         "--format",
@@ -111,7 +118,7 @@ def _compiled(arguments: argparse.Namespace, chosen: "Spec") -> "Compiled":
     return compile(
         arguments.model,
         chosen,
-        calib=arguments.calib,
+        calib=shared.text_of(arguments.calib),
         out=arguments.out,
         resume=arguments.resume,
         evaluate=arguments.eval,
@@ -119,6 +126,7 @@ def _compiled(arguments: argparse.Namespace, chosen: "Spec") -> "Compiled":
         eval_seq_len=arguments.eval_seq_len,
         samples=arguments.samples,
         seq_len=arguments.seq_len,
+        pack=arguments.pack,
         device=arguments.device,
         format=arguments.format,
         allow_partial=arguments.allow_partial,

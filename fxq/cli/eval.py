@@ -25,15 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(
         parser, "directory with safetensors: unquantized, or an NVFP4 checkpoint, run as engines serve it"
     )
-    add("--text", required=True, metavar="FILE", type=Path, help="JSON lines, as for calibration")
+    add("--text", required=True, metavar="FILE", type=Path, help="text, in files as for calibration")
     add(
         "--base",
         metavar="MODEL",
         type=Path,
         help="the model it was made from: KL divergence, top-1 agreement",
     )
-    add("--samples", type=int, default=64, metavar="N", help="lines to use (default 64)")
-    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
+    add("--samples", type=int, default=64, metavar="N", help="samples to use (default 64)")
+    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each sample (default 512)")
     add("--device", default="cpu", metavar="cpu|cuda", help="where the models run (default cpu)")
     shared.add_json(parser)
     shared.add_reading(parser)

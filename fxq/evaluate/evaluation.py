@@ -80,7 +80,7 @@ def evaluate(
 
     model, base: a directory of safetensors, unquantized, FP8 block-quantized or NVFP4 (ModelOpt's or
     compressed-tensors', whoever wrote it; then inputs and KV cache are quantized as it declares), or a live
-    model. text: a .jsonl path or an iterable, as for calibration; the first `samples`, cut to `seq_len`
+    model. text: given as for calibration; the first `samples`, cut to `seq_len`
     tokens. Raises SpecError, SourceError or TraceError.
     """
     where, start = device_of(device), time.perf_counter()

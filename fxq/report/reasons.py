@@ -158,9 +158,9 @@ def doubts_of_text(found: int, samples: int | None, tokens: int) -> Iterator[str
     """What the user should know of the text that a model is calibrated on: samples found and asked for, if a
     number was given, and their tokens."""
     if samples is not None and found < samples:
-        yield f"calibration: {samples} samples were asked for, the text has {found}"
+        yield f"{samples} samples were asked for, the text has {found}"
     if tokens < FEW_TOKENS:
         yield (
-            f"calibration: {tokens} tokens show little of what inputs are, and larger ones are clipped while "
+            f"{tokens} tokens show little of what inputs are, and larger ones are clipped while "
             f"serving; expected {FEW_TOKENS:,} or more"
         )
