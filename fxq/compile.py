@@ -60,7 +60,8 @@ def compile(
 ) -> "Compiled":
     """Trace, transform and calibrate a model; with `out`, also write the checkpoint.
 
-    model: a Hugging Face directory with safetensors, or a live model (left as it is). spec: a shipped spec's
+    model: a Hugging Face directory with safetensors, the hub's name of one that is in the local cache, or a
+    live model (left as it is). spec: a shipped spec's
     name, a YAML file, or a Spec. calib: text as `fxq.sources.samples.load_samples` takes it: a file (.jsonl,
     .json, .txt, .parquet, or a directory of `datasets`), an iterable of texts, id lists or mappings with
     "text", "messages" or "input_ids", a mapping of such columns, one text, or a `fxq.Blend` of these. A str

@@ -23,6 +23,7 @@ from fxq.sources import Directory, Live, fingerprint
 from fxq.sources import samples as calibration
 from fxq.sources.fp8_blocks import without_encoding
 from fxq.sources.live import called_otherwise
+from fxq.sources.locate import model_directory
 from fxq.trace.export import trace
 from fxq.trace.fake_model import (
     FakeModel,
@@ -33,7 +34,7 @@ from fxq.trace.fake_model import (
     quiet,
 )
 
-# A model as users give it: a Hugging Face directory, or a live model.
+# A model as users give it: a Hugging Face directory, its name on the hub, or a live model.
 AnyModel = str | Path | PreTrainedModel
 
 
@@ -117,19 +118,36 @@ def open_model(
     follow_links: whether its files may be symbolic links out of it. quantized: whether an NVFP4 checkpoint
     is opened, decoded, instead of being refused.
     """
-    if isinstance(model, PreTrainedModel):
-        return _open_live(model, follow_links, trust_remote_code)
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        raise SourceError(
-            f"{path}: no such directory; expected a Hugging Face model with config.json and safetensors"
-        )
+    given = located(model)
+    if isinstance(given, PreTrainedModel):
+        return _open_live(given, follow_links, trust_remote_code)
+    path = given
     source = Directory(path, quantized=quantized, follow_links=follow_links)
     config = load_config(path, trust_remote_code=trust_remote_code)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(source)
     fake = fake_model_of_config(config, dtype, trust_remote_code=trust_remote_code)
     source.attach(fake.model)
     return Model(fake, source, without_encoding(source.config), path, trust_remote_code)
+
+
+def located(model: object) -> Path | PreTrainedModel:
+    """The directory or live model that a user means; SourceError for what is neither, with what to do."""
+    if isinstance(model, (str, Path)):
+        return model_directory(model)
+    live: Any = getattr(model, "_orig_mod", model)  # of torch.compile, which changes no weight
+    if callable(getattr(live, "merge_and_unload", None)) or getattr(live, "_hf_peft_config_loaded", False):
+        raise SourceError(
+            f"{type(live).__name__}: a model with adapters beside its weights; expected them merged: "
+            "merge_and_unload() of peft gives the model to compile"
+        )
+    if isinstance(live, PreTrainedModel):
+        return live
+    inner = getattr(live, "module", None)
+    hint = "; give its .module" if isinstance(inner, PreTrainedModel) else ""
+    raise SourceError(
+        "expected a Hugging Face directory, a name on the hub or a transformers PreTrainedModel, found "
+        f"{type(live).__name__}{hint}"
+    )
 
 
 def _open_live(model: PreTrainedModel, follow_links: bool, trust_remote_code: bool) -> Model:
@@ -161,9 +179,10 @@ def _comparable(model: PreTrainedModel) -> dict[str, Any]:
 
 def directory_of(model: AnyModel) -> Path | None:
     """The model's directory: the path itself, or where a live model was loaded from, if it is still there."""
-    if not isinstance(model, PreTrainedModel):
-        return Path(model).expanduser()
-    name = model.config._name_or_path
+    given = located(model)
+    if isinstance(given, Path):
+        return given
+    name = given.config._name_or_path
     return Path(name) if name and (Path(name) / "config.json").is_file() else None
 
 

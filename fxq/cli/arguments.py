@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def add_model(parser: ArgumentParser, about: str = "Hugging Face directory with safetensors") -> None:
+def add_model(
+    parser: ArgumentParser,
+    about: str = "Hugging Face directory with safetensors, or a name in the hub's local cache",
+) -> None:
     """The model that a command reads."""
     parser.add_argument("model", metavar="MODEL", type=Path, help=about)
 

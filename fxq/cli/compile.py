@@ -79,9 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     from fxq.pipeline.spec import load
 
     chosen = load(arguments.spec, table(arguments.passes))  # its mistakes come before a file is read
+    from fxq.sources.locate import model_directory
     from fxq.sources.prefetch import prefetch
 
-    with prefetch(arguments.model):
+    with prefetch(model_directory(arguments.model)):
         compiled = _compiled(arguments, chosen)
     try:
         if arguments.json:
