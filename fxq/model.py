@@ -201,6 +201,7 @@ def samples_of(
     *,
     pack: bool = False,
     notes: list[str] | None = None,
+    name: str = "calib",
 ) -> list[list[int]]:
     """The first samples of a text, as token ids of the model, cut to what it can hold; see `load_samples`."""
     text_config = model.fake.config.get_text_config()
@@ -215,6 +216,7 @@ def samples_of(
         chat=reader.chat,
         pack=pack,
         notes=notes,
+        name=name,
     )
     if notes is not None and reader.has_unused_template:
         notes.append(
@@ -276,11 +278,14 @@ def run_of(
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """The device of that name; SpecError if it is none of this machine's."""
+    """The device of that name, for "auto" a GPU if there is one; SpecError if it is none of this
+    machine's."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise SpecError(f"no device is called {device!r}; there are cpu, cuda") from error
+    except (RuntimeError, TypeError) as error:
+        raise SpecError(f"no device is called {device!r}; there are auto, cpu, cuda") from error
     if found.type not in ("cpu", "cuda"):
         raise SpecError(f"fxq runs on cpu or cuda; found {device!r}")
     if found.type == "cuda" and not torch.cuda.is_available():

@@ -21,6 +21,12 @@ def add_reading(parser: ArgumentParser) -> None:
     add("--follow-links", action="store_true", help="follow links that lead out of the model directory")
 
 
+def add_device(parser: ArgumentParser, about: str) -> None:
+    """Which processor is used."""
+    about += " (default auto: a GPU if there is one)"
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help=about)
+
+
 def add_passes(parser: ArgumentParser) -> None:
     """Passes that specs may name beside those of fxq and of installed packages."""
     parser.add_argument(

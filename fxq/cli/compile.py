@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxq.cli import arguments as shared
+from fxq.cli import logs
 from fxq.errors import CheckpointError
 from fxq.gc_paused import gc_paused
 
 if TYPE_CHECKING:
-    from fxq.compile import Compiled
+    from fxq.compiled import Compiled
     from fxq.pipeline.spec import Spec
     from fxq.report.summary import Report
 
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, metavar="N", help="calibration samples to use (default 128)")
     add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each sample (default 512)")
     add("--pack", action="store_true", help="join samples and cut them into N rows of just L tokens")
-    add("--device", default="cpu", metavar="cpu|cuda", help="where calibration and packing run (default cpu)")
+    shared.add_device(parser, "where calibration and packing run")
     add(
         "--format",
         metavar="FORMAT",
@@ -113,7 +114,6 @@ def print_summary(report: "Report") -> None:
 
 def _compiled(arguments: argparse.Namespace, chosen: "Spec") -> "Compiled":
     with gc_paused():
-        from fxq.cli import tables
         from fxq.compile import compile
 
     return compile(
@@ -134,5 +134,5 @@ def _compiled(arguments: argparse.Namespace, chosen: "Spec") -> "Compiled":
         passes=arguments.passes,
         follow_links=arguments.follow_links,
         trust_remote_code=arguments.trust_remote_code,
-        progress=tables.progress,
+        progress=logs.progress_of(arguments),
     )

@@ -9,6 +9,7 @@ import datetime
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
@@ -58,6 +59,12 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     then where there is no terminal. Nothing where there is nothing to do."""
     with (_bar if sys.stderr.isatty() else _lines)(label, total) if total else _nothing() as step:
         yield step
+
+
+def shown_in_python(label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar in a terminal or a notebook, elsewhere nothing: a library does not print."""
+    seen = sys.stderr.isatty() or console(stderr=True).is_jupyter
+    return _bar(label, total) if seen and total else _nothing()
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ rewritten                   names of the checkpoint's tensors that hold what a p
 untied                      names of modules that share a tensor in the source and have one of their own here
 sizes                       bytes: weights, scales, untouched
 warnings                    sentences
-measured                    seconds by stage, peak_host_bytes, peak_device_bytes, source_bytes_read: differ
-                            from run to run
+measured                    seconds by stage, peak_host_bytes, peak_device_bytes, source_bytes_read, device:
+                            differ from run to run
 """
 
 import json
@@ -47,7 +47,7 @@ WORST = 10
 # A weight stands out from its fellows if a property is so many times theirs.
 STANDS_OUT = 1.15
 # What of `Report` is no part of the summary: what differs between runs, and what is a field of its own.
-_MEASURED = ("seconds", "peak_host_bytes", "peak_device_bytes", "source_bytes_read", "out")
+_MEASURED = ("seconds", "peak_host_bytes", "peak_device_bytes", "source_bytes_read", "out", "device")
 _OWN_FIELDS = ("warnings", "spec", "rewritten", "untied")
 _Weights = Mapping[tuple[str, int | None], Quality]
 
@@ -142,6 +142,7 @@ def _measured(report: Report) -> dict[str, Any]:
         "peak_host_bytes": report.peak_host_bytes,
         "peak_device_bytes": report.peak_device_bytes,
         "source_bytes_read": report.source_bytes_read,
+        "device": report.device,
     }
 
 

@@ -1,5 +1,6 @@
 """What a compilation did, in figures: for people as a table, for programs as a mapping."""
 
+import html
 import math
 import re
 from collections import Counter
@@ -26,7 +27,7 @@ _QUOTED = re.compile(r"('[^']*')")
 _NODE_NUMBER = re.compile(r"(%\w*?)(_\d+)+\b")
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Counts and measurements of one compilation; None where something was not measured.
 
@@ -67,6 +68,7 @@ class Report:
     kl_divergence: float | None = None
     top1_agreement: float | None = None
     out: str | None = None
+    device: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
@@ -123,7 +125,8 @@ class Report:
             )
         if self.source_bytes and self.output_bytes:
             yield "size", f"{self.source_bytes / 1e6:.1f} MB before, {self.output_bytes / 1e6:.1f} MB after"
-        yield "time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        time = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        yield "time", f"{time}{f', on {self.device}' if self.device else ''}"
         memory = f"{(self.peak_host_bytes or 0) / 2**30:.2f} GiB host"
         if self.peak_device_bytes is not None:
             memory += f", {self.peak_device_bytes / 2**30:.2f} GiB GPU"
@@ -135,6 +138,16 @@ class Report:
         """The summary as plain text, with the warnings."""
         rows = [f"{label:<16} {value}" for label, value in self.rows()]
         return "\n".join([self.title, *rows, *(f"warning: {warning}" for warning in self.warnings)])
+
+    def __repr__(self) -> str:
+        """What the many fields are those of; `print` shows them."""
+        return f"<Report of {self.spec}: {self.quantize_nodes} quantize nodes, {len(self.warnings)} warnings>"
+
+    def _repr_html_(self) -> str:
+        """The summary as a table, for notebooks."""
+        rows = [*self.rows(), *(("warning", warning) for warning in self.warnings)]
+        cells = (f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+        return f"<table><caption>{html.escape(self.title)}</caption>{''.join(cells)}</table>"
 
     def count(self, program: Program) -> None:
         """Fill in what a calibrated program and its values say."""

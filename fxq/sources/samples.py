@@ -38,6 +38,7 @@ class _Reading:
     length: int
     pack: bool
     notes: list[str]
+    name: str
 
 
 def load_samples(
@@ -50,6 +51,7 @@ def load_samples(
     chat: Encode | None = None,
     pack: bool = False,
     notes: list[str] | None = None,
+    name: str = "calib",
 ) -> list[list[int]]:
     """At most `samples` lists of at most `length` token ids.
 
@@ -58,11 +60,12 @@ def load_samples(
     Blend. A text alone, and a .txt file, is cut into pieces; other samples are cut off. Ids may be a batch
     [B, S]; what an "attention_mask" beside them leaves out is padding, and dropped.
     encode: text -> token ids. chat: a list of messages -> token ids; None if there is no template for them.
-    vocabulary: how many tokens there are. pack: whether samples are joined and cut into lists of `length`
-    ids each. notes: what the user should know of the text is added. Raises SourceError naming the line when
-    one cannot be used, or when there are none.
+    vocabulary: how many tokens there are. pack: whether samples are joined and cut into lists of `length` ids
+    each. notes: what the user should know of the text is added. name: of the argument, for errors. Raises
+    SourceError naming the line when one cannot be used, or when there are none.
     """
-    reading = _Reading(encode, chat, vocabulary, samples, length, pack, [] if notes is None else notes)
+    notes = [] if notes is None else notes
+    reading = _Reading(encode, chat, vocabulary, samples, length, pack, notes, name)
     return _blended(calib, reading) if isinstance(calib, Blend) else _loaded(calib, reading)
 
 
@@ -87,7 +90,7 @@ def _loaded(calib: object, reading: _Reading) -> list[list[int]]:
             break
     if not found:
         expected = f"token ids, found none in {count} samples" if count else "samples of text, found none"
-        raise SourceError(f"{_name(calib)}: expected {expected}")
+        raise SourceError(f"{_name(calib, reading)}: expected {expected}")
     return _packed(found, reading) if reading.pack else found
 
 
@@ -109,11 +112,15 @@ def _blended(blend: Blend, reading: _Reading) -> list[list[int]]:
     for (source, _), start, end in zip(blend.parts, ends, ends[1:], strict=False):
         share = end - start
         if share == 0:
-            reading.notes.append(f"{_name(source)}: its weight gives it none of {reading.samples} samples")
+            reading.notes.append(
+                f"{_name(source, reading)}: its weight gives it none of {reading.samples} samples"
+            )
             continue
         part = _loaded(source, dataclasses.replace(reading, samples=share))
         if len(part) < share:
-            reading.notes.append(f"{_name(source)}: {share} samples are its share, it has {len(part)}")
+            reading.notes.append(
+                f"{_name(source, reading)}: {share} samples are its share, it has {len(part)}"
+            )
         found += part
     return found
 
@@ -124,14 +131,14 @@ def _items(calib: object, reading: _Reading) -> Iterator[tuple[str, Any]]:
         for where, item in samples_in(Path(calib).expanduser(), characters):
             yield from _columns(item.columns, where) if isinstance(item, Columns) else [(where, item)]
     elif isinstance(calib, str):
-        yield "calib", Plain(calib)
+        yield reading.name, Plain(calib)
     elif isinstance(calib, Mapping):
-        yield from _columns(calib, "calib")
+        yield from _columns(calib, reading.name)
     elif isinstance(calib, Iterable):
-        yield from ((f"calib[{i}]", item) for i, item in enumerate(calib))
+        yield from ((f"{reading.name}[{i}]", item) for i, item in enumerate(calib))
     else:
         raise SourceError(
-            f"calib: expected a file, a text or an iterable of samples, found {type(calib).__name__}"
+            f"{reading.name}: expected a file, a text or an iterable of samples, found {type(calib).__name__}"
         )
 
 
@@ -243,5 +250,5 @@ def _short(value: object) -> str:
     return text[:60] if text.isprintable() else repr(text[:60])
 
 
-def _name(calib: object) -> str:
-    return str(calib) if isinstance(calib, (str, Path)) else "calib"
+def _name(calib: object, reading: _Reading) -> str:
+    return str(calib) if isinstance(calib, (str, Path)) else reading.name
