@@ -24,6 +24,7 @@ from fxq.pipeline.base import Pass, Progress, Session, bystanders
 from fxq.pipeline.run import NOTHING_TO_WRITE, calibrates_first, needs_data, run_passes
 from fxq.pipeline.spec import Spec, load
 from fxq.preview import uncalibrated
+from fxq.provenance import of_text, provenance
 from fxq.report.measured import measure_memory, timed
 from fxq.report.reasons import doubts_of_text
 from fxq.report.summary import Report
@@ -110,6 +111,7 @@ def compile(
         opened = open_model(model, follow_links=follow_links, trust_remote_code=trust_remote_code)
         doubts: list[str] = []
         ids = None
+        report.made = provenance(opened, chosen, allow_partial=allow_partial, follow_links=follow_links)
         if calib is not None:
             ids = samples_of(opened, calib, wanted, seq_len, pack=pack, notes=doubts)
         unseen = None
@@ -117,6 +119,8 @@ def compile(
             unseen = samples_of(opened, evaluate, eval_samples, eval_seq_len, name="evaluate")
             check_predicted(unseen)  # before hours of calibration
         _LOG.info("compile %s with %s on %s, %d samples", opened.name, chosen.name, where, len(ids or ()))
+        report.made["calibration"] = of_text(calib, ids, seq_len=seq_len, pack=pack)
+        report.made["evaluation"] = of_text(evaluate, unseen, seq_len=eval_seq_len)
         run = functools.partial(run_of, opened, chosen, ids, where)
         if work is not None:
             work.begin(run(shard_bytes))

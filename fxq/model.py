@@ -258,14 +258,18 @@ class _Reader:
         return self.read_text and not self.read_messages and self._has_template()
 
 
+def versions() -> dict[str, str]:
+    """Of fxq and of what it computes with."""
+    return {"fxq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
 def run_of(
     model: Model, spec: Spec, ids: Sequence[Sequence[int]] | None, device: torch.device, shard_bytes: int
 ) -> dict[str, Any]:
     """Everything that decides what a run writes, in JSON: two runs of equal values write equal bytes."""
-    versions = {"fxq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     files = fingerprint.of_directory(model.directory) if model.directory is not None else {}
     return {
-        "versions": versions,
+        "versions": versions(),
         "passes": "; ".join(map(repr, spec.passes)),
         "code": fingerprint.of_code(type(step) for step in spec.passes),
         "model": files,

@@ -53,6 +53,16 @@ class Spec:
             passes.append(dataclasses.replace(cast(Any, step), **own))
         return dataclasses.replace(self, passes=tuple(passes))
 
+    def as_mapping(self) -> dict[str, Any]:
+        """What a YAML file of it would hold: each pass with the options that are not its defaults."""
+        listed: list[Any] = []
+        for step in self.passes:
+            fields = dataclasses.fields(cast(Any, step))
+            given = {f.name: getattr(step, f.name) for f in fields if getattr(step, f.name) != f.default}
+            plain = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
+            listed.append({step.name: plain} if plain else step.name)
+        return {"description": self.description, "passes": listed}
+
 
 class _Loader(yaml.SafeLoader):
     """YAML without aliases, by which a small file can stand for one without end."""

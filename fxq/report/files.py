@@ -7,6 +7,9 @@ report.json (`version` changes when the meaning of a field does; everything outs
 every run of the same inputs):
 
 version, fxq, spec, title   1; fxq's version; the spec's name; the model's directory name or class
+made                        how: model, spec (a mapping, which `fxq.compile` takes), options, versions,
+                            calibration and evaluation: from, samples,
+                            tokens, shortest, longest, tokens_hash, seq_len, pack; null if none
 summary                     the fields of `fxq.report.summary.Report` that are counts and errors
 weights                     a parameter each: name; layer (its first number) and projection (the rest); per
                             expert (or once) sqnr_db (null: exact), crest and spread (`fxq.numbers.quality`)
@@ -22,10 +25,11 @@ rewritten                   names of the checkpoint's tensors that hold what a p
 untied                      names of modules that share a tensor in the source and have one of their own here
 sizes                       bytes: weights, scales, untouched
 warnings                    sentences
-measured                    seconds by stage, peak_host_bytes, peak_device_bytes, source_bytes_read, device:
-                            differ from run to run
+measured                    seconds by stage, peak_host_bytes, peak_device_bytes, source_bytes_read, device,
+                            date: differ from run to run
 """
 
+import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +42,7 @@ from torch import Tensor
 from fxq import __version__
 from fxq.graph.hub import NUMBER, natural_order
 from fxq.numbers.quality import STEPS, Quality
+from fxq.report.card import README, card, is_ours
 from fxq.report.pages import page
 from fxq.report.summary import Report, fold
 
@@ -48,7 +53,7 @@ WORST = 10
 STANDS_OUT = 1.15
 # What of `Report` is no part of the summary: what differs between runs, and what is a field of its own.
 _MEASURED = ("seconds", "peak_host_bytes", "peak_device_bytes", "source_bytes_read", "out", "device")
-_OWN_FIELDS = ("warnings", "spec", "rewritten", "untied")
+_OWN_FIELDS = ("warnings", "spec", "rewritten", "untied", "made")
 _Weights = Mapping[tuple[str, int | None], Quality]
 
 
@@ -71,22 +76,37 @@ class Details:
 
 
 def write(report: Report, details: Details, directory: Path) -> None:
-    """Write fxq-report/report.json and report.html into a checkpoint's directory."""
+    """Write fxq-report/report.json and report.html into a checkpoint's directory, and a model card unless
+    there is one."""
     folder = directory / DIRECTORY
     folder.mkdir()
-    for name, text in _files(content(report, details)).items():
+    made = content(report, details)
+    for name, text in _files(made).items():
         (folder / name).write_text(text, encoding="utf-8")
+    if not (readme := directory / README).exists():
+        readme.write_text(card(made), encoding="utf-8")
 
 
 def update(report: Report, directory: Path) -> None:
     """Put what was measured of a complete checkpoint into its report: each file is replaced as a whole."""
     folder = directory / DIRECTORY
     made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    made |= {"summary": _summary(report), "warnings": report.warnings, "measured": _measured(report)}
+    made |= {
+        "made": report.made,
+        "summary": _summary(report),
+        "warnings": report.warnings,
+        "measured": _measured(report),
+    }
     for name, text in _files(made).items():
-        new = folder / f"{name}.part"
-        new.write_text(text, encoding="utf-8")
-        new.replace(folder / name)
+        _replace(folder / name, text)
+    if is_ours(directory / README):
+        _replace(directory / README, card(made))
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.part")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def _files(made: Mapping[str, Any]) -> dict[str, str]:
@@ -116,6 +136,7 @@ def content(report: Report, details: Details) -> dict[str, Any]:
         "fxq": __version__,
         "spec": report.spec,
         "title": details.title,
+        "made": report.made,
         "summary": _summary(report),
         "weights": [_weight(name, found) for name, found in _by_parameter(details.weights)],
         "tokens": _tokens(details.tokens),
@@ -143,6 +164,7 @@ def _measured(report: Report) -> dict[str, Any]:
         "peak_device_bytes": report.peak_device_bytes,
         "source_bytes_read": report.source_bytes_read,
         "device": report.device,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -79,6 +79,10 @@ def test_compile_measures_what_it_wrote_as_eval_does(
     written = json.loads((out / "fxq-report" / "report.json").read_text())
     assert written["summary"] == pytest.approx(written["summary"] | expected, abs=1e-6)
     assert "evaluate" in written["measured"]["seconds"]
+    assert written["made"]["evaluation"]["samples"] == 2
+    card = (out / "README.md").read_text()
+    assert f"| perplexity | {found.perplexity:.4f} |" in card
+    assert "| evaluation text | 2 samples, 10 tokens |" in card
     assert "perplexity_after" in (out / "fxq-report" / "report.html").read_text()
     assert sorted(path.name for path in (out / "fxq-report").iterdir()) == ["report.html", "report.json"]
 
