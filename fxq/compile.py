@@ -98,11 +98,7 @@ def compile(
         check_output(to, directory_of(model))
         if not any(step.makes_checkpoint for step in chosen.passes):
             raise CheckpointError(f"{chosen.name}: {NOTHING_TO_WRITE}")
-    needing = needs_data(chosen.passes)
-    if needing is not None and calib is None:
-        raise SpecError(
-            f"{chosen.name}: {needing} needs calibration data; give --calib FILE (calib=... in python)"
-        )
+    needing = check_data(chosen, calib)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     kernels.prepare(where)
@@ -126,6 +122,7 @@ def compile(
             work.begin(run(shard_bytes))
         with timed(report, "trace"):
             program = opened.program
+        base = opened.with_copied_program() if unseen is not None else opened
         batches = batches_of([program], ids) if ids is not None else None
         session = Session(opened.source, where, batches, progress or tables.shown_in_python)
         if work is not None:
@@ -148,7 +145,17 @@ def compile(
         if work is not None and to is not None:
             compiled.write(work, to, shard_bytes)
     if unseen is not None and to is not None:
-        compiled.evaluate(model, to, unseen, follow_links=follow_links)
+        compiled.evaluate(base, to, unseen)
     elif unseen is not None:
         compiled.perplexity(unseen, samples=eval_samples, seq_len=eval_seq_len)
     return compiled
+
+
+def check_data(spec: Spec, calib: object) -> str | None:
+    """The pass of a spec that needs calibration data, None if none does; SpecError if there is no data."""
+    needing = needs_data(spec.passes)
+    if needing is not None and calib is None:
+        raise SpecError(
+            f"{spec.name}: {needing} needs calibration data; give --calib FILE (calib=... in python)"
+        )
+    return needing

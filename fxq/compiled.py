@@ -14,7 +14,7 @@ from fxq.errors import CheckpointError
 from fxq.evaluate import evaluation
 from fxq.evaluate.perplexity import perplexities
 from fxq.graph.program import Program
-from fxq.model import AnyModel, Model, samples_of
+from fxq.model import Model, samples_of
 from fxq.pipeline.base import Session
 from fxq.pipeline.run import NOTHING_TO_WRITE
 from fxq.report import files
@@ -103,9 +103,7 @@ class Compiled:
                 beside=writing,
             )
 
-    def evaluate(
-        self, base: AnyModel, out: Path, unseen: Sequence[Sequence[int]], *, follow_links: bool
-    ) -> None:
+    def evaluate(self, base: Model, out: Path, unseen: Sequence[Sequence[int]]) -> None:
         """Measure what was written into `out`; its report says what was found."""
         try:
             with timed(self.report, "evaluate"):
@@ -116,7 +114,6 @@ class Compiled:
                     samples=len(unseen),
                     seq_len=max(map(len, unseen)),
                     device=self._session.device,
-                    follow_links=follow_links,
                     trust_remote_code=self._model.trust_remote_code,
                     progress=self._session.progress,
                 )

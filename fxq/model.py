@@ -1,6 +1,7 @@
 """Model: a directory or a live model, opened, and what tells its runs apart."""
 
 import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,19 @@ class Model:
         program.notes += self.notes
         return program
 
+    def with_copied_program(self) -> "Model":
+        """The same, with a copy of its program: passes change a program in place, and a second trace takes
+        seconds."""
+        made, traced = dataclasses.replace(self), self.program
+        vars(made)["program"] = Program(
+            copy.deepcopy(traced.graph),
+            traced.hub,
+            constants=dict(traced.constants),
+            accepts=traced.accepts,
+            notes=list(traced.notes),
+        )
+        return made
+
     @property
     def name(self) -> str:
         """That of its directory, or its class's."""
@@ -107,7 +121,7 @@ def _is_valid(generation: Mapping[str, Any]) -> bool:
 
 
 def open_model(
-    model: AnyModel,
+    model: "AnyModel | Model",
     *,
     follow_links: bool = False,
     trust_remote_code: bool = False,
@@ -118,6 +132,8 @@ def open_model(
     follow_links: whether its files may be symbolic links out of it. quantized: whether an NVFP4 checkpoint
     is opened, decoded, instead of being refused.
     """
+    if isinstance(model, Model):
+        return model
     given = located(model)
     if isinstance(given, PreTrainedModel):
         return _open_live(given, follow_links, trust_remote_code)

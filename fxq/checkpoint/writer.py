@@ -56,8 +56,9 @@ _REPLACED = (
 @dataclass
 class Written:
     """What was written, in names and bytes. qualities: per weight (parameter, expert or None) its error, and
-    what may explain it. not_finite: tensors carried through as they are that hold NaN or Inf. steps: blocks
-    by where the search put their scales (`fxq.numbers.quality`)."""
+    what may explain it. inputs: quantized tensor -> the amax of what it multiplies. not_finite: tensors
+    carried through as they are that hold NaN or Inf. steps: blocks by where the search put their scales
+    (`fxq.numbers.quality`)."""
 
     qualities: dict[tuple[str, int | None], Quality] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
@@ -67,6 +68,7 @@ class Written:
     weights: int = 0
     quantized_bytes: int = 0
     packed_bytes: int = 0
+    inputs: dict[str, float] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=lambda: [0] * len(STEPS))
 
@@ -268,6 +270,7 @@ class _Writer:
             elif store.target in (dialect.STORE_LINEAR, dialect.STORE_ROWS) and store.args[2] is not None:
                 amax, format = scalars.one(node_at(store, 2)), str(node_at(store, 1).kwargs["format"])
                 tensors |= self.format.input_tensors(_key(store), format, amax)
+                self.written.inputs[_key(store)] = float(amax)
         name = "scales of inputs and caches"
         if tensors and name not in self.finished:
             yield Piece(name, self._whole(tensors))

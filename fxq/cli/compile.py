@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fxq.cli import arguments as shared
 from fxq.cli import logs
+from fxq.cli.dry_run import dry_run
 from fxq.errors import CheckpointError
 from fxq.gc_paused import gc_paused
 
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--eval-seq-len", type=int, default=512, metavar="L", help="tokens kept of each of them (default 512)"
     )
+    add("--dry-run", action="store_true", help="check everything and show what would be written, then stop")
     shared.add_partial(parser)
     shared.add_json(parser, "print the summary as JSON")
     shared.add_passes(parser)
@@ -80,6 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
     from fxq.pipeline.spec import load
 
     chosen = load(arguments.spec, table(arguments.passes))  # its mistakes come before a file is read
+    if arguments.dry_run:
+        dry_run(arguments, chosen)
+        return 0
     from fxq.sources.locate import model_directory
     from fxq.sources.prefetch import prefetch
 

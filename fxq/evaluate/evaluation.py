@@ -70,7 +70,7 @@ def evaluate(
     model: AnyModel,
     text: object,
     *,
-    base: AnyModel | None = None,
+    base: AnyModel | Model | None = None,
     samples: int = EVAL_SAMPLES,
     seq_len: int = EVAL_SEQ_LEN,
     device: str | torch.device = "auto",
@@ -155,8 +155,10 @@ def _divergence(base: str, losses: Tensor, batches: Sequence[Tensor], kl: Tensor
     )
 
 
-def _name(model: AnyModel, held: Model) -> str:
-    return str(model) if isinstance(model, (str, Path)) else type(held.fake.model).__name__
+def _name(model: AnyModel | Model, held: Model) -> str:
+    if isinstance(model, (str, Path)):
+        return str(model)
+    return held.name if isinstance(model, Model) else type(held.fake.model).__name__
 
 
 def _vocabulary(model: Model) -> int:

@@ -66,6 +66,8 @@ class WritingReport:
         if not report.quantize_nodes:  # calibrated while it was written
             report.count(self.program)
         report.measure({name: (own.error, own.energy) for name, own in written.qualities.items()})
+        report.measure_inputs(written.inputs)
+        report.add_warnings(report.massive())
         zeros = [key for own in written.qualities.values() for key in own.zeros]
         report.add_warnings(report.losses(zeros, written.not_finite))
         report.tensors_quantized, report.tensors_excluded = len(written.linears), len(written.excluded)

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +24,10 @@ from fxq.pipeline.facts import is_weight_quantize
 
 # Correct NVFP4 weights are at 18 to 22 dB, FP8 above 25.
 LEAST_SQNR_DB = 18
+# An input's amax so many times the median is a massive activation's.
+MASSIVE = 100
 # KL in nats per token below which it is called so. Of the models in benchmarks/RESULTS.md one whose weights
-# alone are quantized is at 0.043, its perplexity 2 % up; the same in W4A4 at 0.11, 7 % up; the demo at 0.19, 11 %.
+# alone are quantized is at 0.043, its perplexity 2 % up; the same in W4A4 at 0.11, 7 % up.
 _DIVERGENCES = ((0.02, "small"), (0.1, "moderate"))
 _QUOTED = re.compile(r"('[^']*')")
 _NODE_NUMBER = re.compile(r"(%\w*?)(_\d+)+\b")
@@ -35,13 +38,14 @@ class Report:
     """Counts and measurements of one compilation; None where something was not measured.
 
     sqnr_db: 10 log10(sum w**2 / sum (w - w')**2) over all quantized weights; worst_*: the weight with the
-    lowest. groups: sets of emitted linears (q/k/v, gate/up, ...) that share their global scales.
-    source_bytes_read: bytes of the source's tensors read for calibrating, packing and writing.
-    bits_per_weight: bytes of the quantized linears, scales included, times 8, by their weights. rewritten:
-    tensors of the checkpoint that hold what a pass computed and not the source's values; quantized ones by
-    the name they had before. kl_divergence: KL(source || output) in nats per predicted token; top1_agreement:
-    the share of tokens where both rank the same one first. untied: modules that share a tensor in the source
-    and have their own here. made: the provenance (`fxq.provenance`).
+    lowest. *_input*: of the amaxes that input scales follow from, and whose the largest is. groups: sets of
+    emitted linears (q/k/v, gate/up, ...) that share their global scales. source_bytes_read: bytes of the
+    source's tensors read for calibrating, packing and writing. bits_per_weight: bytes of the quantized
+    linears, scales included, times 8, by their weights. rewritten: tensors of the checkpoint that hold what a
+    pass computed and not the source's values; quantized ones by the name they had before. kl_divergence:
+    KL(source || output) in nats per predicted token; top1_agreement: the share of tokens where both rank the
+    same one first. untied: modules that share a tensor in the source and have their own here. made: the
+    provenance (`fxq.provenance`).
     """
 
     spec: str
@@ -63,6 +67,9 @@ class Report:
     expert_sqnr_db: float | None = None
     worst_tensor: str | None = None
     worst_sqnr_db: float | None = None
+    median_input_amax: float | None = None
+    largest_input_amax: float | None = None
+    largest_input: str | None = None
     source_bytes: int | None = None
     source_bytes_read: int | None = None
     output_bytes: int | None = None
@@ -115,6 +122,12 @@ class Report:
             if self.worst_sqnr_db is not None:
                 worst = f" (worst {self.worst_sqnr_db:.2f} dB, {self.worst_tensor})"
             yield "weight SQNR", f"{self.sqnr_db:.2f} dB{worst}"
+        if self.largest_input_amax is not None and self.median_input_amax is not None:
+            yield (
+                "input amaxes",
+                f"{self.median_input_amax:.4g} at the median, the largest {self.largest_input_amax:.4g} "
+                f"({self.largest_input})",
+            )
         if self.perplexity_before is not None and self.perplexity_after is not None:
             yield (
                 "perplexity",
@@ -219,6 +232,22 @@ class Report:
         if worst is not None:
             self.worst_tensor = worst[0] + (f" expert {worst[1]}" if worst[1] is not None else "")
             self.worst_sqnr_db = sqnr_db([errors[worst]])
+
+    def measure_inputs(self, amaxes: Mapping[str, float]) -> None:
+        """Fill in what is said of inputs from the amax of each linear's."""
+        if amaxes:
+            self.median_input_amax = median(amaxes.values())
+            self.largest_input = max(amaxes, key=lambda name: amaxes[name])
+            self.largest_input_amax = amaxes[self.largest_input]
+
+    def massive(self) -> Iterator[str]:
+        """That an input has a massive activation, if one has."""
+        largest, typical = self.largest_input_amax, self.median_input_amax
+        if largest is not None and typical is not None and largest > MASSIVE * typical:
+            yield (
+                f"{self.largest_input}: its input reaches {largest:.4g}, {largest / typical:.0f} times the "
+                "median: a massive activation, in whose block of 16 all below 1/24 of it is rounded to zero"
+            )
 
     def losses(self, zeros: Sequence[str], not_finite: Sequence[str]) -> Iterator[str]:
         """Which weights have become zeros or the worst of noise, and which tensors were broken before."""

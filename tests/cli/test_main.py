@@ -16,6 +16,7 @@ from fxq.cli.main import main
 from fxq.evaluate import evaluation
 from fxq.graph.text import dump, parse
 from fxq.model import Model
+from fxq.sources import Directory
 from tests import reader
 from tests.families import Zoo, samples, write_lines, zoo
 
@@ -152,6 +153,27 @@ def test_progress_counts_all_work_and_no_more(spec: str, model: Path, tmp_path: 
     for label, (total, *steps) in shown.items():
         assert sum(steps) == pytest.approx(total, rel=0.1), label
         assert max(steps) < total / 4, label
+
+
+def test_a_dry_run_checks_all_and_writes_nothing(
+    model: Path,
+    calib: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(Directory, "read", _never)
+    out = tmp_path / "out"
+    command = ("compile", model, "--spec", SPEC, "--calib", calib, "--out", out, "--eval", calib, "--dry-run")
+    text = printed(capsys, *command)
+    for words in ("56: 48 of experts", "a router: %topk", "4 samples, ", "tokens show little"):
+        assert words in text
+    assert not list(tmp_path.iterdir())
+    for wrong, status in ((("--format", "x"), 2), (("--eval", "none.jsonl"), 1), (("--out", model), 1)):
+        assert main([str(a) for a in (*command, *wrong)]) == status
+    assert main([str(a) for a in ("compile", model, "--spec", SPEC, "--out", out, "--dry-run")]) == 2
+    assert "needs calibration data" in capsys.readouterr().err
 
 
 def test_compile_prints_json_when_asked(

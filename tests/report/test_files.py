@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -81,6 +82,28 @@ def test_only_what_is_measured_differs_between_runs(made: Path, zoo: Zoo, tmp_pa
     )
     assert first.pop("measured")["seconds"].keys() == second.pop("measured")["seconds"].keys()
     assert first == second
+
+
+def test_the_amaxes_of_inputs_are_those_of_the_scales(data: dict[str, Any], made: Path) -> None:
+    held = reader.read_checkpoint(made)
+    names = held.quantized_linears()
+    amaxes = {name: 2688 * float(held.multiplier(name, "input_scale")) for name in names}
+    found = data["summary"]
+    assert found["largest_input_amax"] == pytest.approx(max(amaxes.values()), rel=1e-5)
+    assert found["largest_input_amax"] == pytest.approx(
+        amaxes[found["largest_input"].removesuffix(".weight")]
+    )
+    assert found["median_input_amax"] == pytest.approx(median(amaxes.values()), rel=1e-5)
+
+
+def test_a_massive_activation_is_named() -> None:
+    report = Report("spec")
+    report.measure_inputs({"a": 3.0, "b": 2.0, "c": 1.0})
+    assert not list(report.massive())
+    report.measure_inputs({"a": 3.0, "b": 2.0, "c": 3000.0})
+    (warning,) = report.massive()
+    assert warning.startswith("c: its input reaches 3000, 1000 times the median")
+    assert "input amaxes     3 at the median, the largest 3000 (c)" in str(report)
 
 
 def test_it_says_how_it_was_made(data: dict[str, Any], made: Path, zoo: Zoo, tmp_path: Path) -> None:
