@@ -14,11 +14,14 @@ from fxq.errors import CheckpointError, FxqError, SourceError, SpecError, TraceE
 
 if TYPE_CHECKING:
     from fxq.audit import Findings, verify_checkpoint
-    from fxq.compile import Compiled, compile
+    from fxq.compile import compile
+    from fxq.compiled import Compiled
     from fxq.evaluate.evaluation import Evaluation, evaluate
+    from fxq.sources.samples import Blend
 
 __version__ = "0.1.0"
 __all__ = [
+    "Blend",
     "CheckpointError",
     "Compiled",
     "Evaluation",
@@ -33,8 +36,9 @@ __all__ = [
     "verify_checkpoint",
 ]
 _HOMES = {
+    "Blend": "fxq.sources.samples",
     "compile": "fxq.compile",
-    "Compiled": "fxq.compile",
+    "Compiled": "fxq.compiled",
     "evaluate": "fxq.evaluate.evaluation",
     "Evaluation": "fxq.evaluate.evaluation",
     "verify_checkpoint": "fxq.audit",
@@ -47,6 +51,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fxq' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 class _Package(ModuleType):

@@ -1,6 +1,7 @@
 """Model: a directory or a live model, opened, and what tells its runs apart."""
 
 import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,8 @@ from fxq.report.summary import fold
 from fxq.sources import Directory, Live, fingerprint
 from fxq.sources import samples as calibration
 from fxq.sources.encodings import without_encoding
-from fxq.sources.files import check_gguf
 from fxq.sources.live import called_otherwise
+from fxq.sources.locate import model_directory
 from fxq.trace.export import trace
 from fxq.trace.fake_model import (
     FakeModel,
@@ -34,7 +35,7 @@ from fxq.trace.fake_model import (
     quiet,
 )
 
-# A model as users give it: a Hugging Face directory, or a live model.
+# A model as users give it: a Hugging Face directory, its name on the hub, or a live model.
 AnyModel = str | Path | PreTrainedModel
 
 
@@ -57,6 +58,19 @@ class Model:
         program.hub = self.source.hub
         program.notes += self.notes
         return program
+
+    def with_copied_program(self) -> "Model":
+        """The same, with a copy of its program: passes change a program in place, and a second trace takes
+        seconds."""
+        made, traced = dataclasses.replace(self), self.program
+        vars(made)["program"] = Program(
+            copy.deepcopy(traced.graph),
+            traced.hub,
+            constants=dict(traced.constants),
+            accepts=traced.accepts,
+            notes=list(traced.notes),
+        )
+        return made
 
     @property
     def name(self) -> str:
@@ -107,7 +121,7 @@ def _is_valid(generation: Mapping[str, Any]) -> bool:
 
 
 def open_model(
-    model: AnyModel,
+    model: "AnyModel | Model",
     *,
     follow_links: bool = False,
     trust_remote_code: bool = False,
@@ -118,20 +132,38 @@ def open_model(
     follow_links: whether its files may be symbolic links out of it. served: whether what a quantized
     checkpoint says of its activations is read too, so that it can be run as engines do.
     """
-    if isinstance(model, PreTrainedModel):
-        return _open_live(model, follow_links, trust_remote_code)
-    path = Path(model).expanduser()
-    check_gguf(path)
-    if not path.is_dir():
-        raise SourceError(
-            f"{path}: no such directory; expected a Hugging Face model with config.json and safetensors"
-        )
+    if isinstance(model, Model):
+        return model
+    given = located(model)
+    if isinstance(given, PreTrainedModel):
+        return _open_live(given, follow_links, trust_remote_code)
+    path = given
     source = Directory(path, served=served, follow_links=follow_links)
     config = load_config(path, trust_remote_code=trust_remote_code)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(source)
     fake = fake_model_of_config(config, dtype, trust_remote_code=trust_remote_code)
     source.attach(fake.model)
     return Model(fake, source, without_encoding(source.config), path, trust_remote_code)
+
+
+def located(model: object) -> Path | PreTrainedModel:
+    """The directory or live model that a user means; SourceError for what is neither, with what to do."""
+    if isinstance(model, (str, Path)):
+        return model_directory(model)
+    live: Any = getattr(model, "_orig_mod", model)  # of torch.compile, which changes no weight
+    if callable(getattr(live, "merge_and_unload", None)) or getattr(live, "_hf_peft_config_loaded", False):
+        raise SourceError(
+            f"{type(live).__name__}: a model with adapters beside its weights; expected them merged: "
+            "merge_and_unload() of peft gives the model to compile"
+        )
+    if isinstance(live, PreTrainedModel):
+        return live
+    inner = getattr(live, "module", None)
+    hint = "; give its .module" if isinstance(inner, PreTrainedModel) else ""
+    raise SourceError(
+        "expected a Hugging Face directory, a name on the hub or a transformers PreTrainedModel, found "
+        f"{type(live).__name__}{hint}"
+    )
 
 
 def _open_live(model: PreTrainedModel, follow_links: bool, trust_remote_code: bool) -> Model:
@@ -163,9 +195,10 @@ def _comparable(model: PreTrainedModel) -> dict[str, Any]:
 
 def directory_of(model: AnyModel) -> Path | None:
     """The model's directory: the path itself, or where a live model was loaded from, if it is still there."""
-    if not isinstance(model, PreTrainedModel):
-        return Path(model).expanduser()
-    name = model.config._name_or_path
+    given = located(model)
+    if isinstance(given, Path):
+        return given
+    name = given.config._name_or_path
     return Path(name) if name and (Path(name) / "config.json").is_file() else None
 
 
@@ -176,32 +209,83 @@ def _stored_dtype(source: Directory) -> torch.dtype:
     )
 
 
-def samples_of(model: Model, text: object, samples: int, seq_len: int) -> list[list[int]]:
-    """The first samples of a text, as token ids of the model, cut to what it can hold."""
+def samples_of(
+    model: Model,
+    text: object,
+    samples: int,
+    seq_len: int,
+    *,
+    pack: bool = False,
+    notes: list[str] | None = None,
+    name: str = "calib",
+) -> list[list[int]]:
+    """The first samples of a text, as token ids of the model, cut to what it can hold; see `load_samples`."""
     text_config = model.fake.config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or seq_len
-    tokenizer: list[Any] = []
-
-    def encode(line: str) -> Sequence[int]:
-        if not tokenizer:
-            if model.directory is None:
-                raise SourceError("text needs a tokenizer; a model without a directory takes input_ids")
-            tokenizer.append(load_tokenizer(model.directory, trust_remote_code=model.trust_remote_code))
-        return tokenizer[0](line)["input_ids"]
-
-    return calibration.load_samples(
-        text, encode, vocabulary=text_config.vocab_size, samples=samples, length=min(seq_len, limit)
+    reader = _Reader(model)
+    found = calibration.load_samples(
+        text,
+        reader.encode,
+        vocabulary=text_config.vocab_size,
+        samples=samples,
+        length=min(seq_len, limit),
+        chat=reader.chat,
+        pack=pack,
+        notes=notes,
+        name=name,
     )
+    if notes is not None and reader.has_unused_template:
+        notes.append(
+            'the model has a chat template and the text is plain; {"messages": [...]} would show it what it '
+            "is asked when it is served"
+        )
+    return found
+
+
+class _Reader:
+    """The tokenizer of a model's directory, loaded when it is first needed."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.read_text = self.read_messages = False
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        if self.model.directory is None:
+            raise SourceError("text needs a tokenizer; a model without a directory takes input_ids")
+        return load_tokenizer(self.model.directory, trust_remote_code=self.model.trust_remote_code)
+
+    def encode(self, text: str) -> Sequence[int]:
+        self.read_text = True
+        return self.tokenizer(text)["input_ids"]
+
+    def chat(self, messages: Any) -> Sequence[int]:
+        """A conversation as the model's template puts it."""
+        self.read_messages = True
+        if not self._has_template():
+            raise SourceError("the tokenizer has no chat template for messages; give text or input_ids")
+        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+
+    def _has_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def has_unused_template(self) -> bool:
+        return self.read_text and not self.read_messages and self._has_template()
+
+
+def versions() -> dict[str, str]:
+    """Of fxq and of what it computes with."""
+    return {"fxq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def run_of(
     model: Model, spec: Spec, ids: Sequence[Sequence[int]] | None, device: torch.device, shard_bytes: int
 ) -> dict[str, Any]:
     """Everything that decides what a run writes, in JSON: two runs of equal values write equal bytes."""
-    versions = {"fxq": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     files = fingerprint.of_directory(model.directory) if model.directory is not None else {}
     return {
-        "versions": versions,
+        "versions": versions(),
         "passes": "; ".join(map(repr, spec.passes)),
         "code": fingerprint.of_code(type(step) for step in spec.passes),
         "model": files,
@@ -214,11 +298,14 @@ def run_of(
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """The device of that name; SpecError if it is none of this machine's."""
+    """The device of that name, for "auto" a GPU if there is one; SpecError if it is none of this
+    machine's."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise SpecError(f"no device is called {device!r}; there are cpu, cuda") from error
+    except (RuntimeError, TypeError) as error:
+        raise SpecError(f"no device is called {device!r}; there are auto, cpu, cuda") from error
     if found.type not in ("cpu", "cuda"):
         raise SpecError(f"fxq runs on cpu or cuda; found {device!r}")
     if found.type == "cuda" and not torch.cuda.is_available():

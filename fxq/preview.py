@@ -31,9 +31,9 @@ class Preview:
 
     refused: why the spec does not apply; everything else is empty then. needs_data: whether calibration data
     is needed. experts, linears: quantized tensors of the checkpoint. groups: (names of the linears that share
-    their global scales, how many such sets). excluded: (name, how many, why) of what stays as it is; `*` is a
-    number in a name, or at its end all of a module. kv_cache: how keys and values are held. *_bytes: of all
-    tensors, without headers.
+    their global scales, how many such sets). excluded: (name, how many, why) of what stays as it is; `*`
+    is any number in a name, `{0,29}` one of these, and `*` at its end all of a module. kv_cache: how keys and
+    values are held. *_bytes: of all tensors, without headers.
     bits_per_weight: of the output, source_bits_per_weight of the source, by the source's numbers.
     """
 
@@ -65,11 +65,7 @@ def preview(model: Model, spec: Spec, known: Mapping[str, type[Pass]] = PASSES) 
 
     known: every pass by name; those that the spec does not use may say why weights stay.
     """
-    traced = model.program
-    program = Program(
-        copy.deepcopy(traced.graph), traced.hub, constants=traced.constants, accepts=traced.accepts
-    )
-    run_passes(spec.passes, program, beside=bystanders(spec.passes, known))
+    program = uncalibrated(model.program, spec, known)
     source = sum(info.nbytes for info in program.hub.tensors.values())
     weights = sum(info.nbytes // info.dtype.itemsize for info in program.hub.tensors.values())
     made = Preview(
@@ -96,6 +92,14 @@ def preview(model: Model, spec: Spec, known: Mapping[str, type[Pass]] = PASSES) 
         bits_per_weight=8 * output / weights,
         warnings=(*made.warnings, *unquantized(program.calibrated, program)),
     )
+
+
+def uncalibrated(traced: Program, spec: Spec, known: Mapping[str, type[Pass]] = PASSES) -> Program:
+    """A copy of a traced program after the passes, with nothing calibrated."""
+    program = Program(
+        copy.deepcopy(traced.graph), traced.hub, constants=traced.constants, accepts=traced.accepts
+    )
+    return run_passes(spec.passes, program, beside=bystanders(spec.passes, known))
 
 
 def previews(

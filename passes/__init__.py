@@ -57,6 +57,8 @@ def table(more: Iterable[str | Path | type[Pass]] = ()) -> dict[str, type[Pass]]
 
     Raises SpecError if one that was given cannot be loaded, is no pass, or has a name that another has.
     """
+    if isinstance(more, (str, Path)) or not isinstance(more, Iterable):
+        raise SpecError(f"passes: expected a list of classes and Python files, found {more!r}")
     found, origin = dict(PASSES), dict.fromkeys(PASSES, "fxq")
     for where, cls in [*_installed(), *(item for given in more for item in _given(given))]:
         _check(where, cls)
@@ -87,6 +89,8 @@ def _given(given: str | Path | type[Pass]) -> Iterator[tuple[str, Any]]:
     if inspect.isclass(given):
         yield f"{given.__module__}.{given.__qualname__}", given
         return
+    if not isinstance(given, (str, Path)):
+        raise SpecError(f"passes: expected a class or a Python file, found {given!r}")
     path = Path(given)
     if path.suffix != ".py":
         raise SpecError(f"{path}: expected a Python file with passes, a .py")

@@ -35,5 +35,6 @@ class CalibrateMax(CalibrationPass):
             program.pending = self.prefix
             return 0
         calibration = Calibration(program, session.source, session.device, prefix=self.prefix)
-        with session.progress("calibrate-max", calibration.steps) as step:
-            return calibration.run(session.batches or (), step)
+        batches = session.batches or ()
+        with session.progress("calibrate-max", calibration.work(batches)) as step:
+            return calibration.run(batches, step)

@@ -18,7 +18,8 @@ from fxq.model import Model, open_model
 from fxq.passes import PASSES
 from fxq.pipeline import spec
 from fxq.preview import Preview, preview, previews
-from fxq.report.summary import fold, unquantized
+from fxq.report.summary import fold, fold_among, unquantized
+from fxq.run.statistics import Calibration
 from fxq.sources import Directory
 from tests import reader, tiny
 from tests.families import VOCABULARY, Zoo, random_model, samples, save, zoo
@@ -87,12 +88,13 @@ def _bytes(directory: Path) -> int:
     return total
 
 
+def refuse(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError(f"called with {args[1:]}")
+
+
 def test_nothing_is_read_and_the_model_stays_fit_for_more(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*args: Any) -> Any:
-        raise AssertionError(f"a weight was read: {args[1:]}")
-
     for name in ("read", "read_expert", "read_hub"):
         monkeypatch.setattr(Directory, name, refuse)
     model = opened("qwen3_moe")
@@ -146,6 +148,31 @@ def test_globs_that_did_not_select_are_the_reason(opened: Opened) -> None:
     assert whys["model.embed_tokens"].startswith("an embedding, and the output head")
 
 
+def test_numbers_of_globs_stay_and_the_layers_that_they_name_are_shown(opened: Opened) -> None:
+    text = "passes: [{quantize-linears: {skip: ['*.layers.1.*']}}, sync-groups, calibrate-bootstrap, lower]"
+    whys = reasons(preview(opened("llama_tied"), spec.parse(text, PASSES, "mine.yaml")))
+    assert "skip=['*.layers.1.*']" in whys["model.layers.1.mlp.*"]
+    assert "skip=['*.layers.1.*']" in whys["model.layers.1.self_attn.*"]
+    assert whys["model.layers.*.input_layernorm"].startswith("a vector")
+
+
+@pytest.mark.parametrize(
+    ("names", "everything", "expected"),
+    [
+        (["l.0.a", "l.1.a"], ["l.0.a", "l.1.a"], [("l.*.a", 2)]),
+        (["l.0.a", "l.29.a"], [f"l.{i}.a" for i in range(30)], [("l.{0,29}.a", 2)]),
+        (["l.3.a", "l.0.b"], ["l.3.a", "l.4.a", "l.0.b"], [("l.3.a", 1), ("l.*.b", 1)]),
+        (["l.0.e.1", "l.1.e.1"], [f"l.{i}.e.{j}" for i in (0, 1) for j in (0, 1)], [("l.*.e.1", 2)]),
+        (["l.0.e.0", "l.1.e.1"], [f"l.{i}.e.{j}" for i in (0, 1) for j in (0, 1)], [("l.*.e.*", 2)]),
+        (["norm"], ["norm", "l.0.a"], [("norm", 1)]),
+    ],
+)
+def test_names_are_folded_among_others(
+    names: list[str], everything: list[str], expected: list[tuple[str, int]]
+) -> None:
+    assert fold_among(names, everything) == expected
+
+
 NO_DATA = ("nvfp4_cast_mxfp4", "nvfp4_weight_only", "nvfp4_weight_only_mse")
 
 
@@ -158,6 +185,22 @@ def test_every_spec_has_a_row_and_one_that_does_not_apply_its_reason(opened: Ope
         assert ("in plain numbers, not in MXFP4" in str(row.refused)) == (name == "nvfp4_cast_mxfp4")
         assert row.needs_data == (name not in NO_DATA)
         assert bool(row.output_bytes) == (row.refused is None)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_format_that_cannot_be_written_is_found_before_calibration(
+    writes: bool, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Calibration, "segments", refuse)
+    with pytest.raises(fxq.CheckpointError, match="FP8 weights as ModelOpt does"):
+        fxq.compile(
+            zoo("qwen3_moe"),
+            "nvfp4_experts_fp8_rest_mse-fp8_kv",
+            calib=samples(2),
+            out=tmp_path / "out" if writes else None,
+            format="compressed-tensors",
+        )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

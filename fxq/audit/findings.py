@@ -57,6 +57,7 @@ RULES: dict[str, tuple[Severity, str]] = {
         "block scales far below what FP8 can hold, of which small ones lose precision: a global scale of "
         "amax / 6 instead of amax / 2688?",
     ),
+    "input-outlier": (_I, "an input far larger than others, as massive activations of trained models are"),
     "latent-quantized": (_W, "engines absorb this linear; vLLM takes its values through the quantized input"),
     "weights-zero": (_W, "every weight of this linear decodes to zero"),
     "codes-saturated": (_W, "so many weights at the largest code mean scales that are too small"),

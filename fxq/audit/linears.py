@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 import numpy as np
 
@@ -16,7 +17,9 @@ SATURATED = 0.5
 # Blocks from which on a common value of all their scales says something.
 MANY = 64
 # A global scale is amax / 2688, its inverse 2688 / amax: they meet at 1 for an amax of 2688.
-TURNING_POINT = 1.0
+TURNING_POINT = 2688
+# The largest float16: beyond it lies no massive activation, which trained models have here and there.
+ORDINARY = 65504
 # Rows and columns of a block of FP8.
 BLOCK = 128
 # MLA's expansion of the cached latent, by the name that engines look for.
@@ -54,6 +57,8 @@ def check(checkpoint: Checkpoint) -> Iterator[Finding]:
         if 0 < top <= _LOW:
             found = f"the largest block scale under a global scale of {value:g} is {top:g}"
             yield Finding("scale-range", name, f"expected about 448, {found}")
+    for role in ("global", "input"):
+        yield from _conventions(checkpoint, role)
     yield from _unknown(checkpoint)
 
 
@@ -226,7 +231,7 @@ def _input(checkpoint: Checkpoint, linear: Linear) -> Iterator[Finding]:
 
 
 def _scalar(checkpoint: Checkpoint, linear: Linear, role: str) -> Iterator[Finding]:
-    """F32, one element, positive, finite, and the multiplier or divisor that the format wants."""
+    """F32, one element, positive and finite."""
     store, name = checkpoint.store, linear.parts[role]
     entry = store.entries.get(name)
     if entry is None:
@@ -238,13 +243,35 @@ def _scalar(checkpoint: Checkpoint, linear: Linear, role: str) -> Iterator[Findi
         yield Finding("tensor-shape", name, f"expected one element, found {entry}")
         return
     yield from _positive(checkpoint, name)
-    value = store.scalar(name) or math.nan
+
+
+def _conventions(checkpoint: Checkpoint, role: str) -> Iterator[Finding]:
+    """Whether the global scales of a role are the multipliers or divisors that the format wants: the median
+    tells, as a trained model has massive activations whose scales alone look like inverses."""
     divisor = checkpoint.declared.format == COMPRESSED
-    if math.isfinite(value) and value > 0 and linear.kind is Kind.NVFP4:
-        amax = 2688 / value if divisor else 2688 * value
-        if (value < TURNING_POINT) if divisor else (value > TURNING_POINT):
-            what = "a divisor" if divisor else "a multiplier"
-            yield Finding("scale-reciprocal", name, f"expected {what}; {value:g} means an amax of {amax:g}")
+    amaxes: dict[str, float] = {}
+    for linear in checkpoint.linears.values():
+        name = linear.parts.get(role, "")
+        entry = checkpoint.store.entries.get(name)
+        if linear.kind is not Kind.NVFP4 or entry is None or (entry.dtype, entry.size) != ("F32", 1):
+            continue
+        value = checkpoint.store.scalar(name) or math.nan
+        if math.isfinite(value) and value > 0:
+            amaxes[name] = 2688 / value if divisor else 2688 * value
+    if not amaxes:
+        return
+    typical = median(amaxes.values())
+    ordinary = TURNING_POINT if role == "global" or typical > TURNING_POINT else ORDINARY
+    what = "a divisor" if divisor else "a multiplier"
+    for name, amax in amaxes.items():
+        if amax > ordinary:
+            yield Finding(
+                "scale-reciprocal",
+                name,
+                f"expected {what}; found an amax of {amax:g}, the median of its kind is {typical:g}",
+            )
+        elif amax > TURNING_POINT:
+            yield Finding("input-outlier", name, f"an amax of {amax:g}, the median is {typical:g}")
 
 
 def _positive(checkpoint: Checkpoint, name: str) -> Iterator[Finding]:

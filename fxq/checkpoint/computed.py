@@ -26,6 +26,7 @@ from fxq.run.loader import on_host
 from fxq.run.stages import AHEAD, stage
 from fxq.run.statistics import Calibration
 from fxq.run.weights import Computation, TensorExpressions, WeightExpressions, check_weight, needs
+from fxq.run.work import Step
 
 # Computations at the same time: on a CPU two, so that no core waits for the end of one.
 THREADS = {"cpu": 2, "cuda": 1}
@@ -70,7 +71,8 @@ class Computed:
 
     left: packs, and stores of rewritten tensors, that are to be computed. uncopied: tensor of the source ->
     store that carries it through; what calibration reads of these is taken out and given too. batches, keep:
-    for statistics that are pending, calibration batches int64 [B, S], and what is called when all are found.
+    for statistics that are pending, calibration batches int64 [B, S], and what is called when all are found;
+    step: is told what was done for them.
     Those that are no single number go from `program.values` when nothing needs them any more.
     """
 
@@ -83,10 +85,11 @@ class Computed:
         uncopied: dict[str, Node],
         batches: Sequence[Tensor],
         keep: Callable[[], None],
+        step: Step,
     ) -> None:
         self.program, self.source, self.device = program, source, device
         self.left, self.uncopied = dict.fromkeys(left), uncopied
-        self.batches, self.keep = batches, keep
+        self.batches, self.keep, self.step = batches, keep, step
         self.is_all_there = True
 
     def results(self) -> Generator[list[Result]]:
@@ -136,6 +139,7 @@ class Computed:
             hold=True,
             keep=is_kept,
         )
+        calibration.streaming.step = self.step
         for roundings in calibration.streaming.origins.values() if is_rounded else ():
             packs = [self.program.packs[node] for node in roundings if node in self.program.packs]
             coming.update(packs if len(packs) == len(roundings) else ())

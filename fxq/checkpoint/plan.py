@@ -80,8 +80,8 @@ def _stored(node: Node, format: ModuleType) -> dict[str, TensorInfo]:
         if shape is None:
             shape = options["end"] - options["start"], node_at(node_at(node, 1), 0).meta["val"].shape[-1]
         infos = format.weight_infos(key, shape, scheme, transposed=options.get("transposed", False))
-    elif node.target is dialect.STORE_KV and node.args[1] is not None:
-        infos = format.kv_infos(node.args[0], options["format"])
+    elif node.target is dialect.STORE_KV:
+        infos = format.kv_infos(node.args[0], options["format"], calibrated=node.args[1] is not None)
     elif node.target is dialect.STORE:
         val = node_at(node, 1).meta["val"]
         infos = {str(node.args[0]): TensorInfo.of(tuple(val.shape), val.dtype)}

@@ -33,10 +33,12 @@ from fxq.graph import dialect
 from fxq.graph.arguments import int_at, node_at
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
+from fxq.graph.structure.views import statistics
 from fxq.numbers.formats import Packed
 from fxq.numbers.nvfp4 import BLOCK
 from fxq.numbers.quality import STEPS, Quality
 from fxq.run.weights import TensorExpressions
+from fxq.run.work import MOVED, ROUNDED, Step, no_step, total
 
 FORMATS: dict[str, ModuleType] = {"modelopt": modelopt, "compressed-tensors": compressed_tensors}
 SHARD_BYTES = 5_000_000_000
@@ -55,9 +57,10 @@ _REPLACED = (
 @dataclass
 class Written:
     """What was written, in names and bytes. qualities: per weight (parameter, expert or None) its error, and
-    what may explain it. not_finite: tensors carried through as they are that hold NaN or Inf. steps: blocks
-    by where the search put their scales (`fxq.numbers.quality`). cast, inexact: blocks of 16 that were cast
-    from another format, and those of them that do not decode to what they were."""
+    what may explain it. inputs: quantized tensor -> the amax of what it multiplies. not_finite: tensors
+    carried through as they are that hold NaN or Inf. steps: blocks by where the search put their scales
+    (`fxq.numbers.quality`). cast, inexact: blocks of 16 that were cast from another format, and those of them
+    that do not decode to what they were."""
 
     qualities: dict[tuple[str, int | None], Quality] = field(default_factory=dict)
     excluded: tuple[str, ...] = ()
@@ -67,6 +70,7 @@ class Written:
     weights: int = 0
     quantized_bytes: int = 0
     packed_bytes: int = 0
+    inputs: dict[str, float] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=lambda: [0] * len(STEPS))
     cast: int = 0
@@ -99,7 +103,7 @@ def write(
     replaced: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     batches: Sequence[Tensor] = (),
     keep: Callable[[Found], None] = lambda found: None,
-    step: Callable[[], None] = lambda: None,
+    step: Step = no_step,
     beside: Callable[[Path, Written], None] = lambda directory, written: None,
 ) -> Written:
     """Run the lowered program and turn the work directory into the output, complete.
@@ -134,6 +138,24 @@ def write(
         beside(work.model, written)
         work.publish([*shards.names, "config.json"])
     return written
+
+
+def work(program: Program, batches: Sequence[Tensor]) -> int:
+    """What `write` costs, as its `step` counts it."""
+    done = 0
+    for node in program.graph.nodes:
+        if dialect.is_pack(node):
+            done += _packing(node)
+        elif node.target is dialect.STORE:
+            done += MOVED * node_at(node, 1).meta["val"].numel()
+    if program.pending is not None and program.calibrated is not None:
+        graph, rounds = program.calibrated, program.pending == "quantized"
+        done += total(graph, batches, statistics(graph), rounds=rounds)
+    return done
+
+
+def _packing(pack: Node) -> int:
+    return int(ROUNDED * node_at(pack, 0).meta["val"].numel())
 
 
 def _untied(program: Program, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +209,7 @@ class _Writer:
         device: torch.device,
         batches: Sequence[Tensor],
         keep: Callable[[Found], None],
-        step: Callable[[], None],
+        step: Step,
     ) -> None:
         self.program, self.source, self.format, self.shards, self.step = program, source, format, shards, step
         self.finished, self.device, self.batches, self.keep = finished, device, batches, keep
@@ -215,6 +237,7 @@ class _Writer:
             self.uncopied,
             self.batches,
             lambda: self.keep(self.program.found()),
+            self.step,
         )
         with closing(computed.results()) as results:
             for result in itertools.chain.from_iterable(results):
@@ -232,14 +255,14 @@ class _Writer:
             yield from self._copied(result.store, functools.partial(_rows, result.value), result.is_finite)
         else:
             key = str(result.store.args[0])
-            self.step()
+            self.step(MOVED * result.value.numel())
             yield Piece(f"{key} rewritten", self._whole({key: result.value}))
 
     def _is_stored(self, store: Node) -> bool:
         """Whether an interrupted run wrote a rewritten tensor."""
         done = f"{store.args[0]} rewritten" in self.finished
         if done:
-            self.step()
+            self.step(MOVED * node_at(store, 1).meta["val"].numel())
         return done
 
     def _scales(self, values: Mapping[str, Tensor]) -> Iterator[Piece]:
@@ -247,12 +270,13 @@ class _Writer:
         tensors: dict[str, Tensor] = {}
         scalars = TensorExpressions({}, values, torch.device("cpu"))
         for store in self.program.graph.nodes:
-            if store.target is dialect.STORE_KV and store.args[1] is not None:
-                amaxes = [scalars.one(node_at(store, i)) for i in (1, 2)]
+            if store.target is dialect.STORE_KV:
+                amaxes = [None if a is None else scalars.one(a) for a in store.args[1:]]
                 tensors |= self.format.kv_tensors(store.args[0], *amaxes, store.kwargs["format"])
             elif store.target in (dialect.STORE_LINEAR, dialect.STORE_ROWS) and store.args[2] is not None:
                 amax, format = scalars.one(node_at(store, 2)), str(node_at(store, 1).kwargs["format"])
                 tensors |= self.format.input_tensors(_key(store), format, amax)
+                self.written.inputs[_key(store)] = float(amax)
         name = "scales of inputs and caches"
         if tensors and name not in self.finished:
             yield Piece(name, self._whole(tensors))
@@ -275,7 +299,8 @@ class _Writer:
     ) -> Iterator[Piece]:
         """A tensor of the source, a part at a time; one that is not finite is noted."""
         key, finite = str(store.args[0]), True
-        for part in parts(self.shards.infos[key], PIECE_BYTES):
+        info = self.shards.infos[key]
+        for part in parts(info, PIECE_BYTES):
             start = part.start if part else 0
             name = f"{key} from {start}"
             if name not in self.finished:
@@ -285,9 +310,10 @@ class _Writer:
             else:
                 good = self.finished[name]
             finite = finite and good
+            rows = info.shape[:1] if part is None else (len(part),)
+            self.step(MOVED * math.prod((*rows, *info.shape[1:])))
         if not finite:
             self.written.not_finite.append(key)
-        self.step()
 
     def _is_packed(self, pack: Node) -> bool:
         """Whether an interrupted run wrote all of it."""
@@ -295,8 +321,7 @@ class _Writer:
         if note is None:
             return False
         self._note(pack, Quality.of(note))
-        for _ in pack.users:
-            self.step()
+        self.step(_packing(pack))
         return True
 
     def _note(self, pack: Node, own: Quality) -> None:
@@ -318,7 +343,7 @@ class _Writer:
                 if is_zero and bool(weights.values[i, rows].any()):
                     zeros.append(str(store.args[0]))
                 blocks += self._blocks(store, part)
-                self.step()
+            self.step(_packing(pack))
             own = own._replace(zeros=tuple(zeros))
             self._note(pack, own)
             yield Piece(_piece_name(pack), blocks, own)

@@ -1,10 +1,15 @@
 """Arguments that several commands share."""
 
+import contextlib
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def add_model(parser: ArgumentParser, about: str = "Hugging Face directory with safetensors") -> None:
+def add_model(
+    parser: ArgumentParser,
+    about: str = "Hugging Face directory with safetensors, or a name in the hub's local cache",
+) -> None:
     """The model that a command reads."""
     parser.add_argument("model", metavar="MODEL", type=Path, help=about)
 
@@ -14,6 +19,12 @@ def add_reading(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--trust-remote-code", action="store_true", help="allow the model directory's own python code to run")
     add("--follow-links", action="store_true", help="follow links that lead out of the model directory")
+
+
+def add_device(parser: ArgumentParser, about: str) -> None:
+    """Which processor is used."""
+    about += " (default auto: a GPU if there is one)"
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help=about)
 
 
 def add_passes(parser: ArgumentParser) -> None:
@@ -40,3 +51,24 @@ def add_partial(parser: ArgumentParser) -> None:
 def add_json(parser: ArgumentParser, about: str = "print it as JSON") -> None:
     """Output for programs."""
     parser.add_argument("--json", action="store_true", help=about)
+
+
+def text_of(given: Sequence[str] | None) -> object:
+    """The text that `FILE[=WEIGHT]`, maybe several of them, stand for: files, the whole name if there is such
+    a one."""
+    if given is None:
+        return None
+    parts = [_weighed(name) for name in given]
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    from fxq.sources.samples import Blend
+
+    return Blend(parts)
+
+
+def _weighed(name: str) -> tuple[Path, float]:
+    file, equals, weight = name.rpartition("=")
+    if equals and not Path(name).exists():
+        with contextlib.suppress(ValueError):
+            return Path(file), float(weight)
+    return Path(name), 1.0

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxq.cli import arguments as shared
+from fxq.cli import logs
+from fxq.cli.dry_run import dry_run
 from fxq.errors import CheckpointError
 from fxq.gc_paused import gc_paused
 
 if TYPE_CHECKING:
-    from fxq.compile import Compiled
+    from fxq.compiled import Compiled
     from fxq.pipeline.spec import Spec
     from fxq.report.summary import Report
 
@@ -41,16 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with what an interrupted run left beside DIR: finished work is checked, not redone",
     )
-    add("--calib", metavar="FILE", type=Path, help='JSON lines of {"text": ...} or {"input_ids": [...]}')
-    add("--samples", type=int, metavar="N", help="calibration lines to use (default 128)")
-    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
-    add("--device", default="cpu", metavar="cpu|cuda", help="where calibration and packing run (default cpu)")
+    add(
+        "--calib",
+        action="append",
+        metavar="FILE[=WEIGHT]",
+        help='text to calibrate on: .jsonl or .json of {"text": ...}, {"messages": [...]} or {"input_ids": '
+        "[...]}, .txt, .parquet, a directory of `datasets`; of several files each gives its share of samples",
+    )
+    add("--samples", type=int, metavar="N", help="calibration samples to use (default 128)")
+    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each sample (default 512)")
+    add("--pack", action="store_true", help="join samples and cut them into N rows of just L tokens")
+    shared.add_device(parser, "where calibration and packing run")
     add(
         "--format",
         metavar="FORMAT",
         help="checkpoint format, instead of the spec's: modelopt, compressed-tensors",
     )
-    add("--eval", metavar="FILE", type=Path, help="also measure perplexity before and after on this text")
+    add(
+        "--eval",
+        metavar="FILE",
+        type=Path,
+        help="when all is written, measure it on this text as `fxq eval DIR --base MODEL` does",
+    )
+    add("--eval-samples", type=int, default=64, metavar="N", help="lines of it to use (default 64)")
+    add(
+        "--eval-seq-len", type=int, default=512, metavar="L", help="tokens kept of each of them (default 512)"
+    )
+    add("--dry-run", action="store_true", help="check everything and show what would be written, then stop")
     shared.add_partial(parser)
     shared.add_json(parser, "print the summary as JSON")
     shared.add_passes(parser)
@@ -63,9 +82,13 @@ def run(arguments: argparse.Namespace) -> int:
     from fxq.pipeline.spec import load
 
     chosen = load(arguments.spec, table(arguments.passes))  # its mistakes come before a file is read
+    if arguments.dry_run:
+        dry_run(arguments, chosen)
+        return 0
+    from fxq.sources.locate import model_directory
     from fxq.sources.prefetch import prefetch
 
-    with prefetch(arguments.model):
+    with prefetch(model_directory(arguments.model)):
         compiled = _compiled(arguments, chosen)
     try:
         if arguments.json:
@@ -96,23 +119,25 @@ def print_summary(report: "Report") -> None:
 
 def _compiled(arguments: argparse.Namespace, chosen: "Spec") -> "Compiled":
     with gc_paused():
-        from fxq.cli import tables
         from fxq.compile import compile
 
     return compile(
         arguments.model,
         chosen,
-        calib=arguments.calib,
+        calib=shared.text_of(arguments.calib),
         out=arguments.out,
         resume=arguments.resume,
         evaluate=arguments.eval,
+        eval_samples=arguments.eval_samples,
+        eval_seq_len=arguments.eval_seq_len,
         samples=arguments.samples,
         seq_len=arguments.seq_len,
+        pack=arguments.pack,
         device=arguments.device,
         format=arguments.format,
         allow_partial=arguments.allow_partial,
         passes=arguments.passes,
         follow_links=arguments.follow_links,
         trust_remote_code=arguments.trust_remote_code,
-        progress=tables.progress,
+        progress=logs.progress_of(arguments),
     )

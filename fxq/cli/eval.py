@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxq.cli import arguments as shared
+from fxq.cli import logs
 
 if TYPE_CHECKING:
     from fxq.evaluate.evaluation import Evaluation
@@ -25,23 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(
         parser, "directory with safetensors: unquantized, or an NVFP4 checkpoint, run as engines serve it"
     )
-    add("--text", required=True, metavar="FILE", type=Path, help="JSON lines, as for calibration")
+    add("--text", required=True, metavar="FILE", type=Path, help="text, in files as for calibration")
     add(
         "--base",
         metavar="MODEL",
         type=Path,
         help="the model it was made from: KL divergence, top-1 agreement",
     )
-    add("--samples", type=int, default=64, metavar="N", help="lines to use (default 64)")
-    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
-    add("--device", default="cpu", metavar="cpu|cuda", help="where the models run (default cpu)")
+    add("--samples", type=int, default=64, metavar="N", help="samples to use (default 64)")
+    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each sample (default 512)")
+    shared.add_device(parser, "where the models run")
     shared.add_json(parser)
     shared.add_reading(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; returns the exit status."""
-    from fxq.cli import tables
     from fxq.evaluate.evaluation import evaluate
 
     found = evaluate(
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         follow_links=arguments.follow_links,
         trust_remote_code=arguments.trust_remote_code,
-        progress=tables.progress,
+        progress=logs.progress_of(arguments),
     )
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=2))

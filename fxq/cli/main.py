@@ -13,7 +13,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from fxq.cli import compile, dump_graph, eval, specs, verify
+from fxq import __version__
+from fxq.cli import compile, dump_graph, eval, logs, specs, verify
 from fxq.errors import FxqError
 
 COMMANDS = {
@@ -29,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = parser().parse_args(argv)
     try:
-        with terminable():
-            return int(arguments.run(arguments))
+        with terminable(), logs.logged(arguments):
+            return _run(arguments)
     except FxqError as error:
         if arguments.debug:
             raise
@@ -45,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        return int(arguments.run(arguments))
+    except FxqError as error:
+        logs.LOGGER.error("%s", error)
+        raise
+
+
 def parser() -> argparse.ArgumentParser:
     """What `fxq` takes; parsing imports neither torch nor rich, so that `--help` and slips are answered at
     once."""
@@ -52,8 +61,9 @@ def parser() -> argparse.ArgumentParser:
         prog="fxq",
         description="Compile Hugging Face models into NVFP4 checkpoints for vLLM, SGLang and TensorRT-LLM.",
     )
+    made.add_argument("--version", action="version", version=f"fxq {__version__}")
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+    logs.add_arguments(shared)
     commands = made.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         own = commands.add_parser(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxq.cli import arguments as shared
+from fxq.cli import logs
 from fxq.errors import SpecError, choices
 
 if TYPE_CHECKING:
@@ -104,7 +105,6 @@ def preview_one(arguments: argparse.Namespace) -> None:
 
 def preview_all(arguments: argparse.Namespace) -> None:
     """What each shipped spec would do to the model, or why it does not apply."""
-    from fxq.cli import tables
     from fxq.model import open_model
     from fxq.passes import table
     from fxq.pipeline import spec
@@ -119,10 +119,10 @@ def preview_all(arguments: argparse.Namespace) -> None:
         trust_remote_code=arguments.trust_remote_code,
     )
     rows = []
-    with tables.progress("plan", len(specs)) as step:
+    with logs.progress_of(arguments)("plan", len(specs)) as step:
         for row in previews(model, specs, known):
             rows.append(row)
-            step()
+            step(1)
     if arguments.json:
         print(json.dumps([row.as_dict() for row in rows], indent=2))
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxq.cli import arguments as shared
+from fxq.cli import logs
 from fxq.cli.eval import print_evaluation
 from fxq.errors import SpecError
 
@@ -42,11 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         metavar="FILE",
         type=Path,
-        help="JSON lines, as for calibration: also compare what both models predict (needs --base)",
+        help="text, in files as for calibration: also compare what both models predict (needs --base)",
     )
-    add("--samples", type=int, default=64, metavar="N", help="lines of the text to use (default 64)")
-    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
-    add("--device", default="cpu", metavar="cpu|cuda", help="where the models run (default cpu)")
+    add("--samples", type=int, default=64, metavar="N", help="samples of the text to use (default 64)")
+    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each sample (default 512)")
+    shared.add_device(parser, "where the models run")
     shared.add_json(parser, "print every finding as JSON")
     shared.add_reading(parser)
 
@@ -116,7 +117,6 @@ def _headline(findings: "Findings") -> str:
 
 
 def _evaluated(arguments: argparse.Namespace) -> "Evaluation":
-    from fxq.cli import tables
     from fxq.evaluate.evaluation import evaluate
 
     return evaluate(
@@ -128,7 +128,7 @@ def _evaluated(arguments: argparse.Namespace) -> "Evaluation":
         device=arguments.device,
         follow_links=arguments.follow_links,
         trust_remote_code=arguments.trust_remote_code,
-        progress=tables.progress,
+        progress=logs.progress_of(arguments),
     )
 
 

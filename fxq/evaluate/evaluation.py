@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxq.errors import SourceError, SpecError
+from fxq.arguments import check_callable, check_counts, check_flags
+from fxq.cli import tables
+from fxq.errors import SourceError
 from fxq.evaluate.served import served
 from fxq.graph.program import Program
 from fxq.model import AnyModel, Model, device_of, open_model, samples_of
-from fxq.pipeline.base import Progress, no_progress
+from fxq.pipeline.base import Progress
 from fxq.run import likelihood
 from fxq.run.batches import predicted_batches
 from fxq.run.simulate import simulation
 from fxq.run.streaming import Streaming
+from fxq.run.work import total
 
+EVAL_SAMPLES, EVAL_SEQ_LEN = 64, 512  # if nothing is said
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -66,34 +70,39 @@ def evaluate(
     model: AnyModel,
     text: object,
     *,
-    base: AnyModel | None = None,
-    samples: int = 64,
-    seq_len: int = 512,
-    device: str | torch.device = "cpu",
+    base: AnyModel | Model | None = None,
+    samples: int = EVAL_SAMPLES,
+    seq_len: int = EVAL_SEQ_LEN,
+    device: str | torch.device = "auto",
     follow_links: bool = False,
     trust_remote_code: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity of a model on a text; with `base`, of both, and how their predictions differ.
 
     model, base: a directory of safetensors, unquantized, FP8 block-quantized or NVFP4 (ModelOpt's or
     compressed-tensors', whoever wrote it; then inputs and KV cache are quantized as it declares), or a live
-    model. text: a .jsonl path or an iterable, as for calibration; the first `samples`, cut to `seq_len`
-    tokens. Raises SpecError, SourceError or TraceError.
+    model. text: given as for calibration; the first `samples`, cut to `seq_len`
+    tokens. device: "auto" (a GPU if there is one), "cpu" or "cuda". progress: bars in a terminal or notebook
+    by default. Raises SpecError, SourceError or TraceError.
     """
     where, start = device_of(device), time.perf_counter()
-    if samples < 1 or seq_len < 2:
-        raise SpecError(f"samples is at least 1 and seq_len at least 2; found {samples} and {seq_len}")
+    check_counts(samples=samples)
+    check_counts(2, seq_len=seq_len)
+    check_flags(follow_links=follow_links, trust_remote_code=trust_remote_code)
+    check_callable("progress", progress)
     given = [model] if base is None else [model, base]
     options = {"follow_links": follow_links, "trust_remote_code": trust_remote_code}
     models = [open_model(m, served=True, **options) for m in given]
     names = [_name(one, held) for one, held in zip(given, models, strict=True)]
     _check_vocabularies(names, models)
-    ids = samples_of(_with_tokenizer(models), text, samples, min(seq_len, *map(_longest, models)))
+    length = min(seq_len, *map(_longest, models))
+    ids = samples_of(_with_tokenizer(models), text, samples, length, name="text")
     programs = [served(held) for held in models]
     batches = predicted_batches(programs, ids)
     runs = [simulation(program, held.source, where) for program, held in zip(programs, models, strict=True)]
-    with progress("evaluate", sum(len(run.graph.nodes) for run in runs)) as step:
+    shown = tables.shown_in_python if progress is None else progress
+    with shown("evaluate", sum(total(run.graph, batches) for run in runs)) as step:
         for run in runs:
             run.step = step
         losses, apart = _run(runs, batches)
@@ -146,8 +155,10 @@ def _divergence(base: str, losses: Tensor, batches: Sequence[Tensor], kl: Tensor
     )
 
 
-def _name(model: AnyModel, held: Model) -> str:
-    return str(model) if isinstance(model, (str, Path)) else type(held.fake.model).__name__
+def _name(model: AnyModel | Model, held: Model) -> str:
+    if isinstance(model, (str, Path)):
+        return str(model)
+    return held.name if isinstance(model, Model) else type(held.fake.model).__name__
 
 
 def _vocabulary(model: Model) -> int:

@@ -10,6 +10,7 @@ from fxq.graph.program import Program
 from fxq.pipeline.base import Progress
 from fxq.run import likelihood
 from fxq.run.simulate import DEPLOYED, ORIGINAL, simulation
+from fxq.run.work import total
 
 
 def perplexities(
@@ -26,7 +27,7 @@ def perplexities(
         return [likelihood.losses(each, batches[i]) for each in logits]
 
     run = simulation(program, source, device, (ORIGINAL, DEPLOYED), reduce=losses)
-    with progress("perplexity", len(run.graph.nodes)) as step:
+    with progress("perplexity", total(run.graph, batches)) as step:
         run.step = step
         before, after = zip(*run.run_batches(batches), strict=True)
     return likelihood.perplexity(torch.cat(before)), likelihood.perplexity(torch.cat(after))

@@ -14,13 +14,13 @@ from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
 from fxq.pipeline.facts import Fact
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @contextmanager
-def no_progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+def no_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Shows nothing."""
-    yield lambda: None
+    yield lambda done: None
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Session:
     """What calibration passes run with: where weights come from, the calibration batches, the device.
 
     batches: int64 [B, S] each, every row a whole sample (no padding); None when only the graph is wanted.
-    progress: `with progress(label, total) as step` shows a bar that `step()` advances. found: calibration
+    progress: `with progress(label, total) as step` shows a bar that `step(done)` advances by that much of the
+    total, which is in units of its own. found: calibration
     pass -> what it found (`Program.found`); one that is there already is not run again. writes: whether the
     program is written at once. values_are_read: whether a pass after the present one looks at values. place:
     the calibration pass that runs, or ran last, as `found` knows it.

@@ -40,6 +40,17 @@ def needs_data(passes: Sequence[Pass]) -> str | None:
     return next((p.name for p in passes if isinstance(p, CalibrationPass) and p.needs_data), None)
 
 
+def calibrates_first(passes: Sequence[Pass], *, writes: bool) -> bool:
+    """Whether the model is run on text before the last pass: nothing is written at once, or a pass looks at
+    what was found."""
+    return any(
+        isinstance(step, CalibrationPass)
+        and step.needs_data
+        and not (writes and not any(later.reads_values for later in passes[number:]))
+        for number, step in enumerate(passes, 1)
+    )
+
+
 def run_passes(
     passes: Sequence[Pass],
     program: Program,

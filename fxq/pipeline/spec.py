@@ -53,6 +53,16 @@ class Spec:
             passes.append(dataclasses.replace(cast(Any, step), **own))
         return dataclasses.replace(self, passes=tuple(passes))
 
+    def as_mapping(self) -> dict[str, Any]:
+        """What a YAML file of it would hold: each pass with the options that are not its defaults."""
+        listed: list[Any] = []
+        for step in self.passes:
+            fields = dataclasses.fields(cast(Any, step))
+            given = {f.name: getattr(step, f.name) for f in fields if getattr(step, f.name) != f.default}
+            plain = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
+            listed.append({step.name: plain} if plain else step.name)
+        return {"description": self.description, "passes": listed}
+
 
 class _Loader(yaml.SafeLoader):
     """YAML without aliases, by which a small file can stand for one without end."""
@@ -70,9 +80,18 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load(name: str | Path, table: Mapping[str, type[Pass]]) -> Spec:
-    """The shipped spec called `name`, or the YAML file at that path; SpecError names the file, line and
-    choices."""
+def load(name: "str | Path | Mapping[str, Any] | Spec", table: Mapping[str, type[Pass]]) -> Spec:
+    """The shipped spec called `name`, or the YAML file at that path, or what such a file holds as a mapping;
+    SpecError names the file, line and choices."""
+    if isinstance(name, Spec):
+        return name
+    if isinstance(name, Mapping):
+        return _of_mapping(name, table)
+    if not isinstance(name, (str, Path)):
+        raise SpecError(
+            "spec: expected the name of a shipped spec, a .yaml file or a mapping with "
+            f"{choices(_KEYS)}, found {_short(name)}"
+        )
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         if str(name) not in shipped():
@@ -90,6 +109,23 @@ def load(name: str | Path, table: Mapping[str, type[Pass]]) -> Spec:
         table,
         where=str(name) if path.suffix in (".yaml", ".yml") and str(path) == str(name) else path.name,
     )
+
+
+def _of_mapping(content: Mapping[str, Any], table: Mapping[str, type[Pass]]) -> Spec:
+    """The spec that a mapping says; its lines in errors are those that it has as YAML."""
+    try:
+        text = yaml.safe_dump(_as_lists(content), sort_keys=False, allow_unicode=True)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise SpecError(f"spec: expected names, numbers, lists and mappings: {str(error)[:100]}") from error
+    return parse(text, table, "spec")
+
+
+def _as_lists(value: Any) -> Any:
+    """Without tuples, which YAML does not have, and without one object in two places, which it writes as an
+    alias."""
+    if isinstance(value, Mapping):
+        return {key: _as_lists(inner) for key, inner in value.items()}
+    return [_as_lists(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def parse(text: str, table: Mapping[str, type[Pass]], where: str) -> Spec:

@@ -7,6 +7,9 @@ report.json (`version` changes when the meaning of a field does; everything outs
 every run of the same inputs):
 
 version, fxq, spec, title   1; fxq's version; the spec's name; the model's directory name or class
+made                        how: model, spec (a mapping, which `fxq.compile` takes), options, versions,
+                            calibration and evaluation: from, samples,
+                            tokens, shortest, longest, tokens_hash, seq_len, pack; null if none
 summary                     the fields of `fxq.report.summary.Report` that are counts and errors
 weights                     a parameter each: name; layer (its first number) and projection (the rest); per
                             expert (or once) sqnr_db (null: exact), crest and spread (`fxq.numbers.quality`)
@@ -16,16 +19,17 @@ scales                      steps and counts: sampled blocks by how many FP8 cod
 worst                       name, expert or null, sqnr_db, noise (error / energy), typical (the median noise
                             of its projection), reason; worst first
 groups                      linears that share global scales: linears (names with * for numbers), count
-excluded                    what is not quantized: name, count, reason
+excluded                    what is not quantized: name (* for numbers, {0,29} for some), count, reason
 rewritten                   names of the checkpoint's tensors that hold what a pass computed; of a quantized
                             linear m `m.weight`, whatever its format calls it
 untied                      names of modules that share a tensor in the source and have one of their own here
 sizes                       bytes: weights, scales, untouched
 warnings                    sentences
-measured                    seconds by stage, peak_host_bytes, peak_device_bytes, source_bytes_read: differ
-                            from run to run
+measured                    seconds by stage, peak_host_bytes, peak_device_bytes, source_bytes_read, device,
+                            date: differ from run to run
 """
 
+import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +42,7 @@ from torch import Tensor
 from fxq import __version__
 from fxq.graph.hub import NUMBER, natural_order
 from fxq.numbers.quality import STEPS, Quality
+from fxq.report.card import README, card, is_ours
 from fxq.report.pages import page
 from fxq.report.summary import Report, fold
 
@@ -47,8 +52,8 @@ WORST = 10
 # A weight stands out from its fellows if a property is so many times theirs.
 STANDS_OUT = 1.15
 # What of `Report` is no part of the summary: what differs between runs, and what is a field of its own.
-_MEASURED = ("seconds", "peak_host_bytes", "peak_device_bytes", "source_bytes_read", "out")
-_OWN_FIELDS = ("warnings", "spec", "rewritten", "untied")
+_MEASURED = ("seconds", "peak_host_bytes", "peak_device_bytes", "source_bytes_read", "out", "device")
+_OWN_FIELDS = ("warnings", "spec", "rewritten", "untied", "made")
 _Weights = Mapping[tuple[str, int | None], Quality]
 
 
@@ -71,16 +76,46 @@ class Details:
 
 
 def write(report: Report, details: Details, directory: Path) -> None:
-    """Write fxq-report/report.json and report.html into a checkpoint's directory."""
-    made = content(report, details)
+    """Write fxq-report/report.json and report.html into a checkpoint's directory, and a model card unless
+    there is one."""
     folder = directory / DIRECTORY
     folder.mkdir()
-    (folder / "report.json").write_text(_lines(made), encoding="utf-8")
-    title = f"{details.title}, {report.spec}"
+    made = content(report, details)
+    for name, text in _files(made).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if not (readme := directory / README).exists():
+        readme.write_text(card(made), encoding="utf-8")
+
+
+def update(report: Report, directory: Path) -> None:
+    """Put what was measured of a complete checkpoint into its report: each file is replaced as a whole."""
+    folder = directory / DIRECTORY
+    made = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    made |= {
+        "made": report.made,
+        "summary": _summary(report),
+        "warnings": report.warnings,
+        "measured": _measured(report),
+    }
+    for name, text in _files(made).items():
+        _replace(folder / name, text)
+    if is_ours(directory / README):
+        _replace(directory / README, card(made))
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.part")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def _files(made: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> text of the report's files."""
+    title = f"{made['title']}, {made['spec']}"
     # The page shows folded names: with all experts of a large model rewritten, the others are megabytes.
-    rewritten = [{"name": name, "count": count} for name, count in fold(report.rewritten)]
-    shown = {**made, "rewritten": rewritten}
-    (folder / "report.html").write_text(page("report", title, shown), encoding="utf-8")
+    rewritten = [{"name": name, "count": count} for name, count in fold(made["rewritten"])]
+    html = page("report", title, {**made, "rewritten": rewritten})
+    return {"report.json": _lines(made), "report.html": html}
 
 
 def _lines(made: Mapping[str, Any]) -> str:
@@ -96,13 +131,13 @@ def _lines(made: Mapping[str, Any]) -> str:
 
 def content(report: Report, details: Details) -> dict[str, Any]:
     """report.json as plain values."""
-    plain = report.as_dict()
     return {
         "version": VERSION,
         "fxq": __version__,
         "spec": report.spec,
         "title": details.title,
-        "summary": {n: _plain(v) for n, v in plain.items() if n not in _MEASURED + _OWN_FIELDS},
+        "made": report.made,
+        "summary": _summary(report),
         "weights": [_weight(name, found) for name, found in _by_parameter(details.weights)],
         "tokens": _tokens(details.tokens),
         "scales": {"steps": list(STEPS), "counts": list(details.steps)},
@@ -113,12 +148,23 @@ def content(report: Report, details: Details) -> dict[str, Any]:
         "untied": report.untied,
         "sizes": {name: details.sizes.get(name, 0) for name in ("weights", "scales", "untouched")},
         "warnings": report.warnings,
-        "measured": {
-            "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
-            "peak_host_bytes": report.peak_host_bytes,
-            "peak_device_bytes": report.peak_device_bytes,
-            "source_bytes_read": report.source_bytes_read,
-        },
+        "measured": _measured(report),
+    }
+
+
+def _summary(report: Report) -> dict[str, Any]:
+    plain = report.as_dict()
+    return {n: _plain(v) for n, v in plain.items() if n not in _MEASURED + _OWN_FIELDS}
+
+
+def _measured(report: Report) -> dict[str, Any]:
+    return {
+        "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
+        "peak_host_bytes": report.peak_host_bytes,
+        "peak_device_bytes": report.peak_device_bytes,
+        "source_bytes_read": report.source_bytes_read,
+        "device": report.device,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -1,6 +1,7 @@
 """Measurements of one compilation, put into its report: time, memory, and what writing found."""
 
 import dataclasses
+import logging
 import resource
 import time
 from collections.abc import Iterator
@@ -19,13 +20,17 @@ from fxq.report.files import Details
 from fxq.report.reasons import excluded, groups
 from fxq.report.summary import Report
 
+_LOG = logging.getLogger(__name__)
+
 
 @contextmanager
 def timed(report: Report, stage: str) -> Iterator[None]:
     """Add the seconds that the block takes to those of a stage."""
     start = time.perf_counter()
     yield
-    report.seconds[stage] = report.seconds.get(stage, 0.0) + time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    report.seconds[stage] = report.seconds.get(stage, 0.0) + seconds
+    _LOG.info("%s: %.1f s", stage, seconds)
 
 
 def measure_memory(report: Report, device: torch.device) -> None:
@@ -61,6 +66,8 @@ class WritingReport:
         if not report.quantize_nodes:  # calibrated while it was written
             report.count(self.program)
         report.measure({name: (own.error, own.energy) for name, own in written.qualities.items()})
+        report.measure_inputs(written.inputs)
+        report.add_warnings(report.massive())
         zeros = [key for own in written.qualities.values() for key in own.zeros]
         report.add_warnings(report.losses(zeros, written.not_finite))
         report.cast_blocks, report.inexact_blocks = written.cast, written.inexact

@@ -14,7 +14,7 @@ from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import as_weight_matmul
 from fxq.graph.structure.views import PICKS, SAME_PLACE, is_opaque_call, of_the_model, shape_of
 from fxq.graph.text import format_target
-from fxq.report.summary import fold
+from fxq.report.summary import fold, fold_among
 
 _ATEN = torch.ops.aten
 _UNREAD = "the text path never reads it"
@@ -54,7 +54,8 @@ def _label(group: Sequence[tuple[str, int]]) -> str:
 
 
 def excluded(program: Program, planned: Plan) -> list[tuple[str, int, str]]:
-    """(names, how many, why) of what is not quantized, alike names folded, matrices before vectors."""
+    """(names, how many, why) of what is not quantized, alike names folded, with their numbers unless all
+    such are meant; matrices before vectors."""
     misses = program.why_left()
     owners: dict[str, list[str]] = {}
     for name, stored in program.hub.stored.items():
@@ -74,15 +75,14 @@ def excluded(program: Program, planned: Plan) -> list[tuple[str, int, str]]:
             if node_at(node, 1).target is not dialect.LOAD:
                 why[key] += "; rewritten by a pass"
     whole = _whole_modules(why)
-    rows: dict[tuple[str, str], int] = {}
+    everything = [key.removesuffix(".weight") for key in (*why, *program.hub.tensors)]
+    everything += [f"{owner}.*" for key in dict.fromkeys(everything) for owner in _owners(key)]
+    rows: dict[tuple[str, str], list[str]] = {}
     for key in sorted(why, key=lambda key: len(planned.infos[key].shape) < 2):
         if why[key]:
-            ((name, _),), ((reason, _),) = (
-                fold([whole.get(key, key).removesuffix(".weight")]),
-                fold([why[key]]),
-            )
-            rows[name, reason] = rows.get((name, reason), 0) + 1
-    return [(name, count, reason) for (name, reason), count in rows.items()]
+            name = whole.get(key, key).removesuffix(".weight")
+            rows.setdefault((fold([name])[0][0], fold([why[key]])[0][0]), []).append(name)
+    return [(fold_among(names, everything)[0][0], len(names), reason) for (_, reason), names in rows.items()]
 
 
 def _whole_modules(why: Mapping[str, str]) -> dict[str, str]:
@@ -158,9 +158,9 @@ def doubts_of_text(found: int, samples: int | None, tokens: int) -> Iterator[str
     """What the user should know of the text that a model is calibrated on: samples found and asked for, if a
     number was given, and their tokens."""
     if samples is not None and found < samples:
-        yield f"calibration: {samples} samples were asked for, the text has {found}"
+        yield f"{samples} samples were asked for, the text has {found}"
     if tokens < FEW_TOKENS:
         yield (
-            f"calibration: {tokens} tokens show little of what inputs are, and larger ones are clipped while "
+            f"{tokens} tokens show little of what inputs are, and larger ones are clipped while "
             f"serving; expected {FEW_TOKENS:,} or more"
         )

@@ -53,8 +53,14 @@ def batches_of(programs: Sequence[Program], samples: Sequence[Sequence[int]]) ->
 
 def predicted_batches(programs: Sequence[Program], samples: Sequence[Sequence[int]]) -> list[Tensor]:
     """`batches_of` samples that have a token to predict; SourceError if none has."""
+    check_predicted(samples)
     longer = [ids for ids in samples if len(ids) > 1]
-    batches = [b for b in batches_of(programs, longer) if b.shape[1] > 1] if longer else []
-    if not batches:
-        raise SourceError("perplexity needs samples of two tokens or more")
+    batches = [batch for batch in batches_of(programs, longer) if batch.shape[1] > 1]
+    check_predicted(batch[0].tolist() for batch in batches)
     return batches
+
+
+def check_predicted(samples: Iterable[Sequence[int]]) -> None:
+    """SourceError unless some sample has a token to predict."""
+    if not any(len(ids) > 1 for ids in samples):
+        raise SourceError("perplexity needs samples of two tokens or more")

@@ -15,6 +15,7 @@ from fxq.graph.program import Program
 from fxq.graph.structure.views import statistics
 from fxq.run.expressions import RunGraph, Variant
 from fxq.run.streaming import Streaming
+from fxq.run.work import Step, no_step
 
 DEPLOYED = Variant()
 UNROUNDED = Variant(roundings=False)
@@ -27,7 +28,7 @@ def simulation(
     device: torch.device,
     variants: Sequence[Variant] = (DEPLOYED,),
     *,
-    step: Callable[[], None] = lambda: None,
+    step: Step = no_step,
     reduce: Callable[[Any, int], Any] = lambda value, i: value,
 ) -> Streaming:
     """Runs a program's model; its output is that of the variant, or a list of those of several, which share

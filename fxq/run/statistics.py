@@ -19,6 +19,7 @@ from fxq.graph.structure.views import is_quantized, parameter_name, shape_of, st
 from fxq.run.expressions import RunGraph, Variant
 from fxq.run.streaming import Resident, Sink, Streaming
 from fxq.run.weights import check_parameters
+from fxq.run.work import Step, no_step, total
 
 # What a linear's statistics are taken of: activations of the model before it, as it was, or already rounded.
 Prefix = Literal["original", "quantized"]
@@ -85,12 +86,11 @@ class Calibration:
             hold=hold,
         )
 
-    @property
-    def steps(self) -> int:
-        """How often a run calls `step`."""
-        return len(self.streaming.graph.nodes)
+    def work(self, batches: Sequence[Tensor]) -> int:
+        """What a run costs, as `step` counts it."""
+        return total(self.streaming.graph, batches)
 
-    def run(self, batches: Sequence[Tensor], step: Callable[[], None] = lambda: None) -> int:
+    def run(self, batches: Sequence[Tensor], step: Step = no_step) -> int:
         """Calibrate on batches int64 [B, S]; returns how many statistics were found."""
         self.streaming.step = step
         for _ in self.segments(batches):

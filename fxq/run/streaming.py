@@ -21,6 +21,7 @@ from fxq.graph.hub import WeightSource
 from fxq.numbers.formats import FORMATS, Measured
 from fxq.run.loader import Request, loaded
 from fxq.run.segments import Segment, segments
+from fxq.run.work import Step, example_tokens, no_step, work
 
 # The values that one batch has between two segments.
 BatchState = dict[Node, Any]
@@ -38,6 +39,7 @@ class Streaming(Interpreter):
     traced on, and are replaced. origins: roundings of weights in it -> the nodes of the program that each is;
     sink: is given what these pack to. hold: whether parameters are kept to the end of their segment. reduce:
     what to keep of each batch's output (value, batch index), so that logits of many batches never pile up.
+    step is given what was done, of `fxq.run.work.total`.
     found: its statistics, as far as batches have passed; see `complete`.
     What batches keep between segments stays on a GPU as long as it takes no more than half of the memory that
     was free, and lies in host memory beyond that.
@@ -54,7 +56,7 @@ class Streaming(Interpreter):
         origins: Mapping[Node, tuple[Node, ...]] = MappingProxyType({}),
         sink: Sink | None = None,
         hold: bool = False,
-        step: Callable[[], None] = lambda: None,
+        step: Step = no_step,
         reduce: Callable[[Any, int], Any] = lambda value, i: value,
     ) -> None:
         super().__init__(nn.Module(), graph=graph)
@@ -100,9 +102,6 @@ class Streaming(Interpreter):
         """Run, and say so: the number of a batch whose output is in `outputs`, and when all batches have
         passed a segment its parameters, which are here until then."""
         states = self._states(batches, masks)
-        for node in self.graph.nodes:
-            if node.op in ("placeholder", "output"):
-                self.step()
         with closing(self._parameters(plan := self._plan(states, batches))) as parameters:
             last_use = _last_use(plan)
             for number, segment in enumerate(plan):
@@ -138,6 +137,7 @@ class Streaming(Interpreter):
     def _plan(self, states: "BatchStates", batches: Sequence[Tensor]) -> list[Segment]:
         first = next(n for n in self.graph.nodes if n.op == "placeholder")
         tokens = sum(batch.numel() for batch in batches)
+        self.tokens = [batch.numel() for batch in batches]
         self.outputs: dict[int, Any] = {}
         self.carried = {}
         scale = tokens / first.meta["val"].numel()
@@ -184,21 +184,21 @@ class Streaming(Interpreter):
             for statistic in used_up.get(node, ()):
                 self.found.pop(statistic, None)
                 self.env.pop(statistic, None)
-            self.step()
+            self.step(work(node))
         return {node: value for node, value in self.env.items() if node not in self.found}
 
     @torch.no_grad()
     def _run_varying(self, segment: Segment, env: BatchState, i: int) -> BatchState:
         """Batch `i` through one segment: what later segments use of it."""
         self.env = env
+        tokens, example = self.tokens[i], example_tokens(self.graph)
         for node in segment.varying:
             self.env[node] = self._folded(node) if is_statistic(node) else self.run_node(node)
             if node is self.result:
                 self.outputs[i] = self.reduce(self.env[node], i)
             for dead in segment.ends[node]:
                 del self.env[dead]
-            if i == 0:
-                self.step()
+            self.step(work(node) * tokens // example)
         return {node: self.env[node] for node in segment.kept}
 
     def _folded(self, node: Node) -> Tensor:

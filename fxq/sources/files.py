@@ -71,22 +71,6 @@ def _visible(directory: Path) -> Iterator[Path]:
                 yield from sorted(path.rglob("*"))
 
 
-def check_gguf(path: Path) -> None:
-    """SourceError, with the command that converts it, for a GGUF file or a directory that has no weights but
-    such."""
-    found = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if not found or any(path.glob("*.safetensors")):
-        return
-    folder, name = found[0].parent, found[0].name
-    load = f"'{folder}', gguf_file='{name}'"
-    raise SourceError(
-        f"{found[0]}: a GGUF file; fxq reads safetensors. transformers converts it (pip install gguf): "
-        f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"M.from_pretrained({load}, dtype='bfloat16').save_pretrained('converted'); "
-        f"T.from_pretrained({load}).save_pretrained('converted')\""
-    )
-
-
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json as it stands; SourceError unless it is a JSON object."""
     path = directory / "config.json"

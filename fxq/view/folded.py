@@ -35,6 +35,16 @@ class Fold:
     count: int
 
 
+class Printed(Graph):
+    """A graph, the same nodes, that prints folded."""
+
+    def __init__(self, graph: Graph) -> None:
+        vars(self).update(vars(graph))
+
+    def __str__(self) -> str:
+        return fold(self)
+
+
 def fold(graph: Graph) -> str:
     """One line a landmark (matmul, attention, choice, dialect node), what leads to it written into it;
     repeats folded.

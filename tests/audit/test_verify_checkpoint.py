@@ -142,6 +142,16 @@ def edit(name: str, change: Callable[[Tensor], Tensor]) -> Damage:
     return damage
 
 
+def edit_all(suffix: str, change: Callable[[Tensor], Tensor]) -> Damage:
+    """A damage: every tensor of that suffix changed."""
+
+    def damage(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        add_tensors(path, {name: change(t) for name, t in tensors.items() if name.endswith(suffix)})
+
+    return damage
+
+
 def put(name: str, tensor: Tensor) -> Damage:
     """A damage: one tensor added or replaced."""
     return lambda path: add_tensors(path, {name: tensor})
@@ -263,6 +273,16 @@ BROKEN: dict[str, tuple[Damage, set[str], str]] = {
         edit(f"{ATTENTION}.o_proj.weight_scale_2", lambda t: 1 / t),
         {"scale-reciprocal"},
         f"{ATTENTION}.o_proj.weight_scale_2",
+    ),
+    "inverted scales of all inputs": (
+        edit_all(".input_scale", lambda t: 1 / t),
+        {"scale-reciprocal"},
+        INPUT,
+    ),
+    "one inverted input scale": (
+        edit(f"{ATTENTION}.o_proj.input_scale", lambda t: 1 / t),
+        {"scale-reciprocal"},
+        f"{ATTENTION}.o_proj.input_scale",
     ),
     "zero weights": (
         edit(f"{EXPERT}.up_proj.weight", torch.zeros_like),
@@ -438,6 +458,15 @@ def test_damage_is_found_and_is_all_that_is_found(kind: str, copy: Path) -> None
     assert rules(findings) == expected or (cut and expected <= rules(findings)), findings.groups()
     first = [item for item in findings if item.rule in expected]
     assert any(item.where.startswith(where) for item in first), first
+
+
+def test_a_massive_activation_is_no_inverse(copy: Path) -> None:
+    edit(f"{ATTENTION}.o_proj.input_scale", lambda t: torch.full_like(t, 1.26))(copy)
+    findings = verify_checkpoint(copy)
+    assert not rules(findings), findings.groups()
+    (outlier,) = (item for item in findings if item.rule == "input-outlier")
+    assert outlier.where == f"{ATTENTION}.o_proj.input_scale"
+    assert outlier.message.startswith("an amax of 3386.88, the median is ")
 
 
 def test_all_input_scales_missing_fold_into_few_lines(copy: Path) -> None:

@@ -12,11 +12,12 @@ from transformers import CompressedTensorsConfig, GptOssConfig
 import fxq
 from fxq.audit import verify_checkpoint
 from tests import reader
-from tests.families import Zoo, load, random_model, samples, zoo
+from tests.families import LAYERS, Zoo, load, random_model, samples, zoo
 
 __all__ = ["zoo"]
 
 DEFAULT, WEIGHT_ONLY = "nvfp4_default-fp8_kv", "nvfp4_weight_only_mse"
+CAST = "nvfp4_default-fp8_cast_kv"
 
 
 def _outputs(model: Path, spec: str, root: Path) -> tuple[reader.Checkpoint, reader.Checkpoint]:
@@ -66,6 +67,36 @@ def test_transformers_decodes_a_dense_model(spec: str, zoo: Zoo, tmp_path: Path)
     for name in ours.quantized_linears():
         expected = torch.from_numpy(ours.dequantize(name).copy())
         torch.testing.assert_close(found[f"{name}.weight"].float(), expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CAST,
+        *(
+            pytest.param(spec, marks=pytest.mark.slow)
+            for spec in (
+                DEFAULT,
+                "nvfp4_mlp_only_mse-fp8_cast_kv",
+                WEIGHT_ONLY,
+                "nvfp4_default_gptq-fp8_cast_kv",
+            )
+        ),
+    ],
+)
+@torch.no_grad()
+def test_transformers_runs_a_dense_model(spec: str, zoo: Zoo, tmp_path: Path) -> None:
+    data = None if spec == WEIGHT_ONLY else samples(6)
+    fxq.compile(zoo("llama"), spec, calib=data, out=tmp_path / "out", format="compressed-tensors")
+    ours, expected = reader.read_checkpoint(tmp_path / "out"), load(zoo("llama"))
+    for name in ours.quantized_linears():
+        expected.get_parameter(f"{name}.weight").copy_(torch.from_numpy(ours.dequantize(name).copy()))
+    model, ids = load(tmp_path / "out"), torch.tensor(samples(1, 24, seed=5))
+    scales = {name: float(p) for name, p in model.named_parameters() if name.endswith(("k_scale", "v_scale"))}
+    assert len(scales) == (0 if spec == WEIGHT_ONLY else 2 * LAYERS)
+    assert spec == DEFAULT or set(scales.values()) <= {1.0}
+    wanted, found = (m(ids).logits.float().log_softmax(-1) for m in (expected, model))
+    assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 0.2  # an FP8 cache and no more
 
 
 def test_transformers_still_decodes_experts_without_their_global_scale(zoo: Zoo, tmp_path: Path) -> None:

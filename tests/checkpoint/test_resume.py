@@ -34,6 +34,7 @@ from fxq.checkpoint.workdir import Work, working
 from fxq.graph.hub import Hub, TensorInfo
 from fxq.graph.program import Program
 from fxq.graph.text import parse
+from fxq.pipeline.base import Session
 from fxq.run import stages
 from fxq.run.statistics import Calibration
 from tests.families import Zoo, load, samples, without_times, write_lines, zoo
@@ -668,7 +669,7 @@ def left(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-def _left_calibrated(model: Path, tmp_path: Path, **options: Any) -> Path:
+def _left_calibrated(model: Path, tmp_path: Path) -> Path:
     """The work directory of a compilation that died when it was calibrated and not all was written."""
     plain, work = Shards.write, tmp_path / ".out.partial"
 
@@ -680,7 +681,7 @@ def _left_calibrated(model: Path, tmp_path: Path, **options: Any) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Shards, "write", write)
         with pytest.raises(Crash):
-            _compile(model, tmp_path / "out", **options)
+            _compile(model, tmp_path / "out")
     return work
 
 
@@ -762,7 +763,9 @@ def test_statistics_that_a_crash_spoiled_are_found_again(
 def test_a_run_that_calibrated_before_it_wrote_does_not_calibrate_again(
     model: Path, tmp_path: Path, uninterrupted: tuple[Files, fxq.Compiled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _left_calibrated(model, tmp_path, evaluate=samples(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "is_deferred", False)
+        _left_calibrated(model, tmp_path)
     monkeypatch.setattr(Calibration, "segments", _never)
     _compile(model, tmp_path / "out", resume=True)
     assert _files(tmp_path / "out") == uninterrupted[0]

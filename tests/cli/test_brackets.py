@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import GPT2Config
@@ -90,5 +91,22 @@ def test_the_progress_bar_prints_it_as_it_is(
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with tables.progress(f"label {name}", 2) as step:
-        step()
+        step(1)
     assert f"label {name}" in capsys.readouterr().err
+
+
+def test_without_a_terminal_progress_is_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 1.0, 30.0, 40.0, 60.0])
+    monkeypatch.setattr(tables, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with tables.progress("calibrate", 100) as step:
+        for done in (10, 15, 10, 65):
+            step(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "calibrate: 25% after 0:00:30, about 0:01:30 left",
+        "calibrate: 100% after 0:01:00",
+    ]
+    with tables.progress("nothing to do", 0) as step:
+        step(1)
+    assert not capsys.readouterr().err

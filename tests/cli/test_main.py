@@ -1,8 +1,10 @@
 """The command line as a user meets it: what is printed, where, and with which exit status."""
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import pytest
 
 import fxq
 from fxq.cli.main import main
+from fxq.evaluate import evaluation
 from fxq.graph.text import dump, parse
+from fxq.model import Model
+from fxq.sources import Directory
 from tests import reader
 from tests.families import Zoo, samples, write_lines, zoo
 
@@ -52,6 +57,123 @@ def test_compile_prints_a_summary_and_writes_a_good_checkpoint(
     ):
         assert word in text
     assert reader.check(str(out), str(model)) == []
+
+
+def test_compile_measures_what_it_wrote_as_eval_does(
+    model: Path, calib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ("--eval", calib, "--eval-samples", 2, "--eval-seq-len", 5, "--json")
+    report = json.loads(
+        printed(capsys, "compile", model, "--spec", SPEC, "--calib", calib, "--out", out, *options)
+    )
+    found = fxq.evaluate(out, calib, base=model, samples=2, seq_len=5)
+    assert found.tokens == 2 * 4
+    assert found.against is not None
+    expected = {
+        "perplexity_before": found.against.perplexity,
+        "perplexity_after": found.perplexity,
+        "kl_divergence": found.against.kl["mean"],
+        "top1_agreement": found.against.top1_agreement,
+    }
+    assert {name: report[name] for name in expected} == expected
+    written = json.loads((out / "fxq-report" / "report.json").read_text())
+    assert written["summary"] == pytest.approx(written["summary"] | expected, abs=1e-6)
+    assert "evaluate" in written["measured"]["seconds"]
+    assert written["made"]["evaluation"]["samples"] == 2
+    card = (out / "README.md").read_text()
+    assert f"| perplexity | {found.perplexity:.4f} |" in card
+    assert "| evaluation text | 2 samples, 10 tokens |" in card
+    assert "perplexity_after" in (out / "fxq-report" / "report.html").read_text()
+    assert sorted(path.name for path in (out / "fxq-report").iterdir()) == ["report.html", "report.json"]
+
+
+def test_text_to_measure_on_is_checked_before_anything_is_traced(
+    model: Path,
+    calib: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Model, "program", property(_never))
+    short = write_lines(tmp_path / "short.jsonl", [{"input_ids": [3]}])
+    for text, words in ((tmp_path / "none.jsonl", "none.jsonl: cannot read"), (short, "two tokens or more")):
+        command = (
+            "compile",
+            model,
+            "--spec",
+            SPEC,
+            "--calib",
+            calib,
+            "--out",
+            tmp_path / "out",
+            "--eval",
+            text,
+        )
+        assert main([str(a) for a in command]) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_measurement_leaves_the_output_and_says_so(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "evaluate", _interrupted)
+    out, text = tmp_path / "out", write_lines(tmp_path / "text.jsonl", [{"input_ids": [3, 4]}])
+    command = ("compile", model, "--spec", "nvfp4_weight_only", "--out", out, "--eval", text)
+    assert main([str(a) for a in command]) == 130
+    assert f"interrupted; {out} is complete: measure it with fxq eval {out}" in capsys.readouterr().err
+    assert reader.check(str(out), str(model)) == []
+
+
+def _never(*args: object, **kwargs: object) -> None:
+    raise AssertionError("called")
+
+
+def _interrupted(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [SPEC, "nvfp4_weight_only", pytest.param("nvfp4_default_gptq-fp8_cast_kv", marks=pytest.mark.slow)],
+)
+def test_progress_counts_all_work_and_no_more(spec: str, model: Path, tmp_path: Path) -> None:
+    shown: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+        shown[label] = [total]
+        yield shown[label].append
+
+    text = samples(8, 40)
+    fxq.compile(model, spec, calib=text, out=tmp_path / "out", evaluate=text, progress=progress)
+    data = "weight_only" not in spec
+    assert list(shown) == ["calibrate and write" if data else "pack and write", "evaluate"]
+    for label, (total, *steps) in shown.items():
+        assert sum(steps) == pytest.approx(total, rel=0.1), label
+        assert max(steps) < total / 4, label
+
+
+def test_a_dry_run_checks_all_and_writes_nothing(
+    model: Path,
+    calib: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(Directory, "read", _never)
+    out = tmp_path / "out"
+    command = ("compile", model, "--spec", SPEC, "--calib", calib, "--out", out, "--eval", calib, "--dry-run")
+    text = printed(capsys, *command)
+    for words in ("56: 48 of experts", "a router: %topk", "4 samples, ", "tokens show little"):
+        assert words in text
+    assert not list(tmp_path.iterdir())
+    for wrong, status in ((("--format", "x"), 2), (("--eval", "none.jsonl"), 1), (("--out", model), 1)):
+        assert main([str(a) for a in (*command, *wrong)]) == status
+    assert main([str(a) for a in ("compile", model, "--spec", SPEC, "--out", out, "--dry-run")]) == 2
+    assert "needs calibration data" in capsys.readouterr().err
 
 
 def test_compile_prints_json_when_asked(

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import fxq
 from fxq.numbers.formats import NVFP4
 from fxq.numbers.nvfp4 import quantize_measured
 from fxq.numbers.quality import MOST_STEPS, STEPS, Quality, qualities
+from fxq.passes import PASSES
+from fxq.pipeline import spec
 from fxq.report.files import DIRECTORY, WORST, Details, content, write
 from fxq.report.summary import Report
 from tests import reader
@@ -77,6 +82,89 @@ def test_only_what_is_measured_differs_between_runs(made: Path, zoo: Zoo, tmp_pa
     )
     assert first.pop("measured")["seconds"].keys() == second.pop("measured")["seconds"].keys()
     assert first == second
+
+
+def test_the_amaxes_of_inputs_are_those_of_the_scales(data: dict[str, Any], made: Path) -> None:
+    held = reader.read_checkpoint(made)
+    names = held.quantized_linears()
+    amaxes = {name: 2688 * float(held.multiplier(name, "input_scale")) for name in names}
+    found = data["summary"]
+    assert found["largest_input_amax"] == pytest.approx(max(amaxes.values()), rel=1e-5)
+    assert found["largest_input_amax"] == pytest.approx(
+        amaxes[found["largest_input"].removesuffix(".weight")]
+    )
+    assert found["median_input_amax"] == pytest.approx(median(amaxes.values()), rel=1e-5)
+
+
+def test_a_massive_activation_is_named() -> None:
+    report = Report("spec")
+    report.measure_inputs({"a": 3.0, "b": 2.0, "c": 1.0})
+    assert not list(report.massive())
+    report.measure_inputs({"a": 3.0, "b": 2.0, "c": 3000.0})
+    (warning,) = report.massive()
+    assert warning.startswith("c: its input reaches 3000, 1000 times the median")
+    assert "input amaxes     3 at the median, the largest 3000 (c)" in str(report)
+
+
+def test_it_says_how_it_was_made(data: dict[str, Any], made: Path, zoo: Zoo, tmp_path: Path) -> None:
+    how = data["made"]
+    assert how["model"] == str(zoo("qwen3_moe").resolve())
+    assert how["versions"]["torch"] == torch.__version__
+    assert how["calibration"] | {"tokens_hash": ""} == {
+        "from": "list in memory",
+        "samples": 1,
+        "tokens": 1,
+        "shortest": 1,
+        "longest": 1,
+        "tokens_hash": "",
+        "seq_len": 512,
+        "pack": False,
+    }
+    assert how["evaluation"] is None
+    assert spec.load(how["spec"], PASSES).passes == spec.load(SPEC, PASSES).passes
+    again = fxq.compile(how["model"], how["spec"], calib=[[5]], out=tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        made / "model.safetensors"
+    ).read_bytes()
+    assert again.report.made["calibration"]["tokens_hash"] == how["calibration"]["tokens_hash"]
+
+
+def test_a_model_of_the_hub_is_named_as_there(zoo: Zoo, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--some-model" / "snapshots" / "abc"
+    shutil.copytree(zoo("llama"), snapshot)
+    fxq.compile(snapshot, "nvfp4_weight_only", out=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "owner/some-model"
+    assert "`owner/some-model@abc`" in card
+    assert "bits per quantized weight | 4." in card
+
+
+def test_a_card_that_exists_stays(zoo: Zoo, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(zoo("llama"), tmp_path / "model"))
+    (source / "README.md").write_text("# mine")
+    fxq.compile(source, "nvfp4_weight_only", out=tmp_path / "out", evaluate=[[3, 4, 5]])
+    assert (tmp_path / "out" / "README.md").read_text() == "# mine"
+
+
+@pytest.mark.parametrize(
+    ("kl", "passes", "inputs", "words"),
+    [
+        (0.001, ["gptq"], 0, "small: predictions are nearly the source's"),
+        (0.05, ["lower"], 4, "moderate: try a gptq spec.*; or one that quantizes less"),
+        (0.5, [{"gptq": {"order": "act"}}], 4, "large: try one that quantizes less"),
+        (0.5, ["gptq"], 0, "large: try `skip`"),
+    ],
+)
+def test_the_verdict_names_what_helps(kl: float, passes: list[Any], inputs: int, words: str) -> None:
+    report = Report("spec", input_nodes=inputs, kl_divergence=kl, top1_agreement=0.9)
+    report.made = {"spec": {"passes": passes}}
+    assert re.match(words, str(report.verdict))
+    assert f"verdict          {report.verdict}" in str(report)
+
+
+def test_no_measurement_no_verdict() -> None:
+    assert Report("spec").verdict is None
 
 
 def test_a_live_model_is_named_by_its_class(zoo: Zoo, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fxq.run.simulate import DEPLOYED, ORIGINAL, UNROUNDED, simulation
 from fxq.run.statistics import Calibration, Prefix
 from fxq.run.streaming import Streaming
 from fxq.run.weights import WeightExpressions, amaxes
+from fxq.run.work import total
 
 CPU = torch.device("cpu")
 DEPTH, EXPERTS = 6, 4
@@ -129,7 +130,7 @@ def test_each_weight_is_read_once_for_any_number_of_batches() -> None:
 def test_a_weight_is_freed_after_its_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(stages.AHEAD, "cpu", 1)
     program, source = _chain()
-    Streaming(program.graph, source, CPU, step=source.look).run_batches([_ids([7])])
+    Streaming(program.graph, source, CPU, step=lambda done: source.look()).run_batches([_ids([7])])
     assert source.peak <= 2  # the one in use, and at most the next
     assert source.peak_bytes <= 2 * 16 * 16 * 4
     source.peak = 0
@@ -386,11 +387,14 @@ def test_a_broken_activation_is_named() -> None:
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def test_step_is_called_for_every_node() -> None:
+def test_progress_counts_work_and_ends_at_its_total() -> None:
     program, source = _chain()
-    calls: list[None] = []
-    Streaming(program.graph, source, CPU, step=lambda: calls.append(None)).run_batches(BATCHES)
-    assert len(calls) == len(program.graph.nodes)
+    done: list[int] = []
+    run = Streaming(program.graph, source, CPU, step=done.append)
+    run.run_batches(BATCHES)
+    assert sum(done) == pytest.approx(total(run.graph, BATCHES), rel=1e-2)
+    multiplications = sum(batch.numel() for batch in BATCHES) * DEPTH * 16 * 16
+    assert multiplications <= sum(done) <= 10 * multiplications  # small as these are, the rest counts too
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

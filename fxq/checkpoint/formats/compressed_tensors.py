@@ -95,18 +95,21 @@ def _divisor(multiplier: Tensor) -> Tensor:
     return multiplier.reciprocal().reshape(1)
 
 
-def kv_infos(attention: str, format: str) -> dict[str, TensorInfo]:
-    """The two scales of one attention's cache."""
+def kv_infos(attention: str, format: str, *, calibrated: bool) -> dict[str, TensorInfo]:
+    """The two scales of one attention's cache; transformers leaves those that are not stored as they are
+    allocated."""
     if format not in _CACHES:
         raise CheckpointError(f"{attention}: compressed-tensors has no name for a cache in {format}")
     return {f"{attention}.{t}_scale": _SCALAR for t in "kv"}
 
 
-def kv_tensors(attention: str, k_amax: Tensor, v_amax: Tensor, format: str) -> dict[str, Tensor]:
-    """Of FP8 amax / 448 each, as multipliers; never zero."""
+def kv_tensors(
+    attention: str, k_amax: Tensor | None, v_amax: Tensor | None, format: str
+) -> dict[str, Tensor]:
+    """Of FP8 amax / 448 each, as multipliers, never zero; 1.0 where nothing was calibrated."""
     amaxes = {"k": k_amax, "v": v_amax}
-    scale_of = FORMATS[format].scale_of
-    return {f"{attention}.{t}_scale": scale_of(amax).reshape(1) for t, amax in amaxes.items()}
+    scales = {t: torch.ones([]) if a is None else FORMATS[format].scale_of(a) for t, a in amaxes.items()}
+    return {f"{attention}.{t}_scale": scale.reshape(1) for t, scale in scales.items()}
 
 
 def config_files(

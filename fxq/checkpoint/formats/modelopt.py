@@ -82,18 +82,21 @@ def input_tensors(key: str, format: str, amax: Tensor) -> dict[str, Tensor]:
     return {tensor_names(key)["input_scale"]: FORMATS[format].scale_of(amax)}
 
 
-def kv_infos(attention: str, format: str) -> dict[str, TensorInfo]:
-    """The two scales of one attention's cache."""
+def kv_infos(attention: str, format: str, *, calibrated: bool) -> dict[str, TensorInfo]:
+    """The two scales of one attention's cache; none where nothing was calibrated, as engines take 1.0."""
     if format not in _CACHE_ALGORITHMS:
         raise CheckpointError(f"{attention}: ModelOpt has no name for a cache in {format}")
-    return {f"{attention}.{t}_proj.{t}_scale": TensorInfo.of((), torch.float32) for t in "kv"}
+    info = TensorInfo.of((), torch.float32)
+    return {f"{attention}.{t}_proj.{t}_scale": info for t in "kv"} if calibrated else {}
 
 
-def kv_tensors(attention: str, k_amax: Tensor, v_amax: Tensor, format: str) -> dict[str, Tensor]:
+def kv_tensors(
+    attention: str, k_amax: Tensor | None, v_amax: Tensor | None, format: str
+) -> dict[str, Tensor]:
     """Of FP8 amax / 448 each, as multipliers; never zero."""
     amaxes = {"k": k_amax, "v": v_amax}
     scale_of = FORMATS[format].scale_of
-    return {f"{attention}.{t}_proj.{t}_scale": scale_of(amax) for t, amax in amaxes.items()}
+    return {f"{attention}.{t}_proj.{t}_scale": scale_of(a) for t, a in amaxes.items() if a is not None}
 
 
 def config_files(

@@ -181,7 +181,8 @@ function heading() {
     tiles.append(make("div", { class: bad ? "tile bad" : "tile" }, make("b", {}, value), make("span", {}, text)));
   if (s.sqnr_db !== null) tile(decibel(s.sqnr_db), "weights against the original (SQNR); the worst " + decibel(s.worst_sqnr_db));
   if (s.perplexity_before !== null)
-    tile(`${s.perplexity_before.toFixed(2)} → ${s.perplexity_after.toFixed(2)}`, "perplexity before and after");
+    tile(`${s.perplexity_before.toPrecision(3)} → ${s.perplexity_after.toPrecision(3)}`, "perplexity before and after, as served");
+  if (s.kl_divergence != null) tile(s.kl_divergence.toPrecision(2), `nats per token from the source (KL), ${(100 * s.top1_agreement).toFixed(1)} % first choices alike`);
   if (s.output_bytes)
     tile(`${(100 * s.output_bytes / s.source_bytes).toFixed(1)} %`, `of the size: ${size(s.source_bytes)} became ${size(s.output_bytes)}`);
   if (s.bits_per_weight) tile(s.bits_per_weight.toFixed(3), "bits per quantized weight, scales included");
