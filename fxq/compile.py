@@ -46,6 +46,7 @@ def compile(
     device: str | torch.device = "cpu",
     format: str | None = None,
     allow_partial: bool = False,
+    settings: Sequence[str] = (),
     passes: Sequence[str | Path | type[Pass]] = (),
     follow_links: bool = False,
     trust_remote_code: bool = False,
@@ -61,6 +62,7 @@ def compile(
     shard_bytes: about how large the files of the output become. evaluate: text, given alike, to measure
     perplexity on. device: "cpu" or "cuda", where calibration and packing run. allow_partial: weights that
     the spec asks for and that cannot be quantized are left as they are, with a warning, instead of an error.
+    settings: options of the spec's passes, each `PASS.OPTION=VALUE` as for --set.
     passes: more passes that a spec may name, classes or Python files (see `fxq.passes.table`). follow_links:
     whether files of the directory may be symbolic links out of it.
     Raises SpecError, SourceError, TraceError, VerifyError or CheckpointError; on any of them nothing is
@@ -68,7 +70,7 @@ def compile(
     """
     known = table(passes)
     chosen = spec if isinstance(spec, Spec) else load(spec, known)
-    chosen = chosen.with_flags(format=format, partial=allow_partial or None)
+    chosen = chosen.with_settings(settings).with_flags(format=format, partial=allow_partial or None)
     where = device_of(device)
     wanted = SAMPLES if samples is None else samples
     if wanted < 1 or seq_len < 1:

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint format, instead of the spec's: modelopt, compressed-tensors",
     )
     add("--eval", metavar="FILE", type=Path, help="also measure perplexity before and after on this text")
+    shared.add_settings(parser)
     shared.add_partial(parser)
     shared.add_json(parser, "print the summary as JSON")
     shared.add_passes(parser)
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fxq.pipeline.spec import load
 
     chosen = load(arguments.spec, table(arguments.passes))  # its mistakes come before a file is read
+    chosen = chosen.with_settings(arguments.settings)
     from fxq.sources.prefetch import prefetch
 
     with prefetch(arguments.model):

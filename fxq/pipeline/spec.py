@@ -4,7 +4,7 @@ by its line."""
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +51,31 @@ class Spec:
                 if value is not None and name in step.flags
             }
             passes.append(dataclasses.replace(cast(Any, step), **own))
+        return dataclasses.replace(self, passes=tuple(passes))
+
+    def with_settings(self, settings: Iterable[str]) -> "Spec":
+        """The spec with options set as `PASS.OPTION=VALUE` says, in every pass of that name; VALUE is YAML,
+        as in a spec.
+
+        Raises SpecError for text of another form, a pass that the spec has not, an option that the pass has
+        not, and a value that the option does not take.
+        """
+        given: dict[str, dict[str, Any]] = {}
+        for setting in settings:
+            at = "--set " + (setting if len(setting) <= 60 else f"{setting[:57]}...")
+            name, option, value = _setting(setting, at)
+            step = next((step for step in self.passes if step.name == name), None)
+            if step is None:
+                has = choices({step.name for step in self.passes})
+                raise SpecError(f"{at}: {self.name} has no pass {name!r}; it has: {has}")
+            given.setdefault(name, {}).update(_options(type(step), {option: (at, value)}))
+        passes = []
+        for step in self.passes:
+            own = given.get(step.name, {})
+            try:  # all at once: some options go together
+                passes.append(dataclasses.replace(cast(Any, step), **own))
+            except SpecError as error:
+                raise SpecError(f"--set {step.name}.{next(iter(own))}: {error}") from error
         return dataclasses.replace(self, passes=tuple(passes))
 
 
@@ -146,19 +171,41 @@ def _pass(node: yaml.Node, table: Mapping[str, type[Pass]], where: str) -> Pass:
     if name not in table:
         raise SpecError(f"{_at(where, name_node)}: no pass is called {name!r}; there are {choices(table)}")
     cls = table[name]
-    fields = {f.name for f in dataclasses.fields(cast(Any, cls))}
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for option, (key, value) in options.items():
-        if option not in fields:
-            raise SpecError(f"{_at(where, key)}: {name} has no option {option!r}; it has: {choices(fields)}")
-        values[option] = _checked(
-            _plain(value, where), hints[option], f"{_at(where, value)}: {name}: {option}"
-        )
+    given = {option: (_at(where, key), _plain(value, where)) for option, (key, value) in options.items()}
+    values: dict[str, Any] = _options(cls, given)
     try:
         return cls(**values)
     except SpecError as error:  # options that do not go together
         raise SpecError(f"{_at(where, name_node)}: {error}") from error
+
+
+def _options(cls: type[Pass], given: Mapping[str, tuple[str, object]]) -> dict[str, Any]:
+    """Options of a pass, checked; each is given as (where, value)."""
+    fields, hints = {f.name for f in dataclasses.fields(cast(Any, cls))}, typing.get_type_hints(cls)
+    found = {}
+    for option, (at, value) in given.items():
+        if option not in fields:
+            raise SpecError(f"{at}: {cls.name} has no option {option!r}; it has: {choices(fields)}")
+        found[option] = _checked(value, hints[option], f"{at}: {cls.name}: {option}")
+    return found
+
+
+def _setting(setting: str, at: str) -> tuple[str, str, object]:
+    """(pass, option, value) of `PASS.OPTION=VALUE`."""
+    target, equals, text = setting.partition("=")
+    name, dot, option = target.strip().rpartition(".")
+    if not (equals and dot and name and option):
+        raise SpecError(f"{at}: expected PASS.OPTION=VALUE, as in calibrate-max.prefix=quantized")
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise SpecError(f"{at}: cannot read the value as YAML: {_short(problem)}") from error
+    except RecursionError as error:
+        raise SpecError(f"{at}: nested too deeply for a value") from error
+    if node is None:
+        raise SpecError(f"{at}: expected a value after `=`, found nothing (`''` is an empty text)")
+    return name, option, _plain(node, at)
 
 
 def _fields(node: yaml.MappingNode, where: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
