@@ -1,0 +1,64 @@
+"""Choices: groups of weights for each of which one of several formats is to be chosen.
+
+%w_choice : bf16[64,64] = fxq.choose([%w_q, %w_fp8, %w], %which)    formats: nvfp4, fp8, none
+%x_choice : bf16[8,64] = fxq.choose([%x_q, %x_fp8, %x], %which)     what they multiply
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fxq.graph import dialect
+from fxq.graph.arguments import node_at
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A group of weights that one kernel multiplies, and what each format would cost.
+
+    which: the name of the `fxq.value` that decides, the place of a format in `formats`. parameters: their
+    names; tensors: how many tensors of the checkpoint they are. numbers: how many weights there are; work:
+    how many of them a token multiplies. bits: of all the weights in each format, block scales included;
+    operations: the bits of an operand of each multiplication of a token, summed, in each format. fixed: the
+    format that the user asked for, if any.
+    """
+
+    which: str
+    parameters: tuple[str, ...]
+    formats: tuple[str, ...]
+    tensors: int
+    numbers: int
+    work: float
+    bits: tuple[float, ...]
+    operations: tuple[float, ...]
+    fixed: str | None = None
+
+    @property
+    def losses_name(self) -> str:
+        """The name of the value that holds what each format was measured to lose, float64 [formats]."""
+        return f"{self.which}_losses"
+
+    @property
+    def settled(self) -> int:
+        """The place of the fixed format, or the first."""
+        return self.formats.index(self.fixed) if self.fixed is not None else 0
+
+    def place(self, values: Mapping[str, Tensor]) -> int | None:
+        """The place of the format that was chosen; None before that."""
+        return int(values[self.which]) if self.which in values else None
+
+    def losses(self, values: Mapping[str, Tensor]) -> list[float] | None:
+        """What each format was measured to lose; None before that."""
+        return values[self.losses_name].tolist() if self.losses_name in values else None
+
+
+def chooses(graph: Graph) -> list[Node]:
+    """Every `fxq.choose`."""
+    return [node for node in graph.nodes if node.target is dialect.CHOOSE]
+
+
+def which_of(choose: Node) -> str:
+    """The name of the value that decides an `fxq.choose`."""
+    return str(node_at(choose, 1).args[0])
