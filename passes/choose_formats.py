@@ -66,7 +66,7 @@ class ChooseFormats(CalibrationPass):
     rounds: int = 1
 
     name: ClassVar[str] = "choose-formats"
-    requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared, tensors_whole, amaxes_filled)
+    requires: ClassVar[tuple[Fact, ...]] = (amaxes_shared, amaxes_filled)
     breaks: ClassVar[tuple[Fact, ...]] = (groups_whole, amaxes_shared, tensors_whole, amaxes_filled)
     only_values: ClassVar[bool] = False
 
@@ -261,15 +261,10 @@ def _pair(format: str) -> tuple[str, str]:
 def _choice(
     which: str, group: list[WeightMatmul], formats: tuple[str, ...], settled: str | None, program: Program
 ) -> Choice:
-    (ids,) = (n for n in program.graph.nodes if n.op == "placeholder")
-    tokens = ids.meta["val"].numel()
     parameters = {_parameter(matmul).name: _parameter(matmul) for matmul in group}
     weights = dict.fromkeys(rounding for matmul in group for rounding in roundings(matmul))
     numbers = sum(w.meta["val"].numel() for w in weights)
-    work = 0.0
-    for matmul in group:
-        shape = shape_of(roundings(matmul)[0])
-        work += shape[0] * matmul.x.meta["val"].numel() / tokens
+    work = sum(shape_of(roundings(m)[0])[0] * m.x.meta["val"].numel() for m in group)
     plain = 8 * next(iter(weights)).meta["val"].dtype.itemsize
     pairs = [_pair(format) for format in formats]
     stored = (named(program.hub, str(p.target), shape_of(p)) for p in parameters.values())
@@ -287,9 +282,8 @@ def _choice(
 
 
 def _replace(old: Node, name: str, values: list[Node], which: Node) -> None:
-    """Let what reads `old` read a choice between values; their one, if they do not differ."""
-    differ = len(set(values)) > 1
-    chosen = edit.call(old.graph, name, dialect.CHOOSE, values, which) if differ else values[0]
+    """Let what reads `old` read a choice between values."""
+    chosen = edit.call(old.graph, name, dialect.CHOOSE, values, which)
     edit.replace(old, chosen, [user for user in old.users if user is not chosen])
 
 
@@ -322,8 +316,8 @@ def _input(quantize: Node, format: str) -> Node:
     before, scale = node_at(quantize, 0), FORMATS[format].input_scale if format in FORMATS else ""
     if format in (_NONE, quantize.kwargs["format"]):
         return before if format == _NONE else quantize
-    name = f"{quantize.name.removesuffix('_q')}_{format}"
-    return edit.quantize(before, name, format=format, scale=scale, amax=node_at(quantize, 1))
+    amax = node_at(quantize, 1)
+    return edit.quantize(before, f"{before.name}_{format}", format=format, scale=scale, amax=amax)
 
 
 def _first(w: Node) -> Node:

@@ -9,7 +9,7 @@ from fxq.graph.arguments import node_at, nodes_at
 from fxq.graph.choices import chooses, which_of
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
-from fxq.pipeline.base import Pass, nothing_matched
+from fxq.pipeline.base import Pass
 from fxq.pipeline.choosing import notes
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, tensors_whole
 
@@ -30,8 +30,6 @@ class ResolveChoices(Pass):
             yield Match("choice", node, {"which": node_at(node, 1)})
 
     def run(self, program: Program) -> int:
-        if not program.choices and not chooses(program.graph):
-            raise nothing_matched(self, program, "choices, which choose-formats makes")
         program.notes += notes(program)
         known = {choice.which: choice for choice in program.choices}
         found = chooses(program.graph)

@@ -19,10 +19,10 @@ class Choice:
     """A group of weights that one kernel multiplies, and what each format would cost.
 
     which: the name of the `fxq.value` that decides, the place of a format in `formats`. parameters: their
-    names; tensors: how many tensors of the checkpoint they are. numbers: how many weights there are; work:
-    how many of them a token multiplies. bits: of all the weights in each format, block scales included;
-    operations: the bits of an operand of each multiplication of a token, summed, in each format. fixed: the
-    format that the user asked for, if any.
+    names; tensors: how many tensors of the checkpoint they are. numbers: how many weights there are. work:
+    how many multiplications by them, of the example that the graph's types describe. bits: of all the weights
+    in each format, block scales included; operations: of an operand of each multiplication, summed. fixed:
+    the format that the user asked for, if any.
     """
 
     which: str
@@ -30,7 +30,7 @@ class Choice:
     formats: tuple[str, ...]
     tensors: int
     numbers: int
-    work: float
+    work: int
     bits: tuple[float, ...]
     operations: tuple[float, ...]
     fixed: str | None = None
