@@ -13,6 +13,7 @@ from torch.fx import Graph
 
 from fxq.checkpoint import writer as checkpoint
 from fxq.checkpoint.workdir import Work, check_output, working
+from fxq.chosen import chosen_spec
 from fxq.errors import CheckpointError, SpecError
 from fxq.evaluate.perplexity import perplexities
 from fxq.gc_paused import gc_paused
@@ -22,7 +23,7 @@ from fxq.numbers import kernels
 from fxq.passes import table
 from fxq.pipeline.base import Pass, Progress, Session, bystanders, no_progress
 from fxq.pipeline.run import NOTHING_TO_WRITE, needs_data, run_passes
-from fxq.pipeline.spec import Spec, load
+from fxq.pipeline.spec import Spec, dump, load
 from fxq.report.measured import WritingReport, measure_memory, timed
 from fxq.report.reasons import doubts_of_text
 from fxq.report.summary import Report
@@ -110,7 +111,7 @@ def compile(
         measure_memory(report, where)
         if program.pending is None:
             report.count(program)
-        compiled = Compiled(opened, program, session, report, run)
+        compiled = Compiled(opened, program, session, report, run, chosen_spec(chosen, program))
         if evaluate is not None:
             compiled.perplexity(evaluate)
         if work is not None and to is not None:
@@ -123,7 +124,7 @@ class Compiled:
 
     graph: the torch.fx graph that simulates the deployed model. program: the lowered checkpoint program and
     its values. scales: amax node name -> calibrated float32 []. report: counts and measurements; `save`
-    completes it.
+    completes it. chosen: the spec that says which formats a pass chose, if one did.
     """
 
     def __init__(
@@ -133,9 +134,10 @@ class Compiled:
         session: Session,
         report: Report,
         run: Callable[[int], Mapping[str, Any]],
+        chosen: Spec | None = None,
     ) -> None:
         self._model, self._session, self._run = model, session, run
-        self.program, self.report = program, report
+        self.program, self.report, self.chosen = program, report, chosen
 
     @property
     def graph(self) -> Graph:
@@ -167,7 +169,8 @@ class Compiled:
         plan = checkpoint.plan(program)
         replaced, warnings = model.replaced_files()
         self.report.add_warnings(warnings)
-        writing = WritingReport(self.report, model.name, program, plan, model.source, out, device)
+        text = dump(self.chosen) if self.chosen is not None else ""
+        writing = WritingReport(self.report, model.name, program, plan, model.source, out, device, text)
         nodes = len(program.graph.nodes)
         with timed(self.report, "write"), self._session.progress("pack and write", nodes) as step:
             checkpoint.write(

@@ -19,15 +19,22 @@ from fxq.graph.places import named
 from fxq.graph.program import Program
 from fxq.graph.structure.matmuls import WeightMatmul, input_quantize, weight_matmuls
 from fxq.graph.structure.views import VIEWS, parameter_name, root, shape_of, strip
-from fxq.numbers.formats import FORMATS, check_pair
+from fxq.numbers.formats import FORMATS
 from fxq.pipeline.base import CalibrationPass, Session, nothing_matched
-from fxq.pipeline.choosing import DEFAULT_BITS, MEASURED, Budget, Cost, size_of
+from fxq.pipeline.choosing import (
+    DEFAULT_BITS,
+    MEASURED,
+    MEASURED_BEFORE,
+    NONE,
+    Budget,
+    Cost,
+    pair_of,
+    size_of,
+)
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, tensors_whole
 from fxq.pipeline.format_groups import format_groups, roundings
 from fxq.run.batches import some_batches
 from fxq.run.variants import Variant, Variants
-
-_NONE, _WEIGHT_ONLY = "none", " weight-only"
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class ChooseFormats(CalibrationPass):
 
     def __post_init__(self) -> None:
         for format in (*self.formats, *(format for _, format in self._settled())):
-            _pair(format)
+            pair_of(format)
         if len(set(self.formats)) != len(self.formats) or len(self.formats) < 2:
             raise SpecError(f"{self.name}: formats is two or more, each once; found {list(self.formats)}")
         given = {n: getattr(self, n) for n in ("bits", "size", "max_kl") if getattr(self, n) is not None}
@@ -131,19 +138,18 @@ class ChooseFormats(CalibrationPass):
         before, found = len(program.values), program.choices
         run = Variants(program, session.source, session.device)
         batches = some_batches(program, session.batches or (), self.tokens) if self.needs_data else []
-        alone = [{c.which: place} for c in found for place, f in enumerate(c.formats) if f != _NONE]
+        alone = [{c.which: place} for c in found for place, f in enumerate(c.formats) if f != NONE]
         with session.progress(self.name, len(run.parts)) as run.step:
             losses = self._losses(run, batches, [Variant(chosen) for chosen in alone])
         lost = {next(iter(chosen.items())): loss for chosen, loss in zip(alone, losses, strict=True)}
         table = [[lost.get((c.which, place), 0.0) for place in range(len(c.formats))] for c in found]
-        places = self.budget.choose(program, table)
-        measured: list[float] = []
+        places, measured = self.budget.choose(program, table), dict[str, float]()
         if self.score == "kl":
             places, measured = self._checked(program, run, batches, table, places)
         for choice, own, place in zip(found, table, places, strict=True):
             program.values[choice.which] = torch.tensor(place)
-            program.values[choice.losses_name] = torch.tensor(own, dtype=torch.float64)
-        program.values[MEASURED] = torch.tensor(measured, dtype=torch.float64)
+            measured.update(zip(choice.loss_names, own, strict=True))
+        program.values.update((n, torch.tensor(loss, dtype=torch.float64)) for n, loss in measured.items())
         return len(program.values) - before
 
     def _losses(self, run: Variants, batches: list[Tensor], variants: list[Variant]) -> list[float]:
@@ -160,14 +166,13 @@ class ChooseFormats(CalibrationPass):
         batches: list[Tensor],
         table: list[list[float]],
         places: list[int],
-    ) -> tuple[list[int], list[float]]:
-        """The places, those of a second round if it is asked for and the model then loses less; and (what the
-        model was predicted to lose, what it loses, what it lost after the first round) if these are known."""
+    ) -> tuple[list[int], dict[str, float]]:
+        """The places, or those of a second round if that is asked for and the model then loses less; and
+        what it loses with them."""
         names = [choice.which for choice in program.choices]
         first = dict(zip(names, places, strict=True))
-        predicted = sum(own[place] for own, place in zip(table, places, strict=True))
         if self.rounds == 1:
-            return places, [predicted, *run.divergences(batches, [Variant(first)])]
+            return places, {MEASURED: run.divergences(batches, [Variant(first)])[0]}
         swaps = [(g, p) for g, own in enumerate(table) for p in range(len(own)) if p != places[g]]
         variants = [Variant(first), *(Variant({**first, names[g]: p}, parent=0) for g, p in swaps)]
         base, *swapped = run.divergences(batches, variants)
@@ -176,9 +181,8 @@ class ChooseFormats(CalibrationPass):
             again[g][p] = loss
         second = self.budget.choose(program, again)
         (loss,) = run.divergences(batches, [Variant(dict(zip(names, second, strict=True)))])
-        if loss >= base:
-            return places, [predicted, base, base]
-        return second, [sum(own[p] for own, p in zip(table, second, strict=True)), loss, base]
+        better = second if loss < base else places
+        return better, {MEASURED: min(loss, base), MEASURED_BEFORE: base}
 
     # What a group is offered.
 
@@ -220,7 +224,7 @@ class ChooseFormats(CalibrationPass):
         """Put an `fxq.choose` for each weight of a group and for what multiplies it."""
         asked = dict.fromkeys((*self.formats, *([settled] if settled is not None else [])))
         width = shape_of(roundings(group[0])[0])[-1]
-        formats = [f for f in asked if f == _NONE or FORMATS[_pair(f)[0]].holds(width)]
+        formats = [f for f in asked if f == NONE or FORMATS[pair_of(f)[0]].holds(width)]
         if settled is not None and settled not in formats:
             raise SpecError(
                 f"{self.name}: {_module(group[0])} has rows of {width}, which {settled} cannot hold"
@@ -229,7 +233,7 @@ class ChooseFormats(CalibrationPass):
         weights = dict.fromkeys(strip(matmul.w, VIEWS) for matmul in group)
         inputs = {quantize: matmul for matmul in group if (quantize := input_quantize(matmul.x)) is not None}
         for matmul in group:
-            if input_quantize(matmul.x) is None and any(_pair(f)[1] != _NONE for f in formats):
+            if input_quantize(matmul.x) is None and any(pair_of(f)[1] != NONE for f in formats):
                 raise SpecError(
                     f"{self.name}: the inputs of {_module(matmul)} are not rounded, so that there is no "
                     f"scale for {formats[0]}; expected quantize passes with inputs, beside which `nvfp4 "
@@ -237,25 +241,12 @@ class ChooseFormats(CalibrationPass):
                 )
         choice = _choice(which.name, group, tuple(formats), settled, program)
         for w in weights:
-            values = [_weight(w, _pair(format)[0]) for format in formats]
+            values = [_weight(w, pair_of(format)[0]) for format in formats]
             _replace(w, f"{_first(w).name}_choice", values, which)
         for quantize in inputs:
-            values = [_input(quantize, _pair(format)[1]) for format in formats]
+            values = [_input(quantize, pair_of(format)[1]) for format in formats]
             _replace(quantize, f"{quantize.name}_choice", values, which)
         return choice
-
-
-def _pair(format: str) -> tuple[str, str]:
-    """(format of weights, of inputs) of a format as `formats` names it; SpecError if engines know no such."""
-    if format == _NONE:
-        return _NONE, _NONE
-    weights = format.removesuffix(_WEIGHT_ONLY)
-    if weights not in FORMATS:
-        known = [*FORMATS, *(f"{f.name}{_WEIGHT_ONLY}" for f in FORMATS.values() if _NONE in f.inputs), _NONE]
-        raise SpecError(f"choose-formats: no format is called {format!r}; there are {', '.join(known)}")
-    inputs = _NONE if format.endswith(_WEIGHT_ONLY) else weights
-    check_pair(weights, inputs, f"choose-formats: {format}")
-    return weights, inputs
 
 
 def _choice(
@@ -266,7 +257,7 @@ def _choice(
     numbers = sum(w.meta["val"].numel() for w in weights)
     work = sum(shape_of(roundings(m)[0])[0] * m.x.meta["val"].numel() for m in group)
     plain = 8 * next(iter(weights)).meta["val"].dtype.itemsize
-    pairs = [_pair(format) for format in formats]
+    pairs = [pair_of(format) for format in formats]
     stored = (named(program.hub, str(p.target), shape_of(p)) for p in parameters.values())
     return Choice(
         which,
@@ -304,7 +295,7 @@ def _rounded(rounding: Node, format: str) -> Node:
     if format == rounding.kwargs["format"]:
         return rounding
     before = node_at(rounding, 0)
-    if format == _NONE:
+    if format == NONE:
         return before
     scale = FORMATS[format].scales[-1]
     return edit.quantize(
@@ -314,8 +305,8 @@ def _rounded(rounding: Node, format: str) -> Node:
 
 def _input(quantize: Node, format: str) -> Node:
     before, scale = node_at(quantize, 0), FORMATS[format].input_scale if format in FORMATS else ""
-    if format in (_NONE, quantize.kwargs["format"]):
-        return before if format == _NONE else quantize
+    if format in (NONE, quantize.kwargs["format"]):
+        return before if format == NONE else quantize
     amax = node_at(quantize, 1)
     return edit.quantize(before, f"{before.name}_{format}", format=format, scale=scale, amax=amax)
 

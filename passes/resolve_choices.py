@@ -35,6 +35,6 @@ class ResolveChoices(Pass):
         found = chooses(program.graph)
         for node in found:
             name = which_of(node)
-            place = program.values.get(name, known[name].settled if name in known else 0)
-            edit.replace(node, nodes_at(node, 0)[int(place)])
+            place = known[name].place(program.values) if name in known else int(program.values.get(name, 0))
+            edit.replace(node, nodes_at(node, 0)[place])
         return len(found)

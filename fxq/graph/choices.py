@@ -36,22 +36,22 @@ class Choice:
     fixed: str | None = None
 
     @property
-    def losses_name(self) -> str:
-        """The name of the value that holds what each format was measured to lose, float64 [formats]."""
-        return f"{self.which}_losses"
+    def loss_names(self) -> list[str]:
+        """The names of the values that say what each format was measured to lose, float64 [] each."""
+        return [f"{self.which}_loss_{place}" for place in range(len(self.formats))]
 
     @property
     def settled(self) -> int:
-        """The place of the fixed format, or the first."""
+        """The place of the fixed format, or of the first."""
         return self.formats.index(self.fixed) if self.fixed is not None else 0
 
-    def place(self, values: Mapping[str, Tensor]) -> int | None:
-        """The place of the format that was chosen; None before that."""
-        return int(values[self.which]) if self.which in values else None
+    def place(self, values: Mapping[str, Tensor]) -> int:
+        """The place of the format that was chosen; before that, of the one that is shown instead."""
+        return int(values.get(self.which, self.settled))
 
-    def losses(self, values: Mapping[str, Tensor]) -> list[float] | None:
-        """What each format was measured to lose; None before that."""
-        return values[self.losses_name].tolist() if self.losses_name in values else None
+    def losses(self, values: Mapping[str, Tensor]) -> list[float]:
+        """What each format was measured to lose."""
+        return [float(values[name]) for name in self.loss_names]
 
 
 def chooses(graph: Graph) -> list[Node]:

@@ -12,15 +12,18 @@ from fxq.graph.choices import Choice
 from fxq.graph.hub import Stored
 from fxq.graph.program import Program
 from fxq.numbers.budget import least
+from fxq.numbers.formats import FORMATS, check_pair
 
 Cost = Literal["size", "compute"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SCALES_BYTES = 8  # of a quantized tensor: its own scale, and that of its inputs
 DEFAULT_BITS = 5.0
-# The value of a program with what the model was predicted to lose, what it loses, and what it lost after a
-# first round if there was a second: float64 [2 or 3], or [0] if that was not measured.
-MEASURED = "formats_measured"
+# A format may be one of `fxq.numbers.formats.FORMATS`, that for weights alone, or that of the source.
+NONE, _WEIGHT_ONLY = "none", " weight-only"
+# Values of a program, float64 []: what the model loses with the formats chosen, and what with those of the
+# first round.
+MEASURED, MEASURED_BEFORE = "formats_loss", "formats_loss_before"
 # What groups lose alone adds up to what the model loses within a tenth in most models (docs/choosing.md); of
 # one that loses so many times more or less, the sum says little.
 _FAR = 1.5
@@ -102,6 +105,19 @@ def size_of(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def pair_of(format: str) -> tuple[str, str]:
+    """(format of weights, of inputs) of a format as `formats` names it; SpecError if engines know no such."""
+    if format == NONE:
+        return NONE, NONE
+    weights = format.removesuffix(_WEIGHT_ONLY)
+    if weights not in FORMATS:
+        known = [*FORMATS, *(f"{f.name}{_WEIGHT_ONLY}" for f in FORMATS.values() if NONE in f.inputs), NONE]
+        raise SpecError(f"choose-formats: no format is called {format!r}; there are {', '.join(known)}")
+    inputs = NONE if format.endswith(_WEIGHT_ONLY) else weights
+    check_pair(weights, inputs, f"choose-formats: {format}")
+    return weights, inputs
+
+
 def average_bits(choices: Sequence[Choice], places: Sequence[int], cost: Cost = "size") -> float:
     """The mean bits a weight (or of the operands of a multiplication) with these formats."""
     if cost == "compute":
@@ -117,13 +133,26 @@ def total_bytes(program: Program, places: Sequence[int]) -> int:
     return untouched_bytes(program) + round(chosen)
 
 
+def is_chosen(program: Program) -> bool:
+    """Whether there are choices, and formats were chosen."""
+    return bool(program.choices) and all(choice.which in program.values for choice in program.choices)
+
+
+def predicted_loss(program: Program) -> float:
+    """The sum of what all groups lose alone in the formats chosen."""
+    values = program.values
+    return sum(choice.losses(values)[choice.place(values)] for choice in program.choices)
+
+
 def notes(program: Program) -> list[str]:
     """What the user should know of how formats were chosen."""
-    if not program.choices or any(choice.place(program.values) is None for choice in program.choices):
+    if not is_chosen(program):
         first = ", ".join(dict.fromkeys(choice.formats[choice.settled] for choice in program.choices))
-        return [f"formats are chosen when the model is calibrated; shown is {first} throughout"]
-    predicted, measured = (*program.values[MEASURED].tolist(), 0.0, 0.0)[:2]
-    if max(predicted, measured) > _FAR * min(predicted, measured):
+        return (
+            [f"formats are chosen when the model is calibrated; shown is {first} throughout"] if first else []
+        )
+    predicted, measured = predicted_loss(program), float(program.values.get(MEASURED, 0))
+    if MEASURED in program.values and max(predicted, measured) > _FAR * min(predicted, measured):
         return [
             f"the formats were chosen by a loss of {predicted:.4g} nats a token, the sum of what each group "
             f"loses alone, but together they lose {measured:.4g}: rounds: 2 of choose-formats measures them "
@@ -141,15 +170,13 @@ def untouched_bytes(program: Program) -> int:
     return sum(info.nbytes for key, info in hub.tensors.items() if key not in taken)
 
 
-def frontier(
-    program: Program, losses: Sequence[Sequence[float]], cost: Cost, steps: int = 24
-) -> list[list[int]]:
-    """The best places for budgets from the smallest to the largest, evenly between; each once."""
-    rows = [_options(c, c.operations if cost == "compute" else c.bits) for c in program.choices]
+def frontier(program: Program, losses: Sequence[Sequence[float]], steps: int = 24) -> list[list[int]]:
+    """The best places for budgets of bits from the smallest to the largest, evenly between; each once."""
+    rows = [_options(choice, choice.bits) for choice in program.choices]
     low, high = (sum(extreme(value for _, value in row) for row in rows) for extreme in (min, max))
-    unit = sum(choice.work if cost == "compute" else choice.numbers for choice in program.choices)
+    numbers = sum(choice.numbers for choice in program.choices)
     limits = (low + (high - low) * i / steps for i in range(steps + 1))
-    found = (Budget(bits=limit / unit, cost=cost).choose(program, losses) for limit in limits)
+    found = (Budget(bits=limit / numbers).choose(program, losses) for limit in limits)
     return [list(places) for places in dict.fromkeys(map(tuple, found))]
 
 
@@ -163,7 +190,7 @@ def _options(choice: Choice, costs: Sequence[float]) -> list[tuple[int, float]]:
 
 
 def _bytes(choice: Choice, place: int) -> float:
-    scales = 0 if choice.formats[place] == "none" else _SCALES_BYTES * choice.tensors
+    scales = 0 if choice.formats[place] == NONE else _SCALES_BYTES * choice.tensors
     return choice.bits[place] / 8 + scales
 
 

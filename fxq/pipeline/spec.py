@@ -79,6 +79,18 @@ class Spec:
         return dataclasses.replace(self, passes=tuple(passes))
 
 
+def dump(spec: Spec) -> str:
+    """The YAML of a spec, with the options that are not the defaults."""
+    passes: list[object] = []
+    for step in spec.passes:
+        fields = dataclasses.fields(cast(Any, step))
+        given = {f.name: getattr(step, f.name) for f in fields if getattr(step, f.name) != f.default}
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
+        passes.append({step.name: plain} if plain else step.name)
+    made = {"description": spec.description, "passes": passes}
+    return yaml.safe_dump(made, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without aliases, by which a small file can stand for one without end."""
 
