@@ -13,7 +13,7 @@ from fxq.pipeline.base import Pass
 from fxq.pipeline.choosing import NONE, average_bits, is_chosen, pair_of
 from fxq.pipeline.spec import Spec
 
-_CHOOSING = ("choose-formats", "resolve-choices")
+CHOOSING, RESOLVING = "choose-formats", "resolve-choices"
 _QUANTIZING = ("quantize-experts", "quantize-linears")
 _OF_BLOCKS = ("calibrate-mse", "calibrate-hessian", "gptq")  # what fails where no weight has block scales
 
@@ -34,13 +34,13 @@ def chosen_spec(spec: Spec, program: Program) -> Spec | None:
         for m in matmuls
     }
     steps: list[Pass] = []
-    last = max(i for i, step in enumerate(spec.passes) if step.name in _CHOOSING)
+    last = max(i for i, step in enumerate(spec.passes) if step.name == CHOOSING)
     for i, step in enumerate(spec.passes):
         replaced = i < last and step.name in _QUANTIZING
         if replaced and all(other.name != step.name for other in spec.passes[:i]):
             named = [name for name, kind in names.items() if kind == step.name]
             steps += _by_format(step, {n: f for n, f in formats.items() if n in named}, named, spec)
-        elif not replaced and step.name not in _CHOOSING:
+        elif not replaced and step.name not in (CHOOSING, RESOLVING):
             steps.append(step)
     if not any(format.startswith("nvfp4") for format in formats.values()):
         steps = [step for step in steps if step.name not in _OF_BLOCKS]

@@ -26,10 +26,12 @@ from fxq.pipeline.choosing import (
     MEASURED,
     MEASURED_BEFORE,
     NONE,
+    TOGETHER,
     Budget,
     Cost,
     pair_of,
     size_of,
+    smallest,
 )
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, tensors_whole
 from fxq.pipeline.format_groups import format_groups, roundings
@@ -138,33 +140,46 @@ class ChooseFormats(CalibrationPass):
         before, found = len(program.values), program.choices
         run = Variants(program, session.source, session.device)
         batches = some_batches(program, session.batches or (), self.tokens) if self.needs_data else []
-        alone = [{c.which: place} for c in found for place, f in enumerate(c.formats) if f != NONE]
+        alone = [(g, p) for g, c in enumerate(found) for p, format in enumerate(c.formats) if format != NONE]
+        variants = [Variant({found[g].which: p}) for g, p in alone]
         with session.progress(self.name, len(run.parts)) as run.step:
-            losses = self._losses(run, batches, [Variant(chosen) for chosen in alone])
-        lost = {next(iter(chosen.items())): loss for chosen, loss in zip(alone, losses, strict=True)}
-        table = [[lost.get((c.which, place), 0.0) for place in range(len(c.formats))] for c in found]
-        places, measured = self.budget.choose(program, table), dict[str, float]()
+            losses, values = self._losses(program, run, batches, variants)
+        table = [[0.0] * len(choice.formats) for choice in found]
+        for (g, p), loss in zip(alone, losses, strict=True):
+            table[g][p] = loss
+        for choice, own in zip(found, table, strict=True):
+            values.update(zip(choice.loss_names, own, strict=True))
+        places = self.budget.choose(program, table, values.get(TOGETHER, 1))
         if self.score == "kl":
-            places, measured = self._checked(program, run, batches, table, places)
-        for choice, own, place in zip(found, table, places, strict=True):
+            places, measured = self._checked(program, run, batches, places)
+            values.update(measured)
+        program.values.update((n, torch.tensor(loss, dtype=torch.float64)) for n, loss in values.items())
+        for choice, place in zip(found, places, strict=True):
             program.values[choice.which] = torch.tensor(place)
-            measured.update(zip(choice.loss_names, own, strict=True))
-        program.values.update((n, torch.tensor(loss, dtype=torch.float64)) for n, loss in measured.items())
         return len(program.values) - before
 
-    def _losses(self, run: Variants, batches: list[Tensor], variants: list[Variant]) -> list[float]:
-        if self.score == "kl":
-            return run.divergences(batches, variants)
+    def _losses(
+        self, program: Program, run: Variants, batches: list[Tensor], variants: list[Variant]
+    ) -> tuple[list[float], dict[str, float]]:
+        """(what each variant loses, TOGETHER if it was measured)."""
         if self.score == "gram":
-            return run.output_errors(batches, variants)
-        return run.weight_errors(variants)
+            return run.output_errors(batches, variants), {}
+        if self.score == "squared":
+            return run.weight_errors(variants), {}
+        least = {c.which: place for c, place in zip(program.choices, smallest(program), strict=True)}
+        *losses, whole = run.divergences(batches, [*variants, Variant(least)])
+        alone = sum(
+            loss
+            for loss, variant in zip(losses, variants, strict=True)
+            if variant.chosen.items() <= least.items()
+        )
+        return losses, {TOGETHER: whole / alone} if alone and whole else {}
 
     def _checked(
         self,
         program: Program,
         run: Variants,
         batches: list[Tensor],
-        table: list[list[float]],
         places: list[int],
     ) -> tuple[list[int], dict[str, float]]:
         """The places, or those of a second round if that is asked for and the model then loses less; and
@@ -173,10 +188,12 @@ class ChooseFormats(CalibrationPass):
         first = dict(zip(names, places, strict=True))
         if self.rounds == 1:
             return places, {MEASURED: run.divergences(batches, [Variant(first)])[0]}
-        swaps = [(g, p) for g, own in enumerate(table) for p in range(len(own)) if p != places[g]]
+        swaps = [
+            (g, p) for g, c in enumerate(program.choices) for p in range(len(c.formats)) if p != places[g]
+        ]
         variants = [Variant(first), *(Variant({**first, names[g]: p}, parent=0) for g, p in swaps)]
         base, *swapped = run.divergences(batches, variants)
-        again = [[base] * len(own) for own in table]
+        again = [[base] * len(choice.formats) for choice in program.choices]
         for (g, p), loss in zip(swaps, swapped, strict=True):
             again[g][p] = loss
         second = self.budget.choose(program, again)

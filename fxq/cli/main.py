@@ -13,11 +13,12 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from fxq.cli import compile, dump_graph, eval, specs, verify
+from fxq.cli import choose, compile, dump_graph, eval, specs, verify
 from fxq.errors import FxqError
 
 COMMANDS = {
     "compile": compile,
+    "choose": choose,
     "dump-graph": dump_graph,
     "verify": verify,
     "eval": eval,

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal
 
 from fxq.errors import SpecError
@@ -21,11 +22,10 @@ _SCALES_BYTES = 8  # of a quantized tensor: its own scale, and that of its input
 DEFAULT_BITS = 5.0
 # A format may be one of `fxq.numbers.formats.FORMATS`, that for weights alone, or that of the source.
 NONE, _WEIGHT_ONLY = "none", " weight-only"
-# Values of a program, float64 []: what the model loses with the formats chosen, and what with those of the
-# first round.
-MEASURED, MEASURED_BEFORE = "formats_loss", "formats_loss_before"
-# What groups lose alone adds up to what the model loses within a tenth in most models (docs/choosing.md); of
-# one that loses so many times more or less, the sum says little.
+# Values of a program, float64 []: what the model loses with the formats chosen, what with those of the first
+# round, and by how much more it loses with all groups in their smallest formats than they do alone.
+MEASURED, MEASURED_BEFORE, TOGETHER = "formats_loss", "formats_loss_before", "formats_loss_together"
+# A model that loses so many times more or less than was predicted is one of which groups alone say little.
 _FAR = 1.5
 
 
@@ -61,15 +61,16 @@ class Budget:
                 f"{_shown(low / unit + fixed)} to {_shown(high / unit + fixed)}"
             )
 
-    def choose(self, program: Program, losses: Sequence[Sequence[float]]) -> list[int]:
-        """The place of the format of each of the program's choices, of which the sum of losses is least."""
+    def choose(self, program: Program, losses: Sequence[Sequence[float]], together: float = 1) -> list[int]:
+        """The place of the format of each of the program's choices, of which the sum of losses is least.
+        together: how much more than that sum the model loses, which matters to `max_kl`."""
         rows = [_options(choice, self._costs(choice)) for choice in program.choices]
         costs = [[cost for _, cost in row] for row in rows]
         lost = [[own[place] for place, _ in row] for own, row in zip(losses, rows, strict=True)]
         if self.max_kl is not None:
-            taken = least(costs, lost, self.max_kl)
+            taken = least(costs, lost, self.max_kl / together)
             if taken is None:
-                found = sum(map(min, lost))
+                found = sum(map(min, lost)) * together
                 raise SpecError(
                     f"choose-formats: {self}: of the formats offered the most exact lose {found:.4g} in all; "
                     "expected more than that, or `none` among the formats"
@@ -138,10 +139,18 @@ def is_chosen(program: Program) -> bool:
     return bool(program.choices) and all(choice.which in program.values for choice in program.choices)
 
 
-def predicted_loss(program: Program) -> float:
-    """The sum of what all groups lose alone in the formats chosen."""
+def predicted_loss(program: Program, places: Sequence[int]) -> float:
+    """What the model should lose with these formats: what each group loses alone, summed, times how much more
+    or less than that they lose together where all have their smallest formats."""
     values = program.values
-    return sum(choice.losses(values)[choice.place(values)] for choice in program.choices)
+    alone = sum(c.losses(values)[place] for c, place in zip(program.choices, places, strict=True))
+    return alone * float(values.get(TOGETHER, 1))
+
+
+def smallest(program: Program) -> list[int]:
+    """The places of the formats of fewest bits, of several the first."""
+    rows = (_options(choice, choice.bits) for choice in program.choices)
+    return [min(row, key=itemgetter(1))[0] for row in rows]
 
 
 def notes(program: Program) -> list[str]:
@@ -151,12 +160,13 @@ def notes(program: Program) -> list[str]:
         return (
             [f"formats are chosen when the model is calibrated; shown is {first} throughout"] if first else []
         )
-    predicted, measured = predicted_loss(program), float(program.values.get(MEASURED, 0))
+    places = [choice.place(program.values) for choice in program.choices]
+    predicted, measured = predicted_loss(program, places), float(program.values.get(MEASURED, 0))
     if MEASURED in program.values and max(predicted, measured) > _FAR * min(predicted, measured):
         return [
-            f"the formats were chosen by a loss of {predicted:.4g} nats a token, the sum of what each group "
-            f"loses alone, but together they lose {measured:.4g}: rounds: 2 of choose-formats measures them "
-            "together"
+            f"by what its groups lose alone the model should lose {predicted:.4g} nats a token with the "
+            f"formats chosen, and it loses {measured:.4g}: rounds: 2 of choose-formats chooses by what each "
+            "changes in the model as chosen"
         ]
     return []
 

@@ -2,6 +2,7 @@
 by its line."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -245,11 +246,23 @@ def _checked(value: object, hint: Any, at: str) -> object:
             raise SpecError(f"{at} is a list of globs; found {_short(value)}")
         return tuple(items)
     expected = arguments if origin in (types.UnionType, typing.Union) else (hint,)
-    if isinstance(value, int) and not isinstance(value, bool) and float in expected and int not in expected:
+    takes_float = float in expected and int not in expected
+    if takes_float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if takes_float and str not in expected and _is_float(value):
+        return float(cast(str, value))
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
-        raise SpecError(f"{at} is {' or '.join(t.__name__ for t in expected)}; found {_short(value)}")
+        kinds = ("null" if kind is types.NoneType else kind.__name__ for kind in expected)
+        raise SpecError(f"{at} is {' or '.join(kinds)}; found {_short(value)}")
     return value
+
+
+def _is_float(value: object) -> bool:
+    """Whether text is a number, such as 1e-3, which YAML 1.1 takes for text."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _short(value: object) -> str:

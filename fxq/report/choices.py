@@ -10,8 +10,8 @@ choices.json:
 groups                a group each: names of its parameters, layer (the first number) and projections, numbers
                       (of weights), losses by format, chosen, fixed (by the user)
 frontier              best choices from the smallest to the largest: bits a weight, bytes of all tensors, loss
-chosen                bits, bytes, loss (the sum of what its groups lose alone) and measured (what the whole
-                      model loses on the same text; null if it was not measured)
+chosen                bits, bytes, loss (predicted by what the groups lose alone) and measured (what the model
+                      loses on the same text; null if it was not measured)
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import Any
 from fxq.graph.choices import Choice
 from fxq.graph.hub import NUMBER
 from fxq.graph.program import Program
-from fxq.pipeline.choosing import MEASURED, average_bits, frontier, is_chosen, total_bytes
+from fxq.pipeline.choosing import MEASURED, average_bits, frontier, is_chosen, predicted_loss, total_bytes
 from fxq.report.pages import page
 
 
@@ -34,8 +34,8 @@ def content(program: Program) -> dict[str, Any] | None:
     measured = float(values[MEASURED]) if MEASURED in values else None
     return {
         "groups": [_group(*each) for each in zip(choices, places, table, strict=True)],
-        "frontier": [_point(program, each, table) for each in frontier(program, table)],
-        "chosen": {**_point(program, places, table), "measured": measured},
+        "frontier": [_point(program, each) for each in frontier(program, table)],
+        "chosen": {**_point(program, places), "measured": measured},
     }
 
 
@@ -49,11 +49,11 @@ def write(program: Program, title: str, spec: str, folder: Path) -> None:
     (folder / "chosen.yaml").write_text(spec, encoding="utf-8")
 
 
-def _point(program: Program, places: list[int], table: list[list[float]]) -> dict[str, float]:
+def _point(program: Program, places: list[int]) -> dict[str, float]:
     return {
         "bits": average_bits(program.choices, places),
         "bytes": total_bytes(program, places),
-        "loss": sum(losses[place] for losses, place in zip(table, places, strict=True)),
+        "loss": predicted_loss(program, places),
     }
 
 

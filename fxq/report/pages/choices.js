@@ -18,8 +18,8 @@ const size = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : `${(b
 const chosen = data.chosen;
 page.append(make("h1", {}, document.title));
 page.append(make("p", {},
-  `Chosen: ${chosen.bits.toFixed(2)} bits a weight, ${size(chosen.bytes)}. The groups alone lose ${loss(chosen.loss)} together` +
-  (chosen.measured === null ? "." : `; the model as chosen loses ${loss(chosen.measured)} (measured on the same text).`)));
+  `Chosen: ${chosen.bits.toFixed(2)} bits a weight, ${size(chosen.bytes)}. By what its groups lose alone the model should lose ${loss(chosen.loss)}` +
+  (chosen.measured === null ? "." : `; it loses ${loss(chosen.measured)} (measured on the same text).`)));
 
 // ---- the frontier: size against loss on a logarithmic scale
 
@@ -46,7 +46,7 @@ function frontier() {
   if (chosen.loss > 0) svg.append(mark(chosen, "chosen", `chosen, predicted: ${loss(chosen.loss)}`));
   if (chosen.measured > 0) svg.append(mark({ ...chosen, loss: chosen.measured }, "measured", `chosen, measured: ${loss(chosen.measured)}`));
   page.append(make("h2", {}, "Size against loss"), svg,
-    make("p", { class: "soft" }, "The line is the sum of what groups lose alone. The full circle is what was chosen, the ring what the whole model loses."));
+    make("p", { class: "soft" }, "The line is predicted by what groups lose alone. The full circle is what was chosen, the ring what the whole model loses."));
 }
 frontier();
 
