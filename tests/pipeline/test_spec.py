@@ -21,6 +21,7 @@ def options(step: object) -> dict[str, Any]:
 
 FILE = "mine.yaml"
 SHIPPED = (
+    "nvfp4_auto-fp8_cast_kv",
     "nvfp4_default-fp8_cast_kv",
     "nvfp4_default-fp8_kv",
     "nvfp4_default_gptq-fp8_cast_kv",
