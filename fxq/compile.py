@@ -12,6 +12,7 @@ import torch
 from fxq.arguments import check_callable, check_counts, check_flags, check_path
 from fxq.checkpoint import writer as checkpoint
 from fxq.checkpoint.workdir import check_output, working
+from fxq.chosen import chosen_spec
 from fxq.cli import tables
 from fxq.compiled import Compiled
 from fxq.errors import CheckpointError, SpecError
@@ -51,6 +52,7 @@ def compile(
     device: str | torch.device = "auto",
     format: str | None = None,
     allow_partial: bool = False,
+    settings: Sequence[str] = (),
     passes: Sequence[str | Path | type[Pass]] = (),
     follow_links: bool = False,
     trust_remote_code: bool = False,
@@ -75,6 +77,7 @@ def compile(
     device: "auto" (a GPU if there is one), "cpu" or "cuda": where calibration and packing run.
     allow_partial: weights that the spec asks for and that cannot be quantized are left as they are, with a
         warning, instead of an error.
+    settings: options of the spec's passes, each `PASS.OPTION=VALUE` as for --set.
     passes: more passes that a spec may name, classes or Python files (see `fxq.passes.table`).
     follow_links: whether files of the directory may be symbolic links out of it.
     progress: shows it; by default bars, in a terminal or notebook.
@@ -89,7 +92,7 @@ def compile(
     check_path("out", out)
     check_callable("progress", progress)
     known = table(passes)
-    chosen = load(spec, known)
+    chosen = load(spec, known).with_settings(settings)
     chosen = chosen.with_flags(format=format, partial=allow_partial or None)
     where = device_of(device)
     wanted = SAMPLES if samples is None else samples
@@ -141,7 +144,7 @@ def compile(
         measure_memory(report, where)
         if program.pending is None:
             report.count(program)
-        compiled = Compiled(opened, program, session, report, run)
+        compiled = Compiled(opened, program, session, report, run, chosen_spec(chosen, program))
         if work is not None and to is not None:
             compiled.write(work, to, shard_bytes)
     if unseen is not None and to is not None:

@@ -17,6 +17,7 @@ from fxq.graph.program import Program
 from fxq.model import Model, samples_of
 from fxq.pipeline.base import Session
 from fxq.pipeline.run import NOTHING_TO_WRITE
+from fxq.pipeline.spec import Spec, dump
 from fxq.report import files
 from fxq.report.measured import WritingReport, timed
 from fxq.report.summary import Report
@@ -29,9 +30,9 @@ class Compiled:
     """A calibrated model.
 
     graph: the torch.fx graph that simulates the deployed model; `print` shows it folded, layers and experts
-    once. program: the lowered checkpoint program and
-    its values. scales: amax node name -> calibrated float32 []. report: counts and measurements; `save`
-    completes it.
+    once. program: the lowered checkpoint program and its values. scales: amax node name -> calibrated
+    float32 []. report: counts and measurements; `save` completes it. chosen: the spec that says which formats
+    a pass chose, if one did.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Compiled:
         session: Session,
         report: Report,
         run: Callable[[int], Mapping[str, Any]],
+        chosen: Spec | None = None,
     ) -> None:
         self._model, self._session, self._run = model, session, run
-        self.program, self.report = program, report
+        self.program, self.report, self.chosen = program, report, chosen
 
     def __repr__(self) -> str:
         state = f"written to {self.report.out}" if self.report.out else "not written: save(DIR) does"
@@ -82,7 +84,8 @@ class Compiled:
         plan = checkpoint.plan(program)
         replaced, warnings = model.replaced_files()
         self.report.add_warnings(warnings)
-        writing = WritingReport(self.report, model.name, program, plan, model.source, out, device)
+        text = dump(self.chosen) if self.chosen is not None else ""
+        writing = WritingReport(self.report, model.name, program, plan, model.source, out, device, text)
         batches = self._session.batches or ()
         label = "calibrate and write" if program.pending is not None else "pack and write"
         work_left = checkpoint.work(program, batches)

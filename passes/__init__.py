@@ -16,6 +16,7 @@ from fxq.passes.calibrate_hessian import CalibrateHessian
 from fxq.passes.calibrate_max import CalibrateMax
 from fxq.passes.calibrate_mse import CalibrateMse
 from fxq.passes.cast_mxfp4 import CastMxfp4
+from fxq.passes.choose_formats import ChooseFormats
 from fxq.passes.fold_scales import FoldScales
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.passes.gptq import Gptq
@@ -23,6 +24,7 @@ from fxq.passes.lower import Lower
 from fxq.passes.quantize_experts import QuantizeExperts
 from fxq.passes.quantize_kv import QuantizeKv
 from fxq.passes.quantize_linears import QuantizeLinears
+from fxq.passes.resolve_choices import ResolveChoices
 from fxq.passes.retarget import Retarget
 from fxq.passes.sync_groups import SyncGroups
 from fxq.pipeline.base import Pass
@@ -44,6 +46,8 @@ PASSES: dict[str, type[Pass]] = {
         CalibrateBootstrap,
         CalibrateMse,
         CastMxfp4,
+        ChooseFormats,
+        ResolveChoices,
         Lower,
     )
 }

@@ -3,12 +3,13 @@ error."""
 
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
-from fxq.errors import VerifyError
+from fxq.errors import SpecError, VerifyError
 from fxq.graph import dialect, edit
 from fxq.graph.arguments import int_at, joined, node_at, nodes_at
 from fxq.graph.hub import NUMBER, Hub
@@ -49,6 +50,8 @@ class QuantizeExperts(Pass):
     weights: their format.
     inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
     stored: in what the source holds the experts that are taken, such as MXFP4; empty takes any.
+    only: globs over the names of stacks of experts (`*.layers.3.*`); a layer's are taken if one fits all.
+    skip: globs over the same; a layer of which one fits all is not taken, whatever `only` says.
     required: whether a model without experts is an error.
     partial: leave a layer whose experts cannot be quantized, instead of failing.
     """
@@ -56,6 +59,8 @@ class QuantizeExperts(Pass):
     weights: WeightFormat = "nvfp4"
     inputs: InputFormat = "nvfp4"
     stored: tuple[str, ...] = ()
+    only: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ()
     required: bool = True
     partial: bool = False
 
@@ -75,18 +80,24 @@ class QuantizeExperts(Pass):
                 continue
             if (reason := program.left.get(str(matmul.parameter.target))) is not None:
                 yield Miss(EXPERTS.name, matmul.node, reason, depth=9)
+                continue
+            site = (LISTED if matmul.node in listed else RULES).match(matmul.node)
+            if isinstance(site, Match) and (reason := self._left_out(site, matmul, program)) is not None:
+                yield Miss(EXPERTS.name, matmul.node, reason, depth=3, decided=True)
             else:
-                rule = LISTED if matmul.node in listed else RULES
-                yield self._of_those_stored(rule.match(matmul.node), matmul, program)
+                yield site
 
-    def _of_those_stored(self, site: Match | Miss, matmul: WeightMatmul, program: Program) -> Match | Miss:
+    def _left_out(self, site: Match, matmul: WeightMatmul, program: Program) -> str | None:
+        """Why experts that could be quantized are not meant by the options."""
+        if not self._wanted(parameter_name(site["w"])):
+            return f"not selected by only={list(self.only)}, skip={list(self.skip)}"
         held = program.hub.encoding_of(str(matmul.parameter.target))
-        if isinstance(site, Miss) or not self.stored or held in self.stored:
-            return site
-        reason = f"the source holds it in {held or 'plain numbers'}, not in {' or '.join(self.stored)}"
-        return Miss(site.rule, matmul.node, reason, depth=2, decided=True)
+        if self.stored and held not in self.stored:
+            return f"the source holds it in {held or 'plain numbers'}, not in {' or '.join(self.stored)}"
+        return None
 
     def run(self, program: Program) -> int:
+        self._check_globs(program)
         self._leave(program)
         matches = [site for site in self.sites(program) if isinstance(site, Match)]
         already = any(is_weight_quantize(n) and is_expert(node_at(n, 0)) for n in program.graph.nodes)
@@ -105,6 +116,7 @@ class QuantizeExperts(Pass):
     def _leave(self, program: Program) -> None:
         """Put the experts that cannot be quantized into `program.left`; VerifyError unless `partial`."""
         reasons = {**_unreached(program), **_unfit(program, self.sites(program), FORMATS[self.weights])}
+        reasons = {name: reason for name, reason in reasons.items() if self._wanted(name)}
         if reasons and not self.partial:
             name, reason = next(iter(reasons.items()))
             more = f" (and {len(reasons) - 1} more weights)" if reasons.keys() - {name} else ""
@@ -117,6 +129,32 @@ class QuantizeExperts(Pass):
             if held := [name for name in layer if name in program.left]:
                 why = f"its layer holds {held[0]}, which is left"
                 program.left.update({sibling: why for sibling in layer if sibling not in program.left})
+
+    def _wanted(self, name: str) -> bool:
+        return any(fnmatchcase(name, g) for g in self.only) and not any(
+            fnmatchcase(name, g) for g in self.skip
+        )
+
+    def _check_globs(self, program: Program) -> None:
+        """Globs that fit no experts are a mistake, and so are those that part a layer's."""
+        if (self.only, self.skip) == (("*",), ()):
+            return
+        layers = _layers(program)
+        names = [name for layer in layers for name in layer]
+        listed = ", ".join(names[:6]) + (", ..." if names[6:] else "")
+        for glob in (*self.only, *self.skip):
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise SpecError(
+                    f"{self.name}: no stack of experts fits {glob!r}; there are {listed or 'none'}"
+                )
+        for layer in layers:
+            taken = [name for name in layer if self._wanted(name)]
+            if taken and len(taken) < len(layer):
+                rest = next(name for name in layer if name not in taken)
+                raise SpecError(
+                    f"{self.name}: only={list(self.only)}, skip={list(self.skip)} take {taken[0]} and not "
+                    f"{rest}; engines know the experts of a layer as one module: all or none are quantized"
+                )
 
 
 def _instead(program: Program) -> str:

@@ -62,7 +62,7 @@ def _kept_trace(fake: FakeModel) -> Program:
     kept = TRACES[key]
     made = dataclasses.replace(kept, graph=copy.deepcopy(kept.graph), constants=dict(kept.constants))
     made.values, made.tokens, made.packs, made.left = {}, {}, {}, {}
-    made.untied, made.notes, made.misses = [], list(kept.notes), []
+    made.untied, made.notes, made.misses, made.choices = [], list(kept.notes), [], []
     assert [str(n) for n in made.graph.nodes] == [str(n) for n in kept.graph.nodes]
     return made
 

@@ -39,6 +39,18 @@ def add_passes(parser: ArgumentParser) -> None:
     )
 
 
+def add_settings(parser: ArgumentParser) -> None:
+    """Options of the spec's passes."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="PASS.OPTION=VALUE",
+        help="set an option of the spec's passes of that name (may be given again)",
+    )
+
+
 def add_partial(parser: ArgumentParser) -> None:
     """Whether a spec may be carried out in part."""
     parser.add_argument(

@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-seq-len", type=int, default=512, metavar="L", help="tokens kept of each of them (default 512)"
     )
     add("--dry-run", action="store_true", help="check everything and show what would be written, then stop")
+    shared.add_settings(parser)
     shared.add_partial(parser)
     shared.add_json(parser, "print the summary as JSON")
     shared.add_passes(parser)
@@ -82,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fxq.pipeline.spec import load
 
     chosen = load(arguments.spec, table(arguments.passes))  # its mistakes come before a file is read
+    chosen = chosen.with_settings(arguments.settings)
     if arguments.dry_run:
         dry_run(arguments, chosen)
         return 0

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="output format (default text); html is a page with every stage, to be searched and compared",
     )
+    shared.add_settings(parser)
     shared.add_passes(parser)
     shared.add_reading(parser)
 
@@ -54,11 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trace, run the passes up to the stage asked for, and print what was asked of it."""
     from fxq.passes import table
-    from fxq.pipeline import spec
     from fxq.pipeline.run import run_passes
 
     known = table(arguments.passes)
-    passes = spec.load(arguments.spec, known).passes if arguments.spec else ()
+    passes = _passes(arguments, known)
     stages = [START, *(step.name for step in passes)]
     _check(arguments, stages, known)
     last = _last(arguments, stages)
@@ -91,6 +91,16 @@ def run(arguments: argparse.Namespace) -> int:
         text = _graph(arguments, program.graph)
     print(text, end="")
     return 0
+
+
+def _passes(arguments: argparse.Namespace, known: "dict[str, type[Pass]]") -> "tuple[Pass, ...]":
+    from fxq.pipeline import spec
+
+    if arguments.spec:
+        return spec.load(arguments.spec, known).with_settings(arguments.settings).passes
+    if arguments.settings:
+        raise SpecError("--set: expected a --spec, whose passes have options; found none")
+    return ()
 
 
 def _check(arguments: argparse.Namespace, stages: Sequence[str], known: Collection[str]) -> None:

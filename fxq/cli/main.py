@@ -14,11 +14,12 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from fxq import __version__
-from fxq.cli import compile, dump_graph, eval, logs, specs, verify
+from fxq.cli import choose, compile, dump_graph, eval, logs, specs, verify
 from fxq.errors import FxqError
 
 COMMANDS = {
     "compile": compile,
+    "choose": choose,
     "dump-graph": dump_graph,
     "verify": verify,
     "eval": eval,

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("name", nargs="?", metavar="NAME|FILE", help="a shipped spec or a YAML file")
     add("--model", metavar="MODEL", type=Path, help="what the spec would do to this model; reads no weight")
     add("--schema", action="store_true", help="print the JSON schema of specs, for editors")
+    shared.add_settings(parser)
     shared.add_partial(parser)
     shared.add_json(parser, "print it as JSON (with --model)")
     shared.add_passes(parser)
@@ -37,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what was asked for; returns the exit status."""
+    if arguments.settings and (arguments.model is None or arguments.name is None):
+        raise SpecError("--set: expected NAME|FILE and --model: it shows what a spec then does to a model")
     if arguments.schema:
         print_schema(arguments)
     elif arguments.model is not None and arguments.name is not None:
@@ -87,6 +90,7 @@ def preview_one(arguments: argparse.Namespace) -> None:
 
     known = table(arguments.passes)
     chosen = spec.load(arguments.name, known)  # its mistakes come before anything is traced
+    chosen = chosen.with_settings(arguments.settings)
     from fxq.model import open_model
     from fxq.preview import preview
 

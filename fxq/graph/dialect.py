@@ -278,7 +278,7 @@ def _is_weight(node: Node) -> bool:
         and node.args
         and isinstance(node.args[0], (Node, list, tuple))
     ):
-        node = nodes_at(node, 0)[0] if node.target is STACK else node_at(node, 0)
+        node = nodes_at(node, 0)[0] if node.target in (STACK, CHOOSE) else node_at(node, 0)
     return node.op == "get_attr"
 
 
@@ -547,6 +547,23 @@ EXPERT_TOKENS = operator(
     run=lambda ids, *, experts: torch.bincount(ids.flatten(), minlength=experts)[:experts],
     shape=lambda ids, *, experts: tensor_type((experts,), torch.int64),
     fold=torch.add,
+)
+
+
+# One of several values that stand for the same, by its place in the list: `which`, which data decides. All
+# weights of a group, and all that they multiply, have one `which`.
+CHOOSE = operator(
+    "choose(Tensor[] values, Tensor which) -> Tensor",
+    run=lambda values, which: values[int(which)],
+    shape=lambda values, which: tensor_type(values[0].shape, values[0].dtype),
+    rules=(
+        (
+            lambda n: len({(_shape(v), v.meta["val"].dtype) for v in nodes_at(n, 0)}) == 1,
+            "expected values of one type",
+        ),
+        (lambda n: node_at(n, 1).meta["val"].dtype == torch.int64, "expected a place in the list, i64[]"),
+        (lambda n: shape_at(n, 1) == (), "expected a place in the list, i64[]"),
+    ),
 )
 
 

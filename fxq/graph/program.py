@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fxq.graph import dialect
+from fxq.graph.choices import Choice
 from fxq.graph.hub import Hub
 from fxq.graph.structure.views import statistics
 
@@ -43,6 +44,7 @@ class Program:
     pending: of which model statistics are to be found while the program is written, "original" or
     "quantized"; None if they are found already. is_deferred: whether this run finds them, or an interrupted
     one found them, while it is written.
+    choices: groups of weights for each of which a format is chosen.
     misses: where passes did not fire, in the order in which they looked.
     """
 
@@ -60,6 +62,7 @@ class Program:
     accepts: Accepts = lambda batch, length: None
     notes: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
     misses: list[Missed] = field(default_factory=list)
 
     def why_left(self) -> dict[str, str]:

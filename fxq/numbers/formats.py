@@ -105,6 +105,17 @@ class Format:
     fake_quantize: Callable[[Tensor, Tensor, str], Tensor]
     reach: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    @property
+    def bits(self) -> float:
+        """The bits that a weight takes, its share of a block's scale included."""
+        return sum(8 * part.dtype.itemsize / part.per for part in self.parts if part.per is not None)
+
+    @property
+    def operand_bits(self) -> float:
+        """The bits of a number that is multiplied."""
+        codes = self.parts[0]
+        return 8 * codes.dtype.itemsize / (codes.per or 1)
+
     def rows(self, packed: Packed) -> dict[str, Tensor]:
         """The parts of a packed weight that have its rows, by name: codes and block scales."""
         return {p.name: getattr(packed, p.name) for p in self.parts if p.per is not None}

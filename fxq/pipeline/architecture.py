@@ -7,6 +7,7 @@ A checkpoint is loaded into the model's own class, so passes may round and rewri
     %s : bf16[8,64,32] = fxq.stack([%e0_q, ...])    of all slices of %w in order: stands for %w
     %half : bf16[64] = aten.mul.Tensor(%norm, 0.5)  what reads it would compute something else
     %new : bf16[64] = fxq.rewrite(%norm, %half)     stands for %norm, and is written under its name
+    %c : bf16[64,64] = fxq.choose([%w_q, %w], %i)   of values that stand for one: stands for it
 """
 
 from typing import Any
@@ -50,9 +51,13 @@ def difference(before: Architecture, after: Architecture) -> str | None:
 
 
 def _unrounded(node: Node, without: dict[Node, Node]) -> Node:
-    """What a node stands for: itself, unless it rounds, rewrites, or stacks all slices of a weight again."""
+    """What a node stands for: itself, unless it rounds, rewrites, chooses between such, or stacks all slices
+    of a weight again."""
     if node.target is dialect.REWRITE or is_rounding(node):
         return without[node_at(node, 0)]
+    if node.target is dialect.CHOOSE:
+        stands = {without[value] for value in nodes_at(node, 0)}
+        return stands.pop() if len(stands) == 1 else node
     if node.target is dialect.STACK:
         slices = [without[piece] for piece in nodes_at(node, 0)]
         weights = {node_at(piece, 0) for piece in slices if piece.target is dialect.SLICE}

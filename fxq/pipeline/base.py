@@ -99,7 +99,8 @@ class Pass:
 
 
 class CalibrationPass(Pass):
-    """A pass that fills values by running the graph; without a session it leaves the graph as it is.
+    """A pass that fills values by running the graph. What it changes of the graph its `run` does, which comes
+    before, with a session or without.
 
     needs_data: whether it cannot run without calibration batches.
     """

@@ -70,12 +70,12 @@ def run_passes(
     for number, step in enumerate(passes, 1):
         _hold(step.requires, step, program, "requires", session)
         look(step, program)
+        count = step.run(program)
         if isinstance(step, CalibrationPass):
             if session is not None:
                 session.values_are_read = any(later.reads_values for later in passes[number:])
-            count = _calibrate(step, f"{number} {step.name}", program, session)
-        else:
-            count = step.run(program)
+            tidy(program.graph)
+            count += _calibrate(step, f"{number} {step.name}", program, session)
         tidy(program.graph)
         checked = verify(program.graph, checked)
         computed = architecture(program.graph)

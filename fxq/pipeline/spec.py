@@ -2,9 +2,10 @@
 by its line."""
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -62,6 +63,37 @@ class Spec:
             plain = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
             listed.append({step.name: plain} if plain else step.name)
         return {"description": self.description, "passes": listed}
+
+    def with_settings(self, settings: Iterable[str]) -> "Spec":
+        """The spec with options set as `PASS.OPTION=VALUE` says, in every pass of that name; VALUE is YAML,
+        as in a spec.
+
+        Raises SpecError for text of another form, a pass that the spec has not, an option that the pass has
+        not, and a value that the option does not take.
+        """
+        given: dict[str, dict[str, Any]] = {}
+        for setting in settings:
+            at = "--set " + (setting if len(setting) <= 60 else f"{setting[:57]}...")
+            name, option, value = _setting(setting, at)
+            step = next((step for step in self.passes if step.name == name), None)
+            if step is None:
+                has = choices({step.name for step in self.passes})
+                raise SpecError(f"{at}: {self.name} has no pass {name!r}; it has: {has}")
+            given.setdefault(name, {}).update(_options(type(step), {option: (at, value)}))
+        passes = []
+        for step in self.passes:
+            own = given.get(step.name, {})
+            try:  # all at once: some options go together
+                passes.append(dataclasses.replace(cast(Any, step), **own))
+            except SpecError as error:
+                raise SpecError(f"--set {step.name}.{next(iter(own))}: {error}") from error
+        return dataclasses.replace(self, passes=tuple(passes))
+
+
+def dump(spec: Spec) -> str:
+    """The YAML of a spec, with the options that are not the defaults."""
+    made = spec.as_mapping()
+    return yaml.safe_dump(made, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -182,19 +214,41 @@ def _pass(node: yaml.Node, table: Mapping[str, type[Pass]], where: str) -> Pass:
     if name not in table:
         raise SpecError(f"{_at(where, name_node)}: no pass is called {name!r}; there are {choices(table)}")
     cls = table[name]
-    fields = {f.name for f in dataclasses.fields(cast(Any, cls))}
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for option, (key, value) in options.items():
-        if option not in fields:
-            raise SpecError(f"{_at(where, key)}: {name} has no option {option!r}; it has: {choices(fields)}")
-        values[option] = _checked(
-            _plain(value, where), hints[option], f"{_at(where, value)}: {name}: {option}"
-        )
+    given = {option: (_at(where, key), _plain(value, where)) for option, (key, value) in options.items()}
+    values: dict[str, Any] = _options(cls, given)
     try:
         return cls(**values)
     except SpecError as error:  # options that do not go together
         raise SpecError(f"{_at(where, name_node)}: {error}") from error
+
+
+def _options(cls: type[Pass], given: Mapping[str, tuple[str, object]]) -> dict[str, Any]:
+    """Options of a pass, checked; each is given as (where, value)."""
+    fields, hints = {f.name for f in dataclasses.fields(cast(Any, cls))}, typing.get_type_hints(cls)
+    found = {}
+    for option, (at, value) in given.items():
+        if option not in fields:
+            raise SpecError(f"{at}: {cls.name} has no option {option!r}; it has: {choices(fields)}")
+        found[option] = _checked(value, hints[option], f"{at}: {cls.name}: {option}")
+    return found
+
+
+def _setting(setting: str, at: str) -> tuple[str, str, object]:
+    """(pass, option, value) of `PASS.OPTION=VALUE`."""
+    target, equals, text = setting.partition("=")
+    name, dot, option = target.strip().rpartition(".")
+    if not (equals and dot and name and option):
+        raise SpecError(f"{at}: expected PASS.OPTION=VALUE, as in calibrate-max.prefix=quantized")
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise SpecError(f"{at}: cannot read the value as YAML: {_short(problem)}") from error
+    except RecursionError as error:
+        raise SpecError(f"{at}: nested too deeply for a value") from error
+    if node is None:
+        raise SpecError(f"{at}: expected a value after `=`, found nothing (`''` is an empty text)")
+    return name, option, _plain(node, at)
 
 
 def _fields(node: yaml.MappingNode, where: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
@@ -222,11 +276,23 @@ def _checked(value: object, hint: Any, at: str) -> object:
             raise SpecError(f"{at} is a list of globs; found {_short(value)}")
         return tuple(items)
     expected = arguments if origin in (types.UnionType, typing.Union) else (hint,)
-    if isinstance(value, int) and not isinstance(value, bool) and float in expected and int not in expected:
+    takes_float = float in expected and int not in expected
+    if takes_float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if takes_float and str not in expected and _is_float(value):
+        return float(cast(str, value))
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
-        raise SpecError(f"{at} is {' or '.join(t.__name__ for t in expected)}; found {_short(value)}")
+        kinds = ("null" if kind is types.NoneType else kind.__name__ for kind in expected)
+        raise SpecError(f"{at} is {' or '.join(kinds)}; found {_short(value)}")
     return value
+
+
+def _is_float(value: object) -> bool:
+    """Whether text is a number, such as 1e-3, which YAML 1.1 takes for text."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _short(value: object) -> str:

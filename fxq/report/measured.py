@@ -15,7 +15,7 @@ from fxq.checkpoint.plan import Plan
 from fxq.checkpoint.writer import Written
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
-from fxq.report import files
+from fxq.report import choices, files
 from fxq.report.files import Details
 from fxq.report.reasons import excluded, groups
 from fxq.report.summary import Report
@@ -43,7 +43,8 @@ def measure_memory(report: Report, device: torch.device) -> None:
 @dataclass
 class WritingReport:
     """What the writer calls when all weights are written: completes the report and puts its files beside
-    them. title: the model's name. source: where the weights come from. out: where the directory will be."""
+    them. title: the model's name. source: where the weights come from. out: where the directory will be.
+    chosen: the YAML of the spec that says which formats were chosen."""
 
     report: Report
     title: str
@@ -52,6 +53,7 @@ class WritingReport:
     source: WeightSource
     out: Path
     device: torch.device
+    chosen: str = ""
     start: float = field(default_factory=time.perf_counter)
 
     def __call__(self, directory: Path, written: Written) -> None:
@@ -59,6 +61,8 @@ class WritingReport:
         measure_memory(self.report, self.device)
         seconds = {**self.report.seconds, "write": time.perf_counter() - self.start}
         files.write(dataclasses.replace(self.report, seconds=seconds), self._details(written), directory)
+        title = f"{self.title}, {self.report.spec}"
+        choices.write(self.program, title, self.chosen, directory / files.DIRECTORY)
 
     def _complete(self, written: Written) -> None:
         """Counts, sizes and errors of what was written."""

@@ -51,6 +51,16 @@ def batches_of(programs: Sequence[Program], samples: Sequence[Sequence[int]]) ->
     return [row[None] for batch in made for row in batch]
 
 
+def some_batches(program: Program, batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """About so many tokens of batches int64 [B, S], in whole samples with a token to predict, evenly spread
+    over all; one sample at least. SourceError if none has a token to predict."""
+    rows = [row for batch in batches for row in batch if len(row) > 1]
+    if not rows:
+        raise SourceError("predictions are compared on samples of two tokens or more; the text has none")
+    step = max(1, round(sum(map(len, rows)) / tokens))
+    return batches_of([program], [row.tolist() for row in rows[::step]])
+
+
 def predicted_batches(programs: Sequence[Program], samples: Sequence[Sequence[int]]) -> list[Tensor]:
     """`batches_of` samples that have a token to predict; SourceError if none has."""
     check_predicted(samples)

@@ -122,7 +122,7 @@ class Blocks(Streaming):
         output = [node for node in graph.nodes if node.op == "output"]
         made = RunGraph(graph, output, (ORIGINAL, DEPLOYED), values=program.known_values())
         self._of = dict(zip((ORIGINAL, DEPLOYED), made.copies, strict=True))
-        starts = {self._of[ORIGINAL][node] for node in _starts(graph)}
+        starts = {self._of[ORIGINAL][node] for node in block_starts(graph)}
         super().__init__(
             made.graph,
             source,
@@ -158,7 +158,7 @@ class Blocks(Streaming):
         self.env = {}
 
 
-def _starts(graph: Graph) -> Iterator[Node]:
+def block_starts(graph: Graph) -> Iterator[Node]:
     """The nodes of a program that its blocks begin with, but for the first."""
     run = RunGraph(graph, [node for node in graph.nodes if node.op == "output"], (ORIGINAL,))
     names = {made: node for node, made in run.copies[0].items()}

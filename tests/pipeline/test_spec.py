@@ -10,6 +10,7 @@ import yaml
 
 from fxq.errors import SpecError
 from fxq.passes import PASSES
+from fxq.passes.quantize_linears import QuantizeLinears
 from fxq.pipeline.spec import Spec, load, parse, shipped
 
 
@@ -20,6 +21,7 @@ def options(step: object) -> dict[str, Any]:
 
 FILE = "mine.yaml"
 SHIPPED = (
+    "nvfp4_auto-fp8_cast_kv",
     "nvfp4_cast_mxfp4",
     "nvfp4_default-fp8_cast_kv",
     "nvfp4_default-fp8_kv",
@@ -329,3 +331,48 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     for name in ("missing.yaml", "folder.yaml", "latin.yaml"):
         with pytest.raises(SpecError, match="cannot read this spec"):
             load(tmp_path / name, PASSES)
+
+
+MIXED = "nvfp4_mlp_fp8_attention_mse-fp8_kv"
+
+
+def test_settings_reach_every_pass_of_a_name() -> None:
+    spec = load(MIXED, PASSES).with_settings(["quantize-linears.partial=true", "quantize-kv.scale=cast"])
+    assert [step.partial for step in spec.passes if isinstance(step, QuantizeLinears)] == [True, True]
+    assert [options(step)["scale"] for step in spec.passes if step.name == "quantize-kv"] == ["cast"]
+    assert load(MIXED, PASSES).with_settings([]) == load(MIXED, PASSES)
+
+
+def test_settings_that_go_together_are_set_together() -> None:
+    both = ["quantize-linears.weights=fp8", "quantize-linears.inputs=fp8"]
+    assert read(only("quantize-linears")).with_settings(both).passes == (QuantizeLinears("fp8", "fp8"),)
+
+
+@pytest.mark.parametrize("text", ["[a.*, b]", "['a.*', \"b\"]"])
+def test_the_value_of_a_setting_is_yaml(text: str) -> None:
+    spec = read(only("quantize-linears")).with_settings([f"quantize-linears.skip={text}"])
+    assert options(spec.passes[0])["skip"] == ("a.*", "b")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("quantize-linears", "expected PASS.OPTION=VALUE"),
+        ("skip=a", "expected PASS.OPTION=VALUE"),
+        ("gptq.damp=0.1", "mine has no pass 'gptq'; it has: quantize-linears"),
+        ("quantize-linears.skips=a", "has no option 'skips'; it has: inputs, only, partial, skip, weights"),
+        ("quantize-linears.weights=int4", "is one of nvfp4, fp8; found 'int4'"),
+        ("quantize-linears.partial=3", "is bool; found 3"),
+        ("quantize-linears.weights=fp8", "weights: fp8 and inputs: nvfp4 do not go together"),
+        ("quantize-linears.skip=[a", "cannot read the value as YAML"),
+        ("quantize-linears.skip=", "expected a value after `=`"),
+        ("quantize-linears.skip=!!python/name:os.system x", "a spec holds text, numbers, lists and mappings"),
+        ("quantize-linears.skip=" + "[" * 5000, "--set quantize-linears.skip=[[["),
+    ],
+)
+def test_a_setting_that_fits_nothing_says_what_would(setting: str, words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        read(only("quantize-linears")).with_settings([setting])
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("--set ")
+    assert len(str(caught.value)) < 400

@@ -116,7 +116,7 @@ def is_on_weight_path(node: Node) -> bool:
 
 
 def weight_path(node: Node) -> Iterator[Node]:
-    """The nodes from a weight operand down to what it is a view, pick, stack, rounding or rewrite of.
+    """The nodes from a weight operand down to what it is a view, pick, stack, rounding, rewrite or choice of.
 
     %w_e0 : bf16[64,32] = fxq.slice(%w, 0)                 of %w_q: %w_q, %w_e0_q, %w_e0, %w
     %w_e0_q : bf16[64,32] = fxq.quantize(%w_e0, %w_e0_amax, format='nvfp4', scale='max')
@@ -124,7 +124,7 @@ def weight_path(node: Node) -> Iterator[Node]:
     """
     while True:
         yield node
-        if node.target is dialect.STACK:
+        if node.target in (dialect.STACK, dialect.CHOOSE):
             node = nodes_at(node, 0)[0]
         elif is_on_weight_path(node) and isinstance(node.args[0], Node):
             node = node.args[0]

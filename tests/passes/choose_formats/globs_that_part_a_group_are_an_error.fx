@@ -1,0 +1,20 @@
+pass: choose-formats
+options: {groups: ["a=fp8", "b=none"]}
+--- before
+%x : bf16[4,32] = placeholder()
+%a_input_amax : f32[] = fxq.amax(%x)
+%a_input_q : bf16[4,32] = fxq.quantize(%x, %a_input_amax, format='nvfp4', scale='dynamic')
+%a : bf16[64,32] = @a.weight
+%a_amax : f32[] = fxq.amax(%a)
+%b : bf16[32,32] = @b.weight
+%b_amax : f32[] = fxq.amax(%b)
+%a_group_amax : f32[] = fxq.sync([%a_amax, %b_amax])
+%a_q : bf16[64,32] = fxq.quantize(%a, %a_group_amax, format='nvfp4', scale='mse')
+%y : bf16[4,64] = aten.linear(%a_input_q, %a_q)
+%b_q : bf16[32,32] = fxq.quantize(%b, %a_group_amax, format='nvfp4', scale='mse')
+%z : bf16[4,32] = aten.linear(%a_input_q, %b_q)
+return [%y, %z]
+--- error
+SpecError: choose-formats: groups: a fp8 and b none
+one kernel multiplies a, b
+change the globs
