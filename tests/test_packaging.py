@@ -28,8 +28,9 @@ def test_what_is_built_runs_elsewhere(kind: str, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip"]
     built: Path = source
     if kind == "sdist":
-        code = f"import setuptools.build_meta as b; print(b.build_sdist({str(tmp_path)!r}))"
-        made = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
+        build = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(tmp_path)!r}))"
+        command = [sys.executable, "-c", build]
+        made = subprocess.run(command, cwd=source, capture_output=True, text=True, check=True)
         built = tmp_path / made.stdout.split()[-1]
     options = ["--no-deps", "--no-build-isolation", "--quiet"]
     subprocess.run([*pip, "install", *options, "--target", tmp_path / "site", built], check=True)

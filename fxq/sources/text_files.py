@@ -119,7 +119,7 @@ def _dataset(path: Path) -> Samples:
         splits = choices(p for p in path.iterdir() if p.is_dir())
         raise SourceError(f"{path}: holds several datasets; give one of them: {splits}")
     if not (path / "state.json").is_file():
-        held = sorted(p.name for p in path.iterdir() if p.suffix in (*FILES, ".txt"))
+        held = sorted(p.name for p in path.iterdir() if p.suffix in (".jsonl", ".parquet", ".txt"))
         found = f"give one of its files: {', '.join(held[:5])}" if held else "found no file of text in it"
         raise SourceError(
             f"{path}: cannot read text of this directory: expected what `save_to_disk` of datasets wrote; "
