@@ -74,7 +74,7 @@ class QuantizeExperts(Pass):
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by a parameter; those that are no experts, or had to be left, miss."""
-        listed = {m.node for experts in expert_lists(program.graph, routed=True) for m in experts}
+        listed = {m.node for m in _listed(program)}
         for matmul in list(weight_matmuls(program.graph)):
             if is_quantized(matmul.w):
                 continue
@@ -101,6 +101,7 @@ class QuantizeExperts(Pass):
         self._leave(program)
         matches = [site for site in self.sites(program) if isinstance(site, Match)]
         already = any(is_weight_quantize(n) and is_expert(node_at(n, 0)) for n in program.graph.nodes)
+        already |= any(is_quantized(m.w) for m in _listed(program))
         if not matches and self.required and not already:
             expected = (
                 "stacks of expert weights (a 3-D parameter in a matmul), or linears that a router chooses"
@@ -211,12 +212,16 @@ def _unreached(program: Program) -> dict[str, str]:
     for node in program.graph.nodes:
         for name in _lists(node) if is_opaque_call(node) else ():
             reasons[name] = f"it is one of a list inside the opaque call {node.args[0]}"
-    listed = [m for alike in expert_lists(program.graph, routed=True) for m in alike]
-    members = {_numbered(name): name for m in listed if (name := str(m.parameter.target))}
+    members = {_numbered(name): name for name in (str(m.parameter.target) for m in _listed(program))}
     for name in stored:
         if name not in read and _numbered(name) in members:
             reasons[name] = f"the graph never reads this expert, as it does {members[_numbered(name)]}"
     return reasons
+
+
+def _listed(program: Program) -> list[WeightMatmul]:
+    """Matmuls by experts that are linears of their own."""
+    return [m for alike in expert_lists(program.graph, routed=True) for m in alike]
 
 
 def _numbered(name: str) -> tuple[str, str]:

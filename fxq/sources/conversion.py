@@ -144,8 +144,13 @@ def _converted(
     """What one conversion makes; `name` is the first of its parameters."""
     _check_numbers(sources)
     conversion = Conversion(name, converter, sources, model)
+    try:
+        made = placed(conversion, infos, known)
+    except SourceError:
+        _check_alike(sources, infos)
+        raise
     stored = {}
-    for target, (shape, place) in placed(conversion, infos, known).items():
+    for target, (shape, place) in made.items():
         if target in own:
             if shape != own[target].shape:
                 _check_counts(name, converter, sources)
@@ -178,6 +183,15 @@ def _check_counts(name: str, converter: WeightConverter, sources: Sources) -> No
     if len({len(keys) for keys in sources.values()}) > 1 or len(sources) < len(converter.source_patterns):
         counts = ", ".join(f"{len(keys)} like {keys[0]}" for keys in sources.values())
         raise SourceError(f"{name}: expected as many tensors of each projection, found {counts}")
+
+
+def _check_alike(sources: Sources, infos: Infos) -> None:
+    """Experts have one shape."""
+    for first, *others in sources.values():
+        for key in others:
+            if infos[key].shape != infos[first].shape:
+                expected, found = (list(infos[k].shape) for k in (first, key))
+                raise SourceError(f"{key}: expected shape {expected} of {first}, found {found}")
 
 
 def _check_numbers(sources: Sources) -> None:

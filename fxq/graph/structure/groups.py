@@ -82,7 +82,8 @@ def fused_by_engines(graph: Graph, frontiers: Frontiers) -> Iterator[tuple[str, 
             factors = [node_at(node, 0), node_at(node, 1)]
             sources = [frontiers.of(factor, most=1) for factor in factors]
             if frozenset(n for found in sources for n in found) in paired and all(
-                _keeps_elements(found[0], factor) for found, factor in zip(sources, factors, strict=True)
+                shape_of(factor) == shape_of(node) and _keeps_elements(found[0], factor)
+                for found, factor in zip(sources, factors, strict=True)
             ):
                 yield from _one_input("gate/up", frontiers, sources)
 

@@ -1,0 +1,86 @@
+pass: sync-groups
+rewrites: 2
+--- before
+%x : bf16[6,32] = placeholder()
+%r : bf16[2,32] = @router.weight
+%scores : bf16[6,2] = aten.linear(%x, %r)
+%top : (bf16[6,1], i64[6,1]) = aten.topk(%scores, 1)
+%chosen : i64[6,1] = operator.getitem(%top, 1)
+%is0 : bool[6,1] = aten.eq.Scalar(%chosen, 0)
+%first0 : bool[6] = aten.select.int(%is0, 1, 0)
+%ids0 : i64[6] = aten.argsort(%first0)
+%x0 : bf16[6,32] = aten.index.Tensor(%x, [%ids0])
+%x0_amax : f32[] = fxq.amax(%x0)
+%x0_q : bf16[6,32] = fxq.quantize(%x0, %x0_amax, format='nvfp4', scale='dynamic')
+%w0 : bf16[16,32] = @experts.0.up_proj.weight
+%w0_amax : f32[] = fxq.amax(%w0)
+%w0_q : bf16[16,32] = fxq.quantize(%w0, %w0_amax, format='nvfp4', scale='max')
+%y0 : bf16[6,16] = aten.linear(%x0_q, %w0_q)
+%h0 : bf16[6,16] = aten.relu(%y0)
+%h0_amax : f32[] = fxq.amax(%h0)
+%h0_q : bf16[6,16] = fxq.quantize(%h0, %h0_amax, format='nvfp4', scale='dynamic')
+%v0 : bf16[32,16] = @experts.0.down_proj.weight
+%v0_amax : f32[] = fxq.amax(%v0)
+%v0_q : bf16[32,16] = fxq.quantize(%v0, %v0_amax, format='nvfp4', scale='max')
+%z0 : bf16[6,32] = aten.linear(%h0_q, %v0_q)
+%is1 : bool[6,1] = aten.eq.Scalar(%chosen, 1)
+%first1 : bool[6] = aten.select.int(%is1, 1, 0)
+%ids1 : i64[6] = aten.argsort(%first1)
+%x1 : bf16[6,32] = aten.index.Tensor(%x, [%ids1])
+%x1_amax : f32[] = fxq.amax(%x1)
+%x1_q : bf16[6,32] = fxq.quantize(%x1, %x1_amax, format='nvfp4', scale='dynamic')
+%w1 : bf16[16,32] = @experts.1.up_proj.weight
+%w1_amax : f32[] = fxq.amax(%w1)
+%w1_q : bf16[16,32] = fxq.quantize(%w1, %w1_amax, format='nvfp4', scale='max')
+%y1 : bf16[6,16] = aten.linear(%x1_q, %w1_q)
+%h1 : bf16[6,16] = aten.relu(%y1)
+%h1_amax : f32[] = fxq.amax(%h1)
+%h1_q : bf16[6,16] = fxq.quantize(%h1, %h1_amax, format='nvfp4', scale='dynamic')
+%v1 : bf16[32,16] = @experts.1.down_proj.weight
+%v1_amax : f32[] = fxq.amax(%v1)
+%v1_q : bf16[32,16] = fxq.quantize(%v1, %v1_amax, format='nvfp4', scale='max')
+%z1 : bf16[6,32] = aten.linear(%h1_q, %v1_q)
+return [%z0, %z1]
+--- after
+%x : bf16[6,32] = placeholder()
+%r : bf16[2,32] = @router.weight
+%scores : bf16[6,2] = aten.linear(%x, %r)
+%top : (bf16[6,1], i64[6,1]) = aten.topk(%scores, 1)
+%chosen : i64[6,1] = operator.getitem(%top, 1)
+%is0 : bool[6,1] = aten.eq.Scalar(%chosen, 0)
+%first0 : bool[6] = aten.select.int(%is0, 1, 0)
+%ids0 : i64[6] = aten.argsort(%first0)
+%x0 : bf16[6,32] = aten.index.Tensor(%x, [%ids0])
+%x0_amax : f32[] = fxq.amax(%x0)
+%is1 : bool[6,1] = aten.eq.Scalar(%chosen, 1)
+%first1 : bool[6] = aten.select.int(%is1, 1, 0)
+%ids1 : i64[6] = aten.argsort(%first1)
+%x1 : bf16[6,32] = aten.index.Tensor(%x, [%ids1])
+%x1_amax : f32[] = fxq.amax(%x1)
+%w0_group_input_amax : f32[] = fxq.sync([%x0_amax, %x1_amax])
+%x0_q : bf16[6,32] = fxq.quantize(%x0, %w0_group_input_amax, format='nvfp4', scale='dynamic')
+%w0 : bf16[16,32] = @experts.0.up_proj.weight
+%w0_amax : f32[] = fxq.amax(%w0)
+%w0_q : bf16[16,32] = fxq.quantize(%w0, %w0_amax, format='nvfp4', scale='max')
+%y0 : bf16[6,16] = aten.linear(%x0_q, %w0_q)
+%h0 : bf16[6,16] = aten.relu(%y0)
+%h0_amax : f32[] = fxq.amax(%h0)
+%x1_q : bf16[6,32] = fxq.quantize(%x1, %w0_group_input_amax, format='nvfp4', scale='dynamic')
+%w1 : bf16[16,32] = @experts.1.up_proj.weight
+%w1_amax : f32[] = fxq.amax(%w1)
+%w1_q : bf16[16,32] = fxq.quantize(%w1, %w1_amax, format='nvfp4', scale='max')
+%y1 : bf16[6,16] = aten.linear(%x1_q, %w1_q)
+%h1 : bf16[6,16] = aten.relu(%y1)
+%h1_amax : f32[] = fxq.amax(%h1)
+%v0_group_input_amax : f32[] = fxq.sync([%h0_amax, %h1_amax])
+%h0_q : bf16[6,16] = fxq.quantize(%h0, %v0_group_input_amax, format='nvfp4', scale='dynamic')
+%v0 : bf16[32,16] = @experts.0.down_proj.weight
+%v0_amax : f32[] = fxq.amax(%v0)
+%v0_q : bf16[32,16] = fxq.quantize(%v0, %v0_amax, format='nvfp4', scale='max')
+%z0 : bf16[6,32] = aten.linear(%h0_q, %v0_q)
+%h1_q : bf16[6,16] = fxq.quantize(%h1, %v0_group_input_amax, format='nvfp4', scale='dynamic')
+%v1 : bf16[32,16] = @experts.1.down_proj.weight
+%v1_amax : f32[] = fxq.amax(%v1)
+%v1_q : bf16[32,16] = fxq.quantize(%v1, %v1_amax, format='nvfp4', scale='max')
+%z1 : bf16[6,32] = aten.linear(%h1_q, %v1_q)
+return [%z0, %z1]
