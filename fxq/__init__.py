@@ -14,12 +14,14 @@ from fxq.errors import CheckpointError, FxqError, SourceError, SpecError, TraceE
 
 if TYPE_CHECKING:
     from fxq.audit import Findings, verify_checkpoint
+    from fxq.choose import Chosen, choose
     from fxq.compile import Compiled, compile
     from fxq.evaluate.evaluation import Evaluation, evaluate
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
+    "Chosen",
     "Compiled",
     "Evaluation",
     "Findings",
@@ -28,11 +30,14 @@ __all__ = [
     "SpecError",
     "TraceError",
     "VerifyError",
+    "choose",
     "compile",
     "evaluate",
     "verify_checkpoint",
 ]
 _HOMES = {
+    "choose": "fxq.choose",
+    "Chosen": "fxq.choose",
     "compile": "fxq.compile",
     "Compiled": "fxq.compile",
     "evaluate": "fxq.evaluate.evaluation",
