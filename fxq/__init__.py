@@ -14,6 +14,7 @@ from fxq.errors import CheckpointError, FxqError, SourceError, SpecError, TraceE
 
 if TYPE_CHECKING:
     from fxq.audit import Findings, verify_checkpoint
+    from fxq.choose import Chosen, choose
     from fxq.compile import compile
     from fxq.compiled import Compiled
     from fxq.evaluate.evaluation import Evaluation, evaluate
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Blend",
     "CheckpointError",
+    "Chosen",
     "Compiled",
     "Evaluation",
     "Findings",
@@ -31,12 +33,15 @@ __all__ = [
     "SpecError",
     "TraceError",
     "VerifyError",
+    "choose",
     "compile",
     "evaluate",
     "verify_checkpoint",
 ]
 _HOMES = {
     "Blend": "fxq.sources.samples",
+    "choose": "fxq.choose",
+    "Chosen": "fxq.choose",
     "compile": "fxq.compile",
     "Compiled": "fxq.compiled",
     "evaluate": "fxq.evaluate.evaluation",

@@ -1,6 +1,8 @@
 """`fxq.choose`: which format each group of weights should have, measured; nothing is compiled."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from fxq.errors import SpecError
 from fxq.gc_paused import gc_paused
 from fxq.model import AnyModel, device_of, open_model, samples_of
 from fxq.numbers import kernels
-from fxq.pipeline.base import Progress, Session, no_progress
+from fxq.passes import table
+from fxq.pipeline.base import Pass, Progress, Session, no_progress
 from fxq.pipeline.run import needs_data, run_passes
-from fxq.pipeline.spec import Spec
+from fxq.pipeline.spec import Spec, load
 from fxq.report import choices
 from fxq.run.batches import batches_of
 
@@ -31,30 +34,35 @@ class Chosen:
 
 def choose(
     model: AnyModel,
-    spec: Spec,
+    spec: str | Path | Spec = "nvfp4_auto-fp8_cast_kv",
     *,
     calib: object = None,
     samples: int | None = None,
     seq_len: int = 512,
     device: str | torch.device = "cpu",
+    settings: Sequence[str] = (),
+    passes: Sequence[str | Path | type[Pass]] = (),
     follow_links: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> Chosen:
-    """Run a spec up to where formats are chosen.
+    """Run a spec with `choose-formats` up to where formats are chosen.
 
-    model, calib, samples, seq_len, device: as for `fxq.compile`. Raises SpecError for a spec without choices
-    and for budgets that nothing fits; SourceError, TraceError and VerifyError as `fxq.compile` does.
+    model, spec, calib, samples, seq_len, device, settings, passes: as for `fxq.compile`. Raises SpecError for
+    a spec without choices and for budgets that nothing fits; SourceError, TraceError and VerifyError as
+    `fxq.compile` does.
     """
-    names = [step.name for step in spec.passes]
+    given = spec if isinstance(spec, Spec) else load(spec, table(passes))
+    given = given.with_settings(settings)
+    names = [step.name for step in given.passes]
     if CHOOSING not in names:
-        raise SpecError(f"{spec.name}: expected a spec with {CHOOSING}; it has {', '.join(names)}")
-    steps = spec.passes[: 1 + max(i for i, name in enumerate(names) if name in (CHOOSING, RESOLVING))]
+        raise SpecError(f"{given.name}: expected a spec with {CHOOSING}; it has {', '.join(names)}")
+    steps = given.passes[: 1 + max(i for i, name in enumerate(names) if name in (CHOOSING, RESOLVING))]
     where, wanted = device_of(device), SAMPLES if samples is None else samples
     if wanted < 1 or seq_len < 1:
         raise SpecError(f"samples and seq_len are at least 1; found {wanted} and {seq_len}")
     if (needing := needs_data(steps)) is not None and calib is None:
-        raise SpecError(f"{spec.name}: {needing} needs text; give --calib FILE.jsonl (calib=... in python)")
+        raise SpecError(f"{given.name}: {needing} needs text; give --calib FILE.jsonl (calib=... in python)")
     kernels.prepare(where)
     opened = open_model(model, follow_links=follow_links, trust_remote_code=trust_remote_code)
     ids = samples_of(opened, calib, wanted, seq_len) if calib is not None else None
@@ -62,7 +70,7 @@ def choose(
     batches = batches_of([program], ids) if ids is not None else None
     with gc_paused():
         run_passes(steps, program, Session(opened.source, where, batches, progress))
-    made, content = chosen_spec(spec, program), choices.content(program)
+    made, content = chosen_spec(given, program), choices.content(program)
     assert made is not None, "chosen"
     assert content is not None, "chosen"
     return Chosen(made, content, tuple(program.notes))

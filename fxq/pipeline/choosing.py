@@ -3,6 +3,7 @@ budgets."""
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -153,13 +154,27 @@ def smallest(program: Program) -> list[int]:
     return [min(row, key=itemgetter(1))[0] for row in rows]
 
 
+def summary(program: Program) -> str | None:
+    """How many groups got which format, the bits that makes and the loss; None if nothing was chosen."""
+    if not is_chosen(program):
+        return None
+    places = [choice.place(program.values) for choice in program.choices]
+    counts = Counter(choice.formats[place] for choice, place in zip(program.choices, places, strict=True))
+    groups = ", ".join(f"{count} {format}" for format, count in sorted(counts.items()))
+    bits = average_bits(program.choices, places)
+    text = f"chosen for {len(places)} groups: {groups}; {bits:.2f} bits a weight"
+    if MEASURED not in program.values:
+        return text
+    loss, predicted = float(program.values[MEASURED]), predicted_loss(program, places)
+    return f"{text}, KL {loss:.4f} nats a token ({predicted:.4f} predicted)"
+
+
 def notes(program: Program) -> list[str]:
     """What the user should know of how formats were chosen."""
     if not is_chosen(program):
         first = ", ".join(dict.fromkeys(choice.formats[choice.settled] for choice in program.choices))
-        return (
-            [f"formats are chosen when the model is calibrated; shown is {first} throughout"] if first else []
-        )
+        said = f"formats are chosen when the model is calibrated; shown is {first} throughout"
+        return [said] if first else []
     places = [choice.place(program.values) for choice in program.choices]
     predicted, measured = predicted_loss(program, places), float(program.values.get(MEASURED, 0))
     if MEASURED in program.values and max(predicted, measured) > _FAR * min(predicted, measured):

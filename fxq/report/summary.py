@@ -20,6 +20,7 @@ from fxq.graph.program import Program
 from fxq.graph.structure.experts import is_expert, multiplies_experts
 from fxq.graph.structure.matmuls import quantizes_input, weight_matmuls
 from fxq.graph.structure.views import parameter_name, statistics, weight_path
+from fxq.pipeline.choosing import summary
 from fxq.pipeline.facts import is_weight_quantize
 
 # Correct NVFP4 weights are at 18 to 22 dB, FP8 above 25.
@@ -39,7 +40,8 @@ class Report:
 
     sqnr_db: 10 log10(sum w**2 / sum (w - w')**2) over all quantized weights; worst_*: the weight with the
     lowest. *_input*: of the amaxes that input scales follow from, and whose the largest is. groups: sets of
-    emitted linears (q/k/v, gate/up, ...) that share their global scales. source_bytes_read: bytes of the
+    emitted linears (q/k/v, gate/up, ...) that share their global scales. formats: how many groups of weights
+    got which, where that was chosen by measurement, and what it loses. source_bytes_read: bytes of the
     source's tensors read for calibrating, packing and writing. bits_per_weight: bytes of the quantized
     linears, scales included, times 8, by their weights. rewritten: tensors of the checkpoint that hold what a
     pass computed and not the source's values; quantized ones by the name they had before. cast_blocks,
@@ -61,6 +63,7 @@ class Report:
     unseen_inputs: int = 0
     groups: int = 0
     calibration_tokens: int = 0
+    formats: str | None = None
     tensors_quantized: int | None = None
     tensors_excluded: int | None = None
     bits_per_weight: float | None = None
@@ -111,6 +114,8 @@ class Report:
         yield "bootstrapped", f"{self.bootstrapped} input amaxes that no token reached, filled from others"
         yield "groups", f"{self.groups} of linears that share their scales"
         yield "calibration", f"{self.calibration_tokens} tokens" if self.calibration_tokens else "none needed"
+        if self.formats is not None:
+            yield "formats", self.formats
         if self.tensors_quantized is not None:
             left = f"{self.tensors_excluded} left as they are and listed as such"
             yield "tensors", f"{self.tensors_quantized} quantized, {left}"
@@ -219,6 +224,7 @@ class Report:
             all(float(values[n.name]) < 0 for choice in nodes_at(node, 0)[:-1] for n in _amaxes(choice))
             for node in answers
         )
+        self.formats = summary(program)
         layers = _experts_by_layer(program.tokens)
         self.experts = sum(len(counts) for counts in layers.values())
         self.dead_experts = sum(int((counts == 0).sum()) for counts in layers.values()) if layers else None
