@@ -19,6 +19,7 @@ from fxq.passes.cast_mxfp4 import CastMxfp4
 from fxq.passes.fold_scales import FoldScales
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.passes.gptq import Gptq
+from fxq.passes.keep_fp8_blocks import KeepFp8Blocks
 from fxq.passes.lower import Lower
 from fxq.passes.quantize_experts import QuantizeExperts
 from fxq.passes.quantize_kv import QuantizeKv
@@ -44,6 +45,7 @@ PASSES: dict[str, type[Pass]] = {
         CalibrateBootstrap,
         CalibrateMse,
         CastMxfp4,
+        KeepFp8Blocks,
         Lower,
     )
 }
