@@ -16,6 +16,7 @@ from fxq.passes.calibrate_hessian import CalibrateHessian
 from fxq.passes.calibrate_max import CalibrateMax
 from fxq.passes.calibrate_mse import CalibrateMse
 from fxq.passes.cast_mxfp4 import CastMxfp4
+from fxq.passes.fix_input_scales import FixInputScales
 from fxq.passes.fold_scales import FoldScales
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.passes.gptq import Gptq
@@ -41,6 +42,7 @@ PASSES: dict[str, type[Pass]] = {
         Retarget,
         CalibrateHessian,
         Gptq,
+        FixInputScales,
         CalibrateMax,
         CalibrateBootstrap,
         CalibrateMse,
