@@ -17,9 +17,11 @@ from fxq.passes.calibrate_max import CalibrateMax
 from fxq.passes.calibrate_mse import CalibrateMse
 from fxq.passes.cast_mxfp4 import CastMxfp4
 from fxq.passes.choose_formats import ChooseFormats
+from fxq.passes.fix_input_scales import FixInputScales
 from fxq.passes.fold_scales import FoldScales
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.passes.gptq import Gptq
+from fxq.passes.keep_fp8_blocks import KeepFp8Blocks
 from fxq.passes.lower import Lower
 from fxq.passes.quantize_experts import QuantizeExperts
 from fxq.passes.quantize_kv import QuantizeKv
@@ -42,12 +44,14 @@ PASSES: dict[str, type[Pass]] = {
         Retarget,
         CalibrateHessian,
         Gptq,
+        FixInputScales,
         CalibrateMax,
         CalibrateBootstrap,
         CalibrateMse,
         CastMxfp4,
         ChooseFormats,
         ResolveChoices,
+        KeepFp8Blocks,
         Lower,
     )
 }

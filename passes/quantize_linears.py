@@ -34,14 +34,15 @@ class QuantizeLinears(Pass):
     """Quantize the weight of every linear, and what it multiplies.
 
     Several such passes make a mixture, each taking what earlier ones left.
-    The output head is taken only if `only` names it without wildcards, and so is the expansion of a cached
-    latent (MLA's kv_b): engines multiply it into queries and outputs, for which vLLM 0.32 takes its values
-    by sending an identity matrix through its quantized input, which distorts or clips them.
+    The output head is taken only with `head`, or if `only` names it without wildcards, as is the expansion of
+    a cached latent (MLA's kv_b): engines multiply it into queries and outputs, for which vLLM 0.32 takes its
+    values by sending an identity matrix through its quantized input, which distorts or clips them.
 
     weights: their format.
     inputs: the activations' format, or none for weight-only; fp8 goes with fp8 alone.
     only: globs over module names (`*.mlp.*`); a linear is taken if one of them fits.
     skip: globs over module names; a linear that one of them fits is not taken, whatever `only` says.
+    head: whether the output head is taken too; engines have to read such a head (vLLM 0.33, SGLang 0.5.23).
     stored: in what the source holds the linears that are taken, such as MXFP4; empty takes any.
     partial: leave a linear whose input dimension does not fit the format, instead of failing.
     """
@@ -50,6 +51,7 @@ class QuantizeLinears(Pass):
     inputs: InputFormat = "nvfp4"
     only: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
+    head: bool = False
     stored: tuple[str, ...] = ()
     partial: bool = False
 
@@ -84,7 +86,7 @@ class QuantizeLinears(Pass):
                 reason = f"an indexer: %{choice.name} chooses by its and {makers[choice] - 1} other results"
             elif choice is not None:
                 reason = f"a router: %{choice.name} chooses by its result"
-            elif matmul.node is output_head and module not in self.only:
+            elif matmul.node is output_head and not self.head and module not in self.only:
                 reason = "the output head: its result leaves the model"
             elif matmul.node in absorbed and module not in self.only:
                 reason = "the expansion of a cached latent: engines absorb it, which takes its plain values"

@@ -303,7 +303,7 @@ def _linear(owner: str, fused: bool, sign: str, entries: Mapping[str, Entry]) ->
 
 def _eight_bits(weight: Entry, scale: Entry | None) -> Kind:
     """What kind of FP8 a weight is, by the scales that it has."""
-    if scale is None or scale.size == 1:
+    if scale is None or (scale.size == 1 and len(scale.shape) < 4):
         return Kind.FP8
     if scale.dtype in ("U8", "F8_E8M0"):
         return Kind.MXFP8

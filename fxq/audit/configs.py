@@ -116,7 +116,8 @@ def _nested(inner: Json) -> Iterator[Finding]:
             yield Finding("config-key", f"{where}.{key}", "vLLM requires it, null or not; found none")
     if "quant_algo" in inner:
         yield from _algorithm(where, inner)
-    if inner.get("group_size", 16) != 16:
+    is_nvfp4 = inner.get("quant_algo") in (*ALGORITHMS[Kind.NVFP4], "MIXED_PRECISION")
+    if is_nvfp4 and inner.get("group_size", 16) != 16:
         yield Finding("config-key", f"{where}.group_size", f"expected 16, found {inner['group_size']!r}")
     if inner.get("kv_cache_quant_algo") not in (None, "FP8", "NVFP4"):
         found = inner["kv_cache_quant_algo"]

@@ -77,6 +77,9 @@ def _stored(node: Node, format: ModuleType) -> dict[str, TensorInfo]:
     if node.target is dialect.STORE_LINEAR or node.target is dialect.STORE_ROWS:
         ((key, scheme),) = _quantized(node).items()
         shape = options.get("shape")
+        if node.target is dialect.STORE_ROWS and any(p.tall > 1 for p in FORMATS[scheme.format].parts):
+            title = FORMATS[scheme.format].title
+            raise CheckpointError(f"{key}: it holds several weights, of which {title} has one scale; skip it")
         if shape is None:
             shape = options["end"] - options["start"], node_at(node_at(node, 1), 0).meta["val"].shape[-1]
         infos = format.weight_infos(key, shape, scheme, transposed=options.get("transposed", False))

@@ -274,9 +274,11 @@ class _Writer:
                 amaxes = [None if a is None else scalars.one(a) for a in store.args[1:]]
                 tensors |= self.format.kv_tensors(store.args[0], *amaxes, store.kwargs["format"])
             elif store.target in (dialect.STORE_LINEAR, dialect.STORE_ROWS) and store.args[2] is not None:
-                amax, format = scalars.one(node_at(store, 2)), str(node_at(store, 1).kwargs["format"])
-                tensors |= self.format.input_tensors(_key(store), format, amax)
-                self.written.inputs[_key(store)] = float(amax)
+                format = format_of(node_at(store, 1))
+                if format.has_amaxes:
+                    amax = scalars.one(node_at(store, 2))
+                    tensors |= self.format.input_tensors(_key(store), format.name, amax)
+                    self.written.inputs[_key(store)] = float(amax)
         name = "scales of inputs and caches"
         if tensors and name not in self.finished:
             yield Piece(name, self._whole(tensors))

@@ -117,7 +117,10 @@ def _quantize(program: Program, x: Node, name: str, format: str, scale: float) -
 
 
 def _scale(source: Directory, scale: InputScale) -> float:
-    """The largest of a tensor of input scales; SourceError unless all are positive and finite."""
+    """The largest of a tensor of input scales, 1 without any; SourceError unless all are positive and
+    finite."""
+    if scale.key is None:
+        return 1.0
     values = source.read_stored(scale.key).to(torch.float32)
     values = values.reciprocal() if scale.is_divisor else values
     if not bool((torch.isfinite(values) & (values > 0)).all()):

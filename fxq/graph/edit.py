@@ -14,6 +14,7 @@ from fxq.graph.arguments import node_at
 from fxq.graph.structure.views import VIEWS, shape_of, swaps_matrix
 from fxq.graph.text import meta
 from fxq.graph.verify import infer
+from fxq.numbers.formats import FORMATS
 
 
 def parameter(graph: Graph, name: str, shape: Iterable[int], dtype: torch.dtype) -> Node:
@@ -45,10 +46,13 @@ def value(graph: Graph, name: str, val: torch.Tensor) -> Node:
 
 
 def quantize(t: Node, name: str, *, format: str, scale: str, amax: Node | None = None) -> Node:
-    """A new node `name_q` that stands for `t` in a format, scaled by `amax` or by its own,
-    `name_amax`."""
-    if amax is None:
+    """A new node `name_q` that stands for `t` in a format, scaled by `amax` or by its own, `name_amax`; a
+    constant, of which nothing follows, in a format without."""
+    if amax is None and FORMATS[format].has_amaxes:
         amax = call(t.graph, f"{name}_amax", dialect.AMAX, t)
+    elif amax is None:
+        one = torch.ops.aten.scalar_tensor.default
+        amax = call(t.graph, f"{name}_amax", one, 1.0, dtype=torch.float32)
     return call(t.graph, f"{name}_q", dialect.QUANTIZE, t, amax, format=format, scale=scale)
 
 

@@ -154,7 +154,7 @@ class WeightSource(Protocol):
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """A parameter or persistent buffer by its name in memory, on the CPU; SourceError if it cannot be
-        read.
+        read. Of one that the hub says is in FP8_BLOCKS, `name.codes` and `name.scales` too.
 
         out: where to put it, of the parameter's shape and dtype (pinned memory, say); new memory by default.
         """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxq.errors import SpecError
-from fxq.numbers import fp8, nvfp4
+from fxq.numbers import fp8, fp8_blocks, nvfp4
 
 # Without any data an input amax of 448 puts the FP8 block scales mid-range: blocks up to 448 do not clip,
 # blocks down to 0.016 keep full precision.
@@ -49,16 +49,20 @@ class Measured(Packed, Protocol):
 
 
 class Part(NamedTuple):
-    """One tensor of a packed weight [..., rows, K]: [..., rows, K / per], or a number a tensor, [...], if
-    `per` is None."""
+    """One tensor of a packed weight [..., rows, K]: [..., rows / tall, K / per], rounded up, or a number a
+    tensor, [...], if `per` is None."""
 
     name: str
     dtype: torch.dtype
     per: int | None
+    tall: int = 1
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
         """Its shape for weights of the given shape."""
-        return weight[:-2] if self.per is None else (*weight[:-1], weight[-1] // self.per)
+        if self.per is None:
+            return weight[:-2]
+        *lead, rows, width = weight
+        return (*lead, -(-rows // self.tall), -(-width // self.per))
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Format:
     scales: how a weight's scales can be chosen, as `fxq.quantize` spells it.
     inputs: what engines multiply such weights with: formats, and `none` for inputs as they are.
     input_scale: how the input of a linear is scaled, as `fxq.quantize` spells it.
+    has_amaxes: whether a weight, and an input, has a scale that follows from its amax.
     caches: whether engines hold keys and values in it.
     magnitude: the bits of a byte of codes but their signs: all zero where codes stand for zeros.
     largest: the magnitude that a packed weight reaches if the scale of its tensor is 1.
@@ -104,6 +109,7 @@ class Format:
     dequantize: Callable[..., Tensor]
     fake_quantize: Callable[[Tensor, Tensor, str], Tensor]
     reach: Callable[[Tensor, Tensor], Tensor] | None = None
+    has_amaxes: bool = True
 
     @property
     def bits(self) -> float:
@@ -170,7 +176,29 @@ FP8 = Format(
     dequantize=fp8.dequantize,
     fake_quantize=fp8.fake_quantize,
 )
-FORMATS: Mapping[str, Format] = {format.name: format for format in (NVFP4, FP8)}
+FP8_BLOCKS = Format(
+    name="fp8_blocks",
+    title="FP8 in blocks",
+    parts=(
+        Part("weight", torch.float8_e4m3fn, 1),
+        Part("scale", torch.float32, fp8_blocks.BLOCK, fp8_blocks.BLOCK),
+    ),
+    block=fp8_blocks.BLOCK,
+    scales=("max",),
+    inputs=("fp8_blocks",),
+    input_scale="dynamic",
+    caches=False,
+    magnitude=0x7F,
+    largest=nvfp4.E4M3_MAX,
+    scale_of=fp8.scale_of,
+    quantize=fp8_blocks.quantize_weight,
+    measured=fp8_blocks.quantize_measured,
+    decided=fp8_blocks.decided,
+    dequantize=fp8_blocks.dequantize,
+    fake_quantize=fp8_blocks.fake_quantize,
+    has_amaxes=False,
+)
+FORMATS: Mapping[str, Format] = {format.name: format for format in (NVFP4, FP8, FP8_BLOCKS)}
 
 if TYPE_CHECKING:
     WeightFormat = str

@@ -75,7 +75,8 @@ def _sampled(
     filled = amax > 0
     square = (blocks / torch.where(filled, amax, 1)[..., None]).square().mean(-1)  # of any magnitude
     crests = torch.where(filled, square.rsqrt(), 0).sum(1) / filled.sum(1).clamp_min(1)
-    (tensor_scale,) = format.scalars(packed).values()
+    scalars = list(format.scalars(packed).values())
+    tensor_scale = scalars[0] if scalars else packed.scale.flatten(1).amax(1)
     largest = tensor_scale[lot] * format.largest
     if format.reach is not None:
         reach = format.reach(amax, tensor_scale[lot])

@@ -20,9 +20,10 @@ _WEIGHT_ONLY = "W4A16_NVFP4"
 
 @dataclass(frozen=True)
 class InputScale:
-    """The tensor that holds the scale of a linear's input; `is_divisor` if that is 1 / input_scale."""
+    """The tensor that holds the scale of a linear's input, None if engines find it while serving;
+    `is_divisor` if that is 1 / input_scale."""
 
-    key: str
+    key: str | None
     format: str
     is_divisor: bool = False
 
@@ -100,7 +101,9 @@ def _inputs(
         module = name.removesuffix("weight") if name.endswith(".weight") else f"{name}_"
         is_divisor = weight.tensor_scale is not None and weight.tensor_scale.is_divisor
         key = f"{module}input_{'global_' if is_divisor else ''}scale"
-        if weight.title in ("NVFP4", "FP8") and key in raw:
+        if weight.title == "FP8_BLOCKS":
+            yield name, InputScale(None, "fp8_blocks")
+        elif weight.title in ("NVFP4", "FP8") and key in raw:
             yield name, InputScale(key, weight.title.lower(), is_divisor)
 
 

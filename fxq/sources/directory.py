@@ -69,6 +69,9 @@ class Directory:
         return out
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        if name not in self.hub.stored:
+            found = self._part(name)
+            return found if out is None else out.copy_(found)
         stored, own = self.hub.stored[name], self._own[name]
         out = torch.empty(own.shape, dtype=own.dtype) if out is None else out
         if stored.convert is not None:
@@ -79,6 +82,13 @@ class Directory:
         else:
             self._fill(stored, None, out)
         return out
+
+    def _part(self, name: str) -> Tensor:
+        """The codes or scales of a matrix in FP8 blocks, `<parameter>.codes`, `<parameter>.scales`."""
+        parameter, _, part = name.rpartition(".")
+        ((key,),) = self.hub.stored[parameter].keys
+        codes, scales = self.weights[key].parts(self._stored_rows)
+        return {"codes": codes, "scales": scales}[part]
 
     def read_expert(self, name: str, expert: int, out: Tensor | None = None) -> Tensor:
         stored, own = self.hub.stored[name], self._own[name]

@@ -82,6 +82,13 @@ class EncodedWeight:
         one = () if self.tensor_scale is None else (self.tensor_scale.key,)
         return (self.codes, self.scales, *one)
 
+    def parts(self, read: ReadRows) -> tuple[Tensor, Tensor]:
+        """Codes [N, K] as they are stored, and float32 scales of their blocks, of a single matrix."""
+        height, width = self.shape[-2:]
+        grid = -(-height // self.block[0]), -(-width // self.block[1])
+        codes = read(self.codes, height, width // self.elements.per, 0, range(height))
+        return codes, as_numbers(read(self.scales, *grid, 0, range(grid[0])))
+
     def decode(self, read: ReadRows, matrix: int, rows: range, out: Tensor) -> None:
         """Fill `out` [rows, columns] with consecutive rows of one matrix, as the model has it. Products are
         taken in float32 and rounded once to the dtype of `out`; SourceError if a scale is NaN or Inf."""

@@ -5,7 +5,7 @@ parts of a weight lie and what they are. What no layout explains is refused by n
 """
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -342,9 +342,9 @@ def _encoded(
         factor = TensorScale(name, count > 1, layout.is_divisor)
     matrix = shape[-2], shape[-1] * per
     for found, shared in _blocks(layout, lead, matrix, scale, block):
-        is_mx = layout.elements is E4M3 and found == (1, 32) and scale.dtype in _BYTES
+        title = _eight_bits(found, scale, (*lead, *matrix)) if layout.elements is E4M3 else layout.title
         return EncodedWeight(
-            "MXFP8" if is_mx else layout.title,
+            title,
             key,
             layout.elements,
             (*lead, *matrix),
@@ -374,6 +374,15 @@ def _encoded(
         f"{where}: {scales} is {said(scale)}; {key} {list(raw[key].shape)} of {layout.title} needs "
         f"{_dtype(layout.scale_dtypes[0])} {grid}, a scale for {tall}x{wide} of its numbers"
     )
+
+
+def _eight_bits(block: tuple[int, int], scale: TensorInfo, shape: Sequence[int]) -> str:
+    """The title of an FP8 weight: matrices in the blocks of 128 x 128 that engines know have one of their
+    own."""
+    if block == (1, 32) and scale.dtype in _BYTES:
+        return "MXFP8"
+    is_usual = block == _USUAL_BLOCK and len(shape) == 2 and shape[1] % block[1] == 0
+    return "FP8_BLOCKS" if is_usual else "FP8"
 
 
 def _matrices(layout: Layout, info: TensorInfo) -> tuple[int, ...]:

@@ -79,6 +79,17 @@ def test_what_is_served_is_the_source(gpt_oss: Path, tmp_path: Path) -> None:
     assert set(found.against.kl.values()) == {0.0}
 
 
+def test_inputs_may_have_a_fixed_scale_and_nothing_is_calibrated(gpt_oss: Path, tmp_path: Path) -> None:
+    compiled = fxq.compile(gpt_oss, f"{SPEC}_input_scale_1", out=tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {float(t) for name, t in tensors.items() if name.endswith("input_scale")} == {1.0}
+    assert compiled.report.inexact_blocks == 0
+    found = fxq.evaluate(tmp_path / "out", samples(3), base=gpt_oss)
+    assert found.perplexity == compiled.perplexity(samples(3))[1]
+    assert found.against is not None
+    assert 0 < found.against.kl["mean"] < 0.5
+
+
 def test_experts_and_linears_of_compressed_tensors_are_cast_alike(zoo: Zoo, tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,3 +119,32 @@ def test_fp8_of_what_is_not_finite_is_refused(where: str) -> None:
     (w if where == "weight" else amax).view(-1)[0] = float("inf")
     with pytest.raises(fxq.SourceError, match="expected finite"):
         fp8.quantize_weight(w, amax)
+
+
+@pytest.mark.parametrize(
+    ("spec", "algorithms"),
+    [
+        (
+            "nvfp4_experts_weight_only_fp8_attention-fp8_cast_kv",
+            {"mlp.experts.0.up_proj": "W4A16_NVFP4", "self_attn.q_proj": "FP8"},
+        ),
+        ("nvfp4_all_lm_head_mse-fp8_cast_kv", None),
+    ],
+)
+def test_what_people_deploy_is_good(
+    spec: str, algorithms: dict[str, str] | None, zoo: Zoo, tmp_path: Path
+) -> None:
+    compiled = fxq.compile(zoo("qwen3_moe"), spec, calib=samples(6), out=tmp_path / "out")
+    findings = verify_checkpoint(tmp_path / "out", zoo("qwen3_moe"))
+    assert not findings.errors, findings.groups()
+    assert findings.summary["worst_sqnr_db"] > 18
+    stated: dict[str, Any] = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    if algorithms is None:
+        assert reader.check(tmp_path / "out") == []
+        assert "lm_head" not in stated["ignore"]
+        assert "lm_head" in reader.read_checkpoint(tmp_path / "out").quantized_linears()
+    else:
+        layers = stated["quantized_layers"]
+        assert {name: layers[f"model.layers.0.{name}"]["quant_algo"] for name in algorithms} == algorithms
+    text = samples(3, seed=5)
+    assert fxq.evaluate(tmp_path / "out", text).perplexity == compiled.perplexity(text)[1]

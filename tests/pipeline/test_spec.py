@@ -21,8 +21,10 @@ def options(step: object) -> dict[str, Any]:
 
 FILE = "mine.yaml"
 SHIPPED = (
+    "nvfp4_all_lm_head_mse-fp8_cast_kv",
     "nvfp4_auto-fp8_cast_kv",
     "nvfp4_cast_mxfp4",
+    "nvfp4_cast_mxfp4_input_scale_1",
     "nvfp4_default-fp8_cast_kv",
     "nvfp4_default-fp8_kv",
     "nvfp4_default_gptq-fp8_cast_kv",
@@ -30,9 +32,11 @@ SHIPPED = (
     "nvfp4_default_mse-fp8_cast_kv",
     "nvfp4_experts_fp8_rest_mse-fp8_kv",
     "nvfp4_experts_only-fp8_cast_kv",
+    "nvfp4_experts_only_fp8_blocks_kept",
     "nvfp4_experts_only_gptq-fp8_cast_kv",
     "nvfp4_experts_only_hessian-fp8_cast_kv",
     "nvfp4_experts_only_mse-fp8_cast_kv",
+    "nvfp4_experts_weight_only_fp8_attention-fp8_cast_kv",
     "nvfp4_mlp_fp8_attention_mse-fp8_kv",
     "nvfp4_mlp_only_mse-fp8_cast_kv",
     "nvfp4_weight_only",
@@ -83,21 +87,21 @@ def test_a_shipped_spec_is_what_its_name_says(name: str) -> None:
     assert ("calibrate-mse" in steps) == ("mse" in name)
     assert ("calibrate-hessian" in steps) == ("hessian" in name)
     assert ("gptq" in steps) == ("retarget" in steps) == ("fold-scales" in steps) == ("gptq" in name)
-    assert ("quantize-linears" in steps) == ("experts_only" not in name)
+    assert ("quantize-linears" in steps) == ("experts_only" not in name or "fp8_blocks" in name)
+    assert ("keep-fp8-blocks" in steps) == ("fp8_blocks_kept" in name)
+    assert ("fix-input-scales" in steps) == ("input_scale" in name)
     assert ("cast-mxfp4" in steps) == ("cast_mxfp4" in name)
     assert ("quantize-kv" in steps) == name.endswith("_kv")
     if name.endswith("_kv"):
         assert options(steps["quantize-kv"])["scale"] == ("cast" if "cast" in name else "calibrate")
-    for step in ("quantize-linears", "quantize-experts"):
-        if step in steps:
-            expected = (
-                {"none"}
-                if "weight_only" in name or "cast_mxfp4" in name
-                else {"nvfp4", "fp8"}
-                if "_fp8_" in name
-                else {"nvfp4"}
-            )
-            assert options(steps[step])["inputs"] in expected
+    inputs = {options(steps[s])["inputs"] for s in ("quantize-linears", "quantize-experts") if s in steps}
+    if "weight_only" in name or name == "nvfp4_cast_mxfp4":
+        assert "none" in inputs
+    assert inputs - {"none", "nvfp4"} == (
+        {"fp8"}
+        if "_fp8_rest" in name or "_fp8_attention" in name
+        else ({"fp8_blocks"} if "fp8_blocks" in name else set())
+    )
 
 
 def test_options_reach_the_pass() -> None:
@@ -107,6 +111,7 @@ def test_options_reach_the_pass() -> None:
         "inputs": "none",
         "only": ("*.mlp.*", "a"),
         "skip": ("*.gate",),
+        "head": False,
         "stored": (),
         "partial": False,
     }
@@ -126,7 +131,7 @@ def test_a_null_format_means_none() -> None:
     [
         (
             only("quantize-linears: {skips: []}"),
-            "mine.yaml:3: quantize-linears has no option 'skips'; it has: inputs, only, partial, "
+            "mine.yaml:3: quantize-linears has no option 'skips'; it has: head, inputs, only, partial, "
             "skip, stored, weights",
         ),
         (
@@ -136,15 +141,15 @@ def test_a_null_format_means_none() -> None:
         (only("quantise-linears: {weights: nvfp4}"), "mine.yaml:3: no pass is called 'quantise-linears'"),
         (
             only("quantize-linears: {weights: int4}"),
-            "mine.yaml:3: quantize-linears: weights is one of nvfp4, fp8; found 'int4'",
+            "mine.yaml:3: quantize-linears: weights is one of nvfp4, fp8, fp8_blocks; found 'int4'",
         ),
         (
             only("quantize-linears: {inputs: 4}"),
-            "mine.yaml:3: quantize-linears: inputs is one of nvfp4, fp8, none; found 4",
+            "mine.yaml:3: quantize-linears: inputs is one of nvfp4, fp8, fp8_blocks, none; found 4",
         ),
         (
             only("quantize-linears: {inputs: [nvfp4]}"),
-            "mine.yaml:3: quantize-linears: inputs is one of nvfp4, fp8, none; found ['nvfp4']",
+            "mine.yaml:3: quantize-linears: inputs is one of nvfp4, fp8, fp8_blocks, none; found ['nvfp4']",
         ),
         (
             only("quantize-linears: {weights: fp8}"),
@@ -310,7 +315,7 @@ def test_a_wrong_order_is_found_before_anything_is_traced(passes: str, message: 
 def test_an_unknown_name_lists_the_shipped_specs() -> None:
     with pytest.raises(
         SpecError,
-        match=r"no spec is called 'nvfp4'; there are nvfp4_cast_mxfp4, .*; or give a .yaml file",
+        match=r"no spec is called 'nvfp4'; there are nvfp4_all_lm_head_mse.*; or give a .yaml file",
     ):
         load("nvfp4", PASSES)
 

@@ -18,15 +18,23 @@ _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 _CONFIGS: dict[str, dict[str, Any]] = {
     "nvfp4": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": FORMATS["nvfp4"].block},
     "fp8": {"dynamic": False, "num_bits": 8, "type": "float"},
+    "fp8_blocks": {
+        "dynamic": False,
+        "num_bits": 8,
+        "type": "float",
+        "group_size": FORMATS["fp8_blocks"].block,
+    },
 }
 _PARTS = {
     "nvfp4": {"weight": "weight", "scale": "weight_scale", "scale_2": "weight_scale_2"},
     "fp8": {"weight": "weight", "scale": "weight_scale"},
+    "fp8_blocks": {"weight": "weight", "scale": "weight_scale"},
 }
 _ALGORITHMS = {
     Scheme("nvfp4", inputs=True): "NVFP4",
     Scheme("nvfp4", inputs=False): "W4A16_NVFP4",
     Scheme("fp8", inputs=True): "FP8",
+    Scheme("fp8_blocks", inputs=True): "FP8_PB_WO",
 }
 _CACHE_ALGORITHMS = {"fp8": "FP8"}
 
@@ -46,16 +54,21 @@ def weight_infos(
     `transposed`; blocks lie along `in`."""
     if scheme not in _ALGORITHMS:
         raise CheckpointError(f"{key}: ModelOpt has no name for {scheme}; it has {_known()}")
-    names, axis = tensor_names(key), -2 if transposed else -1
+    names, format = tensor_names(key), FORMATS[scheme.format]
     scalar = TensorInfo.of((), torch.float32)
     infos = {}
-    for part in FORMATS[scheme.format].parts:
-        sizes = list(shape)
-        if part.per is not None:
-            sizes[axis] //= part.per
-        info = scalar if part.per is None else TensorInfo.of(tuple(sizes), part.dtype)
-        infos[names[_PARTS[scheme.format][part.name]]] = info
-    if scheme.inputs:
+    for part in format.parts:
+        if part.per is None:
+            infos[names[_PARTS[scheme.format][part.name]]] = scalar
+            continue
+        *lead, rows, width = part.shape((*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape))
+        sizes: tuple[int, ...] = (*lead, width, rows) if transposed else (*lead, rows, width)
+        if part.tall > 1:
+            if len(shape) != 2 or transposed:
+                raise CheckpointError(f"{key}: {format.title} is for matrices [out, in], found {list(shape)}")
+            sizes = rows, 1, width, 1  # ModelOpt keeps the dimensions within blocks
+        infos[names[_PARTS[scheme.format][part.name]]] = TensorInfo.of(sizes, part.dtype)
+    if scheme.inputs and format.has_amaxes:
         infos[names["input_scale"]] = scalar
     return infos
 
@@ -68,7 +81,11 @@ def weight_tensors(key: str, packed: Packed, format: str) -> dict[str, Tensor]:
     """What has rows, under its names: the codes, [out, in/2] or of FP8 [out, in], and NVFP4's block scales,
     [out, in/16]."""
     names, parts = tensor_names(key), FORMATS[format].rows(packed)
-    return {names[_PARTS[format][part]]: tensor for part, tensor in parts.items()}
+    tall = {part.name: part.tall for part in FORMATS[format].parts}
+    return {
+        names[_PARTS[format][part]]: tensor if tall[part] == 1 else tensor[:, None, :, None]
+        for part, tensor in parts.items()
+    }
 
 
 def scalar_tensors(key: str, packed: Packed, format: str) -> dict[str, Tensor]:
@@ -141,8 +158,8 @@ def config_files(
 
 
 def _group_size(schemes: Collection[Scheme]) -> int | None:
-    """The block of those that have one."""
-    return next((block for s in sorted(schemes) if (block := FORMATS[s.format].block) is not None), None)
+    """The block of those that have one; NVFP4's, the smallest, is the one that engines ask for."""
+    return min((block for s in schemes if (block := FORMATS[s.format].block) is not None), default=None)
 
 
 def _layer(scheme: Scheme) -> dict[str, Any]:
