@@ -237,8 +237,7 @@ def examine(family: tiny.Family, row: Row, work: Path, begin: Begin) -> None:
             row.notes.append(f"eager calls another kernel: {row.max_diff:.2g} apart, {exact:.1g} in float32")
         else:
             row.findings.append(f"interpretation differs from eager by {row.max_diff:.3g}")
-    # Every compilation would trace the same graph again, which takes most of its time.
-    setattr(fxq.model, "trace", lambda twin: _copy(opened.program))  # noqa: B010
+    keep_trace(opened.program)
     calib = tiny.text_ids(*CALIBRATION, seed=1).tolist()
     specs = [DEFAULT, EXPERTS_ONLY] if weights else [DEFAULT]
     refusals: list[FxqError] = []
@@ -263,9 +262,14 @@ def examine(family: tiny.Family, row: Row, work: Path, begin: Begin) -> None:
         row.state = "ok"
 
 
-def _copy(program: Program) -> Program:
+def keep_trace(program: Program) -> None:
+    """Let compilations in this process take a copy of this trace, which would take most of their time."""
     fresh: dict[str, Any] = {"values": {}, "tokens": {}, "packs": {}, "left": {}, "misses": []}
-    return dataclasses.replace(program, graph=copy.deepcopy(program.graph), notes=[], **fresh)
+
+    def copied(fake: Any) -> Program:
+        return dataclasses.replace(program, graph=copy.deepcopy(program.graph), notes=[], **fresh)
+
+    setattr(fxq.model, "trace", copied)  # noqa: B010
 
 
 def eager_model(family: tiny.Family, row: Row, work: Path) -> tuple[PreTrainedModel, PreTrainedModel, Path]:

@@ -1,10 +1,11 @@
-"""Fuzzing of architectures: random decoders in code of their own, compiled and read back.
+"""Fuzz of architectures: random decoders in code of their own, compiled and read back.
 
     python benchmarks/fuzz.py [--seeds FIRST LAST] [--timeout SECONDS] [--json FILE]
 
-States are those of benchmarks/architectures.py: `ok`, `refused` in an error of fxq's own, or `wrong`. A seed is
-`ok` if the graph equals the eager model, the checkpoints are read back without a finding by tests/reader.py,
-every routed expert is quantized, and its own code on the decoded weights computes what fxq said that it would.
+States are those of benchmarks/architectures.py: `ok`, `refused` in an error of fxq's own, or `wrong`. A seed
+is `ok` if the graph equals the eager model, the checkpoints are read back without a finding by
+tests/reader.py, every routed expert is quantized, and the model's own code on the decoded weights has the
+perplexity that fxq said.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fxq
 from benchmarks import architectures
-from benchmarks.architectures import Row
+from benchmarks.architectures import Begin, Row
 from fxq.errors import FxqError
 from fxq.model import open_model
 from tests import generated, oracle, tiny
@@ -49,7 +50,7 @@ def main() -> int:
     return int(counts["wrong"] > 0)
 
 
-def run(seeds: range | list[int], timeout: float, out: Path | None = None) -> list[Row]:
+def run(seeds: Iterable[int], timeout: float, out: Path | None = None) -> list[Row]:
     """Examine each seed in a process of its own, and say what became of it."""
     architectures.quiet()
     architectures.warm_up()
@@ -63,7 +64,7 @@ def run(seeds: range | list[int], timeout: float, out: Path | None = None) -> li
     return rows
 
 
-def examine(architecture: Architecture, row: Row, work: Path, begin: Callable[[str], None]) -> None:
+def examine(architecture: Architecture, row: Row, work: Path, begin: Begin) -> None:
     """Every check of one architecture, in order; fills `row`."""
     begin("eager")
     source = work / "model"
@@ -77,11 +78,12 @@ def examine(architecture: Architecture, row: Row, work: Path, begin: Callable[[s
     architectures.interpret(row, opened, model)
     if row.max_diff:
         row.findings.append(f"interpretation differs from eager by {row.max_diff:.3g}")
+    architectures.keep_trace(opened.program)
     refusals: list[FxqError] = []
     for spec in [DEFAULT, WEIGHT_ONLY, *([EXPERTS_ONLY] if experts else [])]:
         begin(spec)
         try:
-            compile_and_read(architecture, row, model, spec, work)
+            compile_and_read(row, model, spec, work)
         except FxqError as error:
             refusals.append(error)
     if row.findings:
@@ -92,9 +94,7 @@ def examine(architecture: Architecture, row: Row, work: Path, begin: Callable[[s
         row.state = "ok"
 
 
-def compile_and_read(
-    architecture: Architecture, row: Row, model: PreTrainedModel, spec: str, work: Path
-) -> None:
+def compile_and_read(row: Row, model: PreTrainedModel, spec: str, work: Path) -> None:
     """Compile with one spec; what the independent reader and the model's own code make of the files."""
     source, out = work / "model", work / spec
     calib = tiny.text_ids(4, 24, seed=1).tolist()

@@ -129,6 +129,10 @@ def _opaque_module(key: str, module: nn.Module) -> Function:
     """A module's forward as an opaque call whose first argument is the list of its parameters and buffers."""
     names = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
     forward, apart = module.forward, copy.deepcopy(module)
+    for (
+        part
+    ) in apart.modules():  # while layers that repeat are traced once, a forward is that of the original
+        vars(part).pop("forward", None)
 
     def functional(state: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(apart, dict(zip(names, state, strict=True)), args, kwargs)
