@@ -9,6 +9,7 @@ from fxq.graph.hub import NUMBER
 from fxq.graph.program import Program
 from fxq.graph.structure.matmuls import weight_matmuls
 from fxq.graph.structure.views import parameter_name, shape_of
+from fxq.numbers.formats import FORMATS
 from fxq.pipeline.base import Pass
 from fxq.pipeline.choosing import NONE, average_bits, is_chosen, pair_of
 from fxq.pipeline.spec import Spec
@@ -42,7 +43,8 @@ def chosen_spec(spec: Spec, program: Program) -> Spec | None:
             steps += _by_format(step, {n: f for n, f in formats.items() if n in named}, named, spec)
         elif not replaced and step.name not in (CHOOSING, RESOLVING):
             steps.append(step)
-    if not any(format.startswith("nvfp4") for format in formats.values()):
+    used = {pair_of(format)[0] for format in formats.values()} - {NONE}
+    if all(FORMATS[format].block is None for format in used):
         steps = [step for step in steps if step.name not in _OF_BLOCKS]
     bits = average_bits(program.choices, places)
     return Spec("chosen", f"{spec.name} as chosen: {bits:.2f} bits a weight", tuple(steps))

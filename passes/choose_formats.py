@@ -8,18 +8,13 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from fxq.errors import SpecError
-from fxq.graph import dialect, edit
-from fxq.graph.arguments import node_at, nodes_at
-from fxq.graph.choices import Choice
+from fxq.graph import dialect
 from fxq.graph.pattern import Match, Miss
-from fxq.graph.places import named
 from fxq.graph.program import Program
-from fxq.graph.structure.matmuls import WeightMatmul, input_quantize, weight_matmuls
-from fxq.graph.structure.views import VIEWS, parameter_name, root, shape_of, strip
-from fxq.numbers.formats import FORMATS
+from fxq.graph.structure.matmuls import WeightMatmul, weight_matmuls
+from fxq.graph.structure.views import VIEWS, strip
 from fxq.pipeline.base import CalibrationPass, Session, nothing_matched
 from fxq.pipeline.choosing import (
     DEFAULT_BITS,
@@ -34,7 +29,8 @@ from fxq.pipeline.choosing import (
     smallest,
 )
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, tensors_whole
-from fxq.pipeline.format_groups import format_groups, roundings
+from fxq.pipeline.format_groups import format_groups
+from fxq.pipeline.offers import offer
 from fxq.run.batches import some_batches
 from fxq.run.variants import Variant, Variants
 
@@ -131,7 +127,7 @@ class ChooseFormats(CalibrationPass):
             raise nothing_matched(self, program, "weights that an earlier pass quantized")
         settled = self._settled_of(groups)
         for group, format in zip(groups, settled, strict=True):
-            program.choices.append(self._offer(group, format, program))
+            program.choices.append(offer(program, group, self.formats, format))
         if groups:
             self.budget.check(program)
         return len(groups)
@@ -142,17 +138,18 @@ class ChooseFormats(CalibrationPass):
         batches = some_batches(program, session.batches or (), self.tokens) if self.needs_data else []
         alone = [(g, p) for g, c in enumerate(found) for p, format in enumerate(c.formats) if format != NONE]
         variants = [Variant({found[g].which: p}) for g, p in alone]
-        with session.progress(self.name, len(run.parts)) as run.step:
+        runs = 1 + self.rounds if self.score == "kl" else 1
+        with session.progress(self.name, runs * len(run.parts)) as run.step:
             losses, values = self._losses(program, run, batches, variants)
-        table = [[0.0] * len(choice.formats) for choice in found]
-        for (g, p), loss in zip(alone, losses, strict=True):
-            table[g][p] = loss
+            table = [[0.0] * len(choice.formats) for choice in found]
+            for (g, p), loss in zip(alone, losses, strict=True):
+                table[g][p] = loss
+            places = self.budget.choose(program, table, values.get(TOGETHER, 1))
+            if self.score == "kl":
+                places, measured = self._checked(program, run, batches, places)
+                values.update(measured)
         for choice, own in zip(found, table, strict=True):
             values.update(zip(choice.loss_names, own, strict=True))
-        places = self.budget.choose(program, table, values.get(TOGETHER, 1))
-        if self.score == "kl":
-            places, measured = self._checked(program, run, batches, places)
-            values.update(measured)
         program.values.update((n, torch.tensor(loss, dtype=torch.float64)) for n, loss in values.items())
         for choice, place in zip(found, places, strict=True):
             program.values[choice.which] = torch.tensor(place)
@@ -201,8 +198,6 @@ class ChooseFormats(CalibrationPass):
         better = second if loss < base else places
         return better, {MEASURED: min(loss, base), MEASURED_BEFORE: base}
 
-    # What a group is offered.
-
     def _settled(self) -> list[tuple[str, str]]:
         """(glob, format) of `groups`."""
         pairs = []
@@ -237,107 +232,6 @@ class ChooseFormats(CalibrationPass):
             found.append(next(iter(asked), None))
         return found
 
-    def _offer(self, group: list[WeightMatmul], settled: str | None, program: Program) -> Choice:
-        """Put an `fxq.choose` for each weight of a group and for what multiplies it."""
-        asked = dict.fromkeys((*self.formats, *([settled] if settled is not None else [])))
-        width = shape_of(roundings(group[0])[0])[-1]
-        formats = [f for f in asked if f == NONE or FORMATS[pair_of(f)[0]].holds(width)]
-        if settled is not None and settled not in formats:
-            raise SpecError(
-                f"{self.name}: {_module(group[0])} has rows of {width}, which {settled} cannot hold"
-            )
-        which = edit.value(program.graph, f"{_parameter(group[0]).name}_which", torch.tensor(0))
-        weights = dict.fromkeys(strip(matmul.w, VIEWS) for matmul in group)
-        inputs = {quantize: matmul for matmul in group if (quantize := input_quantize(matmul.x)) is not None}
-        for matmul in group:
-            if input_quantize(matmul.x) is None and any(pair_of(f)[1] != NONE for f in formats):
-                raise SpecError(
-                    f"{self.name}: the inputs of {_module(matmul)} are not rounded, so that there is no "
-                    f"scale for {formats[0]}; expected quantize passes with inputs, beside which `nvfp4 "
-                    "weight-only` may be offered"
-                )
-        choice = _choice(which.name, group, tuple(formats), settled, program)
-        for w in weights:
-            values = [_weight(w, pair_of(format)[0]) for format in formats]
-            _replace(w, f"{_first(w).name}_choice", values, which)
-        for quantize in inputs:
-            values = [_input(quantize, pair_of(format)[1]) for format in formats]
-            _replace(quantize, f"{quantize.name}_choice", values, which)
-        return choice
-
-
-def _choice(
-    which: str, group: list[WeightMatmul], formats: tuple[str, ...], settled: str | None, program: Program
-) -> Choice:
-    parameters = {_parameter(matmul).name: _parameter(matmul) for matmul in group}
-    weights = dict.fromkeys(rounding for matmul in group for rounding in roundings(matmul))
-    numbers = sum(w.meta["val"].numel() for w in weights)
-    work = sum(shape_of(roundings(m)[0])[0] * m.x.meta["val"].numel() for m in group)
-    plain = 8 * next(iter(weights)).meta["val"].dtype.itemsize
-    pairs = [pair_of(format) for format in formats]
-    stored = (named(program.hub, str(p.target), shape_of(p)) for p in parameters.values())
-    return Choice(
-        which,
-        tuple(str(p.target) for p in parameters.values()),
-        formats,
-        tensors=sum(len(keys) for s in stored for keys in s.keys),
-        numbers=numbers,
-        work=work,
-        bits=tuple(numbers * (FORMATS[w].bits if w in FORMATS else plain) for w, _ in pairs),
-        operations=tuple(work * (FORMATS[x].operand_bits if x in FORMATS else plain) for _, x in pairs),
-        fixed=settled,
-    )
-
-
-def _replace(old: Node, name: str, values: list[Node], which: Node) -> None:
-    """Let what reads `old` read a choice between values."""
-    chosen = edit.call(old.graph, name, dialect.CHOOSE, values, which)
-    edit.replace(old, chosen, [user for user in old.users if user is not chosen])
-
-
-def _weight(w: Node, format: str) -> Node:
-    """A rounded weight, or a stack of such, in a format: itself, the same amaxes in another, or unrounded."""
-    if w.target is not dialect.STACK:
-        return _rounded(w, format)
-    pieces = [_rounded(piece, format) for piece in nodes_at(w, 0)]
-    if pieces == list(nodes_at(w, 0)):
-        return w
-    whole = {node_at(piece, 0) for piece in pieces if piece.target is dialect.SLICE}
-    if len(whole) == 1 and [piece.args for piece in pieces] == [(*whole, e) for e in range(len(pieces))]:
-        return whole.pop()
-    return edit.call(w.graph, f"{_first(w).name}_{format}", dialect.STACK, pieces)
-
-
-def _rounded(rounding: Node, format: str) -> Node:
-    if format == rounding.kwargs["format"]:
-        return rounding
-    before = node_at(rounding, 0)
-    if format == NONE:
-        return before
-    scale = FORMATS[format].scales[-1]
-    return edit.quantize(
-        before, f"{before.name}_{format}", format=format, scale=scale, amax=node_at(rounding, 1)
-    )
-
-
-def _input(quantize: Node, format: str) -> Node:
-    before, scale = node_at(quantize, 0), FORMATS[format].input_scale if format in FORMATS else ""
-    if format in (NONE, quantize.kwargs["format"]):
-        return before if format == NONE else quantize
-    amax = node_at(quantize, 1)
-    return edit.quantize(before, f"{before.name}_{format}", format=format, scale=scale, amax=amax)
-
-
-def _first(w: Node) -> Node:
-    """The parameter behind a weight."""
-    parameter = root(w)
-    assert parameter is not None
-    return parameter
-
-
-def _parameter(matmul: WeightMatmul) -> Node:
-    return matmul.parameter
-
 
 def _module(matmul: WeightMatmul) -> str:
-    return parameter_name(matmul.w).removesuffix(".weight")
+    return str(matmul.parameter.target).removesuffix(".weight")

@@ -95,7 +95,8 @@ def reference(table: Mapping[str, type[Pass]]) -> str:
 
 
 def _row(option: str, about: Mapping[str, Any]) -> str:
-    values = "globs" if "anyOf" in about else "true, false" if about.get("type") == "boolean" else "-"
+    listed = "globs" if "glob" in about["description"] else "list"
+    values = listed if "anyOf" in about else "true, false" if about.get("type") == "boolean" else "-"
     if "enum" in about:
         values = ", ".join(f"`{value}`" for value in about["enum"] if value is not None)
     default = about["default"] if isinstance(about["default"], str) else json.dumps(about["default"])

@@ -72,7 +72,7 @@ class Format:
     name: how specs and graphs spell it. title: how messages do.
     parts: what a packed weight consists of: its codes, block scales if any, the scale of the tensor.
     block: how many weights along a row share a scale; None if a tensor has one scale alone.
-    scales: how a weight's scales can be chosen, as `fxq.quantize` spells it.
+    scales: how a weight's scales can be chosen, as `fxq.quantize` spells it; the last is of least error.
     inputs: what engines multiply such weights with: formats, and `none` for inputs as they are.
     input_scale: how the input of a linear is scaled, as `fxq.quantize` spells it.
     has_amaxes: whether a weight, and an input, has a scale that follows from its amax.

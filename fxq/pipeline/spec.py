@@ -273,7 +273,7 @@ def _checked(value: object, hint: Any, at: str) -> object:
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise SpecError(f"{at} is a list of globs; found {_short(value)}")
+            raise SpecError(f"{at} is a list of texts, such as globs; found {_short(value)}")
         return tuple(items)
     expected = arguments if origin in (types.UnionType, typing.Union) else (hint,)
     takes_float = float in expected and int not in expected

@@ -16,7 +16,8 @@ DEFAULT, DEFAULT_CAST = "nvfp4_default-fp8_kv", "nvfp4_default_mse-fp8_cast_kv"
 WEIGHT_ONLY = "nvfp4_weight_only_mse"
 EXPERTS_FP8_REST = "nvfp4_experts_fp8_rest_mse-fp8_kv"
 MLP_FP8_ATTENTION = "nvfp4_mlp_fp8_attention_mse-fp8_kv"
-SPECS = (EXPERTS_ONLY, DEFAULT, DEFAULT_CAST, WEIGHT_ONLY, EXPERTS_FP8_REST, MLP_FP8_ATTENTION)
+AUTO = "nvfp4_auto-fp8_cast_kv"
+SPECS = (EXPERTS_ONLY, DEFAULT, DEFAULT_CAST, WEIGHT_ONLY, EXPERTS_FP8_REST, MLP_FP8_ATTENTION, AUTO)
 NEED_EXPERTS = (EXPERTS_ONLY, EXPERTS_FP8_REST)
 
 

@@ -180,6 +180,21 @@ def test_the_spec_of_what_was_chosen_writes_the_same_bytes(zoo: Zoo, tmp_path: P
         assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_all_formats_in_one_model_are_declared_layer_by_layer(zoo: Zoo, tmp_path: Path) -> None:
+    offered = "choose-formats.formats=[nvfp4, nvfp4 weight-only, fp8, none]"
+    settled = (
+        "choose-formats.groups=['*.0.self_attn.q*=nvfp4 weight-only', '*.0.self_attn.o*=fp8', "
+        "'*.1.self_attn.q*=none']"
+    )
+    settings = [offered, settled, "choose-formats.bits=6", "choose-formats.score=squared"]
+    out = tmp_path / "out"
+    fxq.compile(zoo("qwen3_moe"), AUTO, calib=TEXT, settings=settings, out=out)
+    assert not fxq.verify_checkpoint(out, base=zoo("qwen3_moe")).errors
+    found = fxq.evaluate(out, TEXT, base=zoo("qwen3_moe")).against
+    assert found is not None
+    assert 0 < found.kl["mean"] < 1
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

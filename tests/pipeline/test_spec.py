@@ -158,19 +158,19 @@ def test_a_null_format_means_none() -> None:
         ),
         (
             only("quantize-linears: {skip: 3}"),
-            "mine.yaml:3: quantize-linears: skip is a list of globs; found 3",
+            "mine.yaml:3: quantize-linears: skip is a list of texts, such as globs; found 3",
         ),
         (
             only("quantize-linears: {skip: [3]}"),
-            "mine.yaml:3: quantize-linears: skip is a list of globs; found [3]",
+            "mine.yaml:3: quantize-linears: skip is a list of texts, such as globs; found [3]",
         ),
         (
             only("quantize-linears: {skip: {a: b}}"),
-            "mine.yaml:3: quantize-linears: skip is a list of globs; found {'a': 'b'}",
+            "mine.yaml:3: quantize-linears: skip is a list of texts, such as globs; found {'a': 'b'}",
         ),
         (
             only("quantize-linears:\n      weights: nvfp4\n      skip: 3"),
-            "mine.yaml:5: quantize-linears: skip is a list of globs",
+            "mine.yaml:5: quantize-linears: skip is a list of texts, such as globs",
         ),
         (
             only("fuse-experts\n  - quantize-experts: {required: 'no'}"),

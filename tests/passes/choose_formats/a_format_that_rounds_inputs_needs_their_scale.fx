@@ -12,5 +12,5 @@ pass: choose-formats
 %z : bf16[4,32] = aten.linear(%x, %b_q)
 return [%y, %z]
 --- error
-SpecError: choose-formats: the inputs of a are not rounded
+SpecError: choose-formats: the inputs of a.weight, b.weight are not rounded
 nvfp4 weight-only
