@@ -7,7 +7,8 @@ import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, cast
 
 from torch.fx import Graph
 
@@ -15,14 +16,16 @@ from fxq.checkpoint.plan import plan
 from fxq.checkpoint.writer import FORMATS
 from fxq.errors import FxqError
 from fxq.graph import dialect
+from fxq.graph.hub import natural_order
 from fxq.graph.program import Program
+from fxq.graph.structure.matmuls import weight_matmuls
 from fxq.model import Model
 from fxq.passes import PASSES
 from fxq.pipeline.base import Pass, bystanders
 from fxq.pipeline.run import NOTHING_TO_WRITE, needs_data, run_passes
 from fxq.pipeline.spec import Spec
 from fxq.report.reasons import excluded, expert_tensors, groups
-from fxq.report.summary import unquantized
+from fxq.report.summary import fold_among, unquantized
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,30 @@ def preview(model: Model, spec: Spec, known: Mapping[str, type[Pass]] = PASSES) 
         bits_per_weight=8 * output / weights,
         warnings=(*made.warnings, *unquantized(program.calibrated, program)),
     )
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What a glob of a spec fits: names of linears, folded, how many of each."""
+
+    step: str
+    option: str
+    glob: str
+    names: tuple[tuple[str, int], ...]
+
+
+def hits(model: Model, spec: Spec) -> Iterator[Hits]:
+    """What each glob of a spec fits among the model's linears, whether or not they are taken in the end."""
+    modules = [
+        str(matmul.parameter.target).removesuffix(".weight") for matmul in weight_matmuls(model.program.graph)
+    ]
+    modules = sorted(dict.fromkeys(modules), key=natural_order)
+    for step in spec.passes:
+        for field in dataclasses.fields(cast(Any, step)):
+            value = getattr(step, field.name)
+            for glob in value if isinstance(value, tuple) else ():
+                fitting = [module for module in modules if fnmatchcase(module, glob)]
+                yield Hits(step.name, field.name, glob, tuple(fold_among(fitting, modules)))
 
 
 def uncalibrated(traced: Program, spec: Spec, known: Mapping[str, type[Pass]] = PASSES) -> Program:

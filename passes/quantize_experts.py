@@ -13,6 +13,7 @@ from fxq.errors import SpecError, VerifyError
 from fxq.graph import dialect, edit
 from fxq.graph.arguments import int_at, joined, node_at, nodes_at
 from fxq.graph.hub import NUMBER, Hub
+from fxq.graph.layers import outer_layers
 from fxq.graph.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.graph.places import named
 from fxq.graph.program import Program
@@ -27,7 +28,7 @@ from fxq.graph.structure.views import (
     strip,
 )
 from fxq.numbers.formats import FORMATS, Format, InputFormat, WeightFormat, check_pair
-from fxq.pipeline.base import Pass, nothing_matched
+from fxq.pipeline.base import Pass, check_counts, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, experts_fused, holders, is_weight_quantize
 
 EXPERTS = Rule(
@@ -52,6 +53,8 @@ class QuantizeExperts(Pass):
     stored: in what the source holds the experts that are taken, such as MXFP4; empty takes any.
     only: globs over the names of stacks of experts (`*.layers.3.*`); a layer's are taken if one fits all.
     skip: globs over the same; a layer of which one fits all is not taken, whatever `only` says.
+    skip_first: so many layers at the front are left as they are.
+    skip_last: so many layers at the end are left as they are.
     required: whether a model without experts is an error.
     partial: leave a layer whose experts cannot be quantized, instead of failing.
     """
@@ -61,6 +64,8 @@ class QuantizeExperts(Pass):
     stored: tuple[str, ...] = ()
     only: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ()
+    skip_first: int = 0
+    skip_last: int = 0
     required: bool = True
     partial: bool = False
 
@@ -71,12 +76,19 @@ class QuantizeExperts(Pass):
 
     def __post_init__(self) -> None:
         check_pair(self.weights, self.inputs, self.name)
+        check_counts(self.name, skip_first=self.skip_first, skip_last=self.skip_last)
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every matmul by a parameter; those that are no experts, or had to be left, miss."""
         listed = {m.node for m in _listed(program)}
-        for matmul in list(weight_matmuls(program.graph)):
+        matmuls = list(weight_matmuls(program.graph))
+        names = (str(m.parameter.target) for m in matmuls)
+        outer = outer_layers(names, self.skip_first, self.skip_last)
+        for matmul in matmuls:
             if is_quantized(matmul.w):
+                continue
+            if (reason := outer.get(str(matmul.parameter.target))) is not None:
+                yield Miss(EXPERTS.name, matmul.node, reason, depth=9, decided=True)
                 continue
             if (reason := program.left.get(str(matmul.parameter.target))) is not None:
                 yield Miss(EXPERTS.name, matmul.node, reason, depth=9)

@@ -13,6 +13,7 @@ from torch.fx import Node
 from fxq.errors import SpecError, VerifyError
 from fxq.graph import edit
 from fxq.graph.hub import Hub
+from fxq.graph.layers import outer_layers
 from fxq.graph.pattern import Bind, Call, Match, Miss, Rule, Weight
 from fxq.graph.program import Program
 from fxq.graph.structure.attention import attentions, latent_projection
@@ -20,7 +21,7 @@ from fxq.graph.structure.groups import head, routers
 from fxq.graph.structure.matmuls import Frontiers, weight_matmuls
 from fxq.graph.structure.views import is_quantized, parameter_name, shape_of
 from fxq.numbers.formats import FORMATS, InputFormat, WeightFormat, check_pair
-from fxq.pipeline.base import Pass, nothing_matched
+from fxq.pipeline.base import Pass, check_counts, nothing_matched
 from fxq.pipeline.facts import Fact, amaxes_filled, amaxes_shared, groups_whole, weights_quantized
 
 # Linears with fewer inputs than a block of NVFP4 mix streams or heads, whatever their format would be.
@@ -44,6 +45,8 @@ class QuantizeLinears(Pass):
     skip: globs over module names; a linear that one of them fits is not taken, whatever `only` says.
     head: whether the output head is taken too; engines have to read such a head (vLLM 0.33, SGLang 0.5.23).
     stored: in what the source holds the linears that are taken, such as MXFP4; empty takes any.
+    skip_first: so many layers at the front are left as they are.
+    skip_last: so many layers at the end are left as they are.
     partial: leave a linear whose input dimension does not fit the format, instead of failing.
     """
 
@@ -53,6 +56,8 @@ class QuantizeLinears(Pass):
     skip: tuple[str, ...] = ()
     head: bool = False
     stored: tuple[str, ...] = ()
+    skip_first: int = 0
+    skip_last: int = 0
     partial: bool = False
 
     name: ClassVar[str] = "quantize-linears"
@@ -62,6 +67,7 @@ class QuantizeLinears(Pass):
 
     def __post_init__(self) -> None:
         check_pair(self.weights, self.inputs, self.name)
+        check_counts(self.name, skip_first=self.skip_first, skip_last=self.skip_last)
 
     @classmethod
     def bystander(cls) -> "QuantizeLinears":
@@ -72,8 +78,9 @@ class QuantizeLinears(Pass):
         frontiers = Frontiers(program.graph)
         chosen_by, output_head = routers(program.graph, frontiers), head(program.graph, frontiers)
         absorbed = {latent_projection(frontiers, attention) for attention in attentions(program.graph)}
-        makers = Counter(chosen_by.values())
-        for matmul in list(weight_matmuls(program.graph)):
+        makers, matmuls = Counter(chosen_by.values()), list(weight_matmuls(program.graph))
+        outer = outer_layers((_module(m.parameter) for m in matmuls), self.skip_first, self.skip_last)
+        for matmul in matmuls:
             if is_quantized(matmul.w) or len(shape_of(matmul.parameter)) != 2:
                 continue
             result = LINEAR.match(matmul.node)
@@ -109,6 +116,8 @@ class QuantizeLinears(Pass):
                 )
             elif not self._wanted(module):
                 reason = f"not selected by only={list(self.only)}, skip={list(self.skip)}"
+            elif module in outer:
+                reason = outer[module]
             yield result if reason is None else Miss(LINEAR.name, matmul.node, reason, depth=2, decided=True)
 
     def run(self, program: Program) -> int:

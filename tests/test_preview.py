@@ -11,7 +11,9 @@ import pytest
 from transformers import Qwen3MoeConfig
 
 import fxq
+from fxq.cli.main import main
 from fxq.errors import SpecError, VerifyError
+from fxq.graph.layers import outer_layers
 from fxq.graph.program import Program
 from fxq.graph.text import parse
 from fxq.model import Model, open_model
@@ -154,6 +156,62 @@ def test_numbers_of_globs_stay_and_the_layers_that_they_name_are_shown(opened: O
     assert "skip=['*.layers.1.*']" in whys["model.layers.1.mlp.*"]
     assert "skip=['*.layers.1.*']" in whys["model.layers.1.self_attn.*"]
     assert whys["model.layers.*.input_layernorm"].startswith("a vector")
+
+
+def test_what_globs_fit_is_listed(
+    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "passes: [{quantize-linears: {only: ['*.mlp.*'], skip: ['*.layers.1.mlp.down*', '*q_prj']}}, lower]"
+    )
+    mine.write_text(mine.read_text().replace("lower]", "sync-groups, calibrate-bootstrap, lower]"))
+    assert main(["specs", str(mine), "--model", str(zoo("llama")), "--hits"]) == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in capsys.readouterr().out.splitlines()]
+    assert ["quantize-linears: only: *.mlp.*", "6", "model.layers.*.mlp.down_proj ×2"] in rows
+    assert ["quantize-linears: skip: *.layers.1.mlp.down*", "1", "model.layers.1.mlp.down_proj"] in rows
+    assert ["quantize-linears: skip: *q_prj", "0", "none"] in rows
+    assert main(["specs", str(mine), "--hits"]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_outer_layers_stay(opened: Opened, tmp_path: Path, zoo: Zoo) -> None:
+    text = """\
+passes:
+  - fuse-experts
+  - quantize-experts: {skip_last: 1}
+  - quantize-linears: {skip_first: 1}
+  - sync-groups
+  - calibrate-max
+  - calibrate-bootstrap
+  - lower
+"""
+    mine = spec.parse(text, PASSES, "mine.yaml")
+    found = preview(opened("qwen3_moe"), mine)
+    whys = reasons(found)
+    assert whys["model.layers.0.self_attn.o_proj"] == "in the first 1 of 2 layers"
+    assert whys["model.layers.1.mlp.experts.*"] == "in the last 1 of 2 layers"
+    assert whys["model.layers.*.mlp.gate"].startswith("a router")
+    assert (found.experts, found.linears) == (24, 4)
+    assert not found.warnings
+    fxq.compile(zoo("qwen3_moe"), mine, calib=samples(4), out=tmp_path / "out")
+    assert reader.check(str(tmp_path / "out"), str(zoo("qwen3_moe"))) == []
+    with pytest.raises(SpecError, match="skip_last is 0 or more; found -1"):
+        spec.parse(text.replace("skip_last: 1", "skip_last: -1"), PASSES, "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (1, 0, {"l.0.a": "in the first 1 of 3 layers", "l.0.b.7": "in the first 1 of 3 layers"}),
+        (0, 1, {"l.10.a": "in the last 1 of 3 layers"}),
+        (0, 0, {}),
+        (9, 0, dict.fromkeys(("l.0.a", "l.0.b.7", "l.2.a", "l.10.a"), "in the first 9 of 3 layers")),
+    ],
+)
+def test_outer_layers_are_those_of_the_names(first: int, last: int, expected: dict[str, str]) -> None:
+    assert outer_layers(["l.10.a", "l.0.a", "l.2.a", "l.0.b.7", "head"], first, last) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fxq.cli import logs
 from fxq.errors import SpecError, choices
 
 if TYPE_CHECKING:
-    from fxq.preview import Preview
+    from fxq.preview import Hits, Preview
 
 ABOUT = "List the shipped specs, print one, or show what they would do to a model."
 EXAMPLES = """examples:
@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   fxq specs nvfp4_default-fp8_kv                                   its YAML, to start from
   fxq specs --model ./model                                        what each would do to it, or why not
   fxq specs my.yaml --model ./model                                in detail: groups, what is left and why
+  fxq specs my.yaml --model ./model --hits                         what each of its globs fits
   fxq specs --schema > spec.schema.json                            what editors need to complete a spec
 """
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME|FILE", help="a shipped spec or a YAML file")
     add("--model", metavar="MODEL", type=Path, help="what the spec would do to this model; reads no weight")
+    add("--hits", action="store_true", help="list what each glob of the spec fits (with NAME and --model)")
     add("--schema", action="store_true", help="print the JSON schema of specs, for editors")
     shared.add_settings(parser)
     shared.add_partial(parser)
@@ -40,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what was asked for; returns the exit status."""
     if arguments.settings and (arguments.model is None or arguments.name is None):
         raise SpecError("--set: expected NAME|FILE and --model: it shows what a spec then does to a model")
+    if arguments.hits and (arguments.model is None or arguments.name is None):
+        raise SpecError("specs --hits: expected NAME or FILE, and --model MODEL: globs fit names of a model")
     if arguments.schema:
         print_schema(arguments)
     elif arguments.model is not None and arguments.name is not None:
@@ -92,7 +96,7 @@ def preview_one(arguments: argparse.Namespace) -> None:
     chosen = spec.load(arguments.name, known)  # its mistakes come before anything is traced
     chosen = chosen.with_settings(arguments.settings)
     from fxq.model import open_model
-    from fxq.preview import preview
+    from fxq.preview import hits, preview
 
     chosen = chosen.with_flags(partial=arguments.allow_partial or None)
     model = open_model(
@@ -100,6 +104,9 @@ def preview_one(arguments: argparse.Namespace) -> None:
         follow_links=arguments.follow_links,
         trust_remote_code=arguments.trust_remote_code,
     )
+    if arguments.hits:
+        print_hits(list(hits(model, chosen)), as_json=arguments.json)
+        return
     found = preview(model, chosen, known)
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=2))
@@ -131,6 +138,22 @@ def preview_all(arguments: argparse.Namespace) -> None:
         print(json.dumps([row.as_dict() for row in rows], indent=2))
     else:
         print_previews(rows, arguments.model)
+
+
+def print_hits(found: Sequence["Hits"], *, as_json: bool) -> None:
+    """A row for each glob: what it fits."""
+    from fxq.cli import tables
+
+    if as_json:
+        print(json.dumps([vars(hit) for hit in found], indent=2))
+        return
+    table = tables.grid("what globs fit among the linears of the model", "glob", "linears")
+    table.add_column("names", overflow="fold")
+    for hit in found:
+        names = "\n".join(f"{name}{f' ×{count}' if count > 1 else ''}" for name, count in hit.names)
+        count = sum(count for _, count in hit.names)
+        table.add_row(f"{hit.step}: {hit.option}: {hit.glob}", str(count), names or "none")
+    tables.console().print(table if found else "no pass of this spec has globs")
 
 
 def print_preview(found: "Preview") -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fxq.errors import VerifyError
+from fxq.errors import SpecError, VerifyError
 from fxq.graph.hub import WeightSource
 from fxq.graph.pattern import Match, Miss
 from fxq.graph.program import Program
@@ -114,6 +114,13 @@ class CalibrationPass(Pass):
     def calibrate(self, program: Program, session: Session) -> int:
         """Fill `program.values`; returns how many were filled."""
         raise NotImplementedError(f"{self.name}: a calibration pass has `calibrate`")
+
+
+def check_counts(step: str, **options: int) -> None:
+    """SpecError unless all are 0 or more."""
+    for name, count in options.items():
+        if count < 0:
+            raise SpecError(f"{step}: {name} is 0 or more; found {count}")
 
 
 def bystanders(passes: Iterable[Pass], table: Mapping[str, type[Pass]]) -> list[Pass]:

@@ -294,10 +294,11 @@ def unquantized(graph: Graph, program: Program) -> Iterator[str]:
     for reason, names in by_reason.items():
         yield f"{_listed(names, program)}: {reason}"
     quantized = {parameter_name(node) for node in graph.nodes if is_weight_quantize(node)}
+    chosen = program.why_left()  # the spec says of these that they stay
     stacks: dict[str, list[str]] = {}
     for matmul in weight_matmuls(graph):
         name = str(matmul.parameter.target)
-        if is_expert(matmul.w) and name not in quantized and name not in program.left:
+        if is_expert(matmul.w) and name not in quantized and not {name} & {*program.left, *chosen}:
             routed = multiplies_experts(matmul)
             why = (
                 "no pass of the spec quantizes experts"

@@ -22,7 +22,7 @@ CASES = all_cases()
 REWRITING = [case for case in CASES if "after" in case.sections]
 # A lowered program is no model any more, and its names are the point of it.
 MODELS = [case for case in REWRITING if case.header["pass"] != "lower"]
-NAMED = {"only", "skip"}
+NAMED = {"only", "skip", "skip_first", "skip_last"}
 RENAMED = [
     case
     for case in MODELS

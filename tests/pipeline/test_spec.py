@@ -113,6 +113,8 @@ def test_options_reach_the_pass() -> None:
         "skip": ("*.gate",),
         "head": False,
         "stored": (),
+        "skip_first": 0,
+        "skip_last": 0,
         "partial": False,
     }
 
@@ -132,7 +134,7 @@ def test_a_null_format_means_none() -> None:
         (
             only("quantize-linears: {skips: []}"),
             "mine.yaml:3: quantize-linears has no option 'skips'; it has: head, inputs, only, partial, "
-            "skip, stored, weights",
+            "skip, skip_first, skip_last, stored, weights",
         ),
         (
             only("quantise-linears"),
