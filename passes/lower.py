@@ -5,7 +5,7 @@ A weight is stored as the hub holds it: alone (`store_linear`), or as rows of a 
 """
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -27,6 +27,7 @@ from fxq.graph.structure.views import (
     is_on_weight_path,
     of_the_model,
     parameter_name,
+    root,
     shape_of,
     statistics,
     strip,
@@ -131,11 +132,15 @@ class _Emitter:
         w, amax = node_at(quantize, 0), node_at(quantize, 1)
         name = parameter_name(w)
         held = self.program.hub.stored.get(name, Stored.whole(name, ()))
-        if held.keys[0][0] not in self.replaced:  # once a parameter, not once an expert of it
+        own = self._own_head(w, held)
+        if own is not None:
+            self.program.untied.append(own)
+        elif held.keys[0][0] not in self.replaced:  # once a parameter, not once an expert of it
             self.replaced.update((key, name) for keys in held.keys for key in keys)
         shared = self._largest(f"{w.name}_input_amaxes", [self.copy(amax) for amax in input_amaxes])
         packed = self._pack(quantize)
         for place in places(self.program.hub, w):
+            place = place if own is None else replace(place, key=f"{own}.weight")
             held_by = self.stored.setdefault((place.key, place.expert), {})
             if place.rows in held_by:
                 raise VerifyError(
@@ -145,6 +150,19 @@ class _Emitter:
             held_by[place.rows] = quantize
             self._check_scales(place.key, quantize, self.copy(amax), shared)
             self._store(place, packed, shared)
+
+    def _own_head(self, w: Node, held: Stored) -> str | None:
+        """The module of a head that shares its table with an embedding, which is to stay as it is: quantized,
+        it gets a tensor of its own. None for any other weight."""
+        parameter = root(w)
+        assert parameter is not None
+        tied = self._tied_to(held.keys[0][0])
+        is_table = any(user.target is torch.ops.aten.embedding.default for user in parameter.users)
+        return tied[0] if is_table and len(tied) == 1 and tied[0] not in self.program.untied else None
+
+    def _tied_to(self, key: str) -> list[str]:
+        """The modules that have no tensor of their own, but this one."""
+        return [m for m in self.program.hub.modules if key in _keys(self.program.hub, f"{m}.weight")]
 
     def _pack(self, quantize: Node) -> Node:
         known = dialect.find(quantize.target)
@@ -299,7 +317,7 @@ class _Emitter:
         """Of a table that the model's head shares, and reads otherwise: the head gets a tensor of its own."""
         tables = [e for e in entries if any(r.target is torch.ops.aten.embedding.default for r in e.readers)]
         heads = [entry for entry in entries if entry not in tables]
-        tied = [m for m in self.program.hub.modules if key in _keys(self.program.hub, f"{m}.weight")]
+        tied = self._tied_to(key)
         if len(tables) != 1 or len(heads) != 1 or len(tied) != 1 or heads[0].experts:
             readers = ", ".join(f"%{entry.readers[0].name}" for entry in entries)
             raise VerifyError(

@@ -15,10 +15,10 @@ __all__ = ["RULES", "Finding", "Findings", "Severity", "verify_checkpoint"]
 def verify_checkpoint(directory: str | Path, base: str | Path | None = None) -> Findings:
     """Everything that is wrong, doubtful or worth knowing about a quantized checkpoint.
 
-    directory: ModelOpt NVFP4 (also W4A16 and MIXED_PRECISION with FP8) or compressed-tensors
-    nvfp4-pack-quantized. base: the directory of the model that it was made from; then tensors that were left
-    alone are compared byte for byte, and quantized ones by their error; those that the report of fxq lists as
-    rewritten by a pass, by shape and dtype. Memory is a few rows of one tensor.
+    directory: ModelOpt NVFP4 (also W4A16, and MIXED_PRECISION with FP8 of every kind and MXFP8) or
+    compressed-tensors nvfp4-pack-quantized. base: the directory of the model that it was made from; then
+    tensors that were left alone are compared byte for byte, and quantized ones by their error; those that the
+    report of fxq lists as rewritten by a pass, by shape and dtype. Memory is a few rows of one tensor.
     Raises CheckpointError if `directory`, SourceError if `base` is no checkpoint of that kind.
     """
     checkpoint = open_checkpoint(Path(directory).expanduser())

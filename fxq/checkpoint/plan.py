@@ -148,7 +148,9 @@ class _Cover:
 def _excluded(program: Program, kept: Mapping[str, TensorInfo], linears: Mapping[str, Scheme]) -> set[str]:
     """The modules that engines must not quantize: those of unquantized matrices, convolutions and tables, of
     whatever a matmul of the graph reads, and those without a tensor of their own."""
-    modules = {module for module in program.hub.modules if not _held(program, module) & linears.keys()}
+    own = {key.removesuffix(".weight") for key in linears}  # a head that was untied has a tensor of its own
+    shared = (module for module in program.hub.modules if module not in own)
+    modules = {module for module in shared if not _held(program, module) & linears.keys()}
     quantized = [key.removesuffix(".weight") for key in linears]
     read = _read_by_matmuls(program)
     for key, info in kept.items():

@@ -80,11 +80,11 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a model on a text; with `base`, of both, and how their predictions differ.
 
-    model, base: a directory of safetensors, unquantized, FP8 block-quantized or NVFP4 (ModelOpt's or
-    compressed-tensors', whoever wrote it; then inputs and KV cache are quantized as it declares), or a live
-    model. text: given as for calibration; the first `samples`, cut to `seq_len`
-    tokens. device: "auto" (a GPU if there is one), "cpu" or "cuda". progress: bars in a terminal or notebook
-    by default. Raises SpecError, SourceError or TraceError.
+    model, base: a directory of safetensors, unquantized or quantized (of ModelOpt's or compressed-tensors',
+    whoever wrote it, inputs and KV cache are quantized as it declares), or a live model. text: given as for
+    calibration; the first `samples`, cut to `seq_len` tokens. device: "auto" (a GPU if there is one), "cpu"
+    or "cuda". progress: bars in a terminal or notebook by default. Raises SpecError, SourceError or
+    TraceError.
     """
     where, start = device_of(device), time.perf_counter()
     check_counts(samples=samples)

@@ -121,6 +121,25 @@ def test_fp8_of_what_is_not_finite_is_refused(where: str) -> None:
         fp8.quantize_weight(w, amax)
 
 
+def test_a_head_that_shares_the_table_of_the_embedding_gets_a_tensor_of_its_own(
+    zoo: Zoo, tmp_path: Path
+) -> None:
+    spec, source = "nvfp4_all_lm_head_mse-fp8_cast_kv", reader.read_checkpoint(zoo("llama_tied"))
+    compiled = fxq.compile(source.path, spec, calib=samples(6), out=tmp_path / "out")
+    out, table = reader.read_checkpoint(tmp_path / "out"), "model.embed_tokens.weight"
+    assert np.array_equal(out.raw(table), source.raw(table))
+    assert "lm_head" in out.quantized_linears()
+    lost = out.dequantize("lm_head") - source.array(table)
+    assert np.linalg.norm(lost) < 0.13 * np.linalg.norm(source.array(table))
+    config: dict[str, Any] = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert "lm_head" not in config["quantization_config"]["ignore"]
+    assert compiled.report.untied == ["lm_head"]
+    assert not verify_checkpoint(tmp_path / "out", source.path).errors
+    text = samples(3, seed=5)
+    assert fxq.evaluate(tmp_path / "out", text).perplexity == compiled.perplexity(text)[1]
+
+
 @pytest.mark.parametrize(
     ("spec", "algorithms"),
     [
