@@ -29,19 +29,24 @@ def is_ours(path: Path) -> bool:
 def _front(made: Mapping[str, Any]) -> Iterator[str]:
     """The part in YAML, which the hub reads; JSON is YAML, so that no name can break it."""
     yield "---"
-    name, at, _ = str(made["made"].get("model", "")).partition("@")
-    if at:
+    if (name := _hub_name(made)) is not None:
         yield f"base_model: {json.dumps(name)}"
         yield "base_model_relation: quantized"
     yield "tags: [nvfp4, fxq]"
     yield "---"
 
 
+def _hub_name(made: Mapping[str, Any]) -> str | None:
+    """What the hub calls the base model; a path of one's own machine is nobody else's business."""
+    name, at, _ = str(made["made"].get("model", "")).partition("@")
+    return name if at and not name.startswith("/") else None
+
+
 def _body(made: Mapping[str, Any]) -> Iterator[str]:
     how, summary = made["made"], made["summary"]
     yield f"# {made['title']}, {made['spec']}"
     yield ""
-    yield f"An NVFP4 checkpoint of `{how.get('model', made['title'])}`, made by fxq {made['fxq']}."
+    yield f"An NVFP4 checkpoint of `{_hub_name(made) or made['title']}`, made by fxq {made['fxq']}."
     yield ""
     yield "| | |"
     yield "|---|---|"
@@ -62,8 +67,8 @@ def _body(made: Mapping[str, Any]) -> Iterator[str]:
 
 def _figures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if summary["output_bytes"] and summary["source_bytes"]:
-        before, after = summary["source_bytes"] / 1e9, summary["output_bytes"] / 1e9
-        yield "size", f"{after:.3f} GB, of {before:.3f} GB"
+        before, after = summary["source_bytes"], summary["output_bytes"]
+        yield "size", f"{after / 1e9:.4g} GB, {after / before:.1%} of the base model's"
     if summary["bits_per_weight"] is not None:
         yield "bits per quantized weight", f"{summary['bits_per_weight']:.3f}"
     if summary["sqnr_db"] is not None:

@@ -136,7 +136,8 @@ def test_a_model_of_the_hub_is_named_as_there(zoo: Zoo, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "owner/some-model"
-    assert "`owner/some-model@abc`" in card
+    assert "An NVFP4 checkpoint of `owner/some-model`" in card
+    assert str(tmp_path) not in card
     assert "bits per quantized weight | 4." in card
 
 
