@@ -202,7 +202,7 @@ def test_all_formats_in_one_model_are_declared_layer_by_layer(zoo: Zoo, tmp_path
         ({"formats": ("nvfp4", "nvfp4")}, "formats is two or more, each once"),
         (
             {"formats": ("nvfp4", "int4")},
-            "no format is called 'int4'; there are nvfp4, fp8, nvfp4 weight-only, none",
+            "no format is called 'int4'; there are nvfp4, fp8",
         ),
         ({"formats": ("nvfp4", "fp8 weight-only")}, "weights: fp8 and inputs: none do not go together"),
         ({"bits": 5.0, "max_kl": 0.1}, "expected one budget, found bits and max_kl"),
