@@ -211,7 +211,7 @@ def test_all_formats_in_one_model_are_declared_layer_by_layer(zoo: Zoo, tmp_path
         ({"size": "18 XB"}, "size is a number of B, KB, MB, GB or TB, as in 18 GB; found '18 XB'"),
         ({"max_kl": 0.1, "score": "gram"}, "max_kl goes with score: kl alone"),
         ({"size": "1 GB", "cost": "compute"}, "cost: compute goes with bits; found size"),
-        ({"rounds": 3}, "rounds 1 or 2; found 4096 and 3"),
+        ({"rounds": 3}, "rounds 1 or 2; found 2048 and 3"),
         ({"groups": ("*.o_proj",)}, "groups is a list of GLOB=FORMAT"),
         ({"groups": ("*.o_proj=int4",)}, "no format is called 'int4'"),
     ],
