@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,12 @@ def test_the_spec_of_what_was_chosen_writes_the_same_bytes(zoo: Zoo, tmp_path: P
     settings = ["choose-formats.bits=6.5"]
     fxq.compile(zoo("qwen3_moe"), AUTO, calib=TEXT, settings=settings, out=tmp_path / "auto")
     text = (tmp_path / "auto" / "fxq-report" / "chosen.yaml").read_text()
+    content = json.loads((tmp_path / "auto" / "fxq-report" / "choices.json").read_text())
+    assert 4.5 < content["chosen"]["bits"] <= 6.5
+    assert content["chosen"]["measured"] > 0
+    assert {group["chosen"] for group in content["groups"]} <= {"nvfp4", "fp8", "none"}
+    assert [point["bits"] for point in content["frontier"]][:1] == [4.5]
+    assert (tmp_path / "auto" / "fxq-report" / "choices.html").exists()
     spec = parse(text, PASSES, "chosen.yaml")
     assert dump(spec) == text
     assert not {step.name for step in spec.passes} & {"choose-formats", "resolve-choices"}
