@@ -16,7 +16,7 @@ from fxq.pipeline.spec import Spec
 
 CHOOSING, RESOLVING = "choose-formats", "resolve-choices"
 _QUANTIZING = ("quantize-experts", "quantize-linears")
-_SELECTING = ("skip", "stored", "head")  # what names make superfluous
+_SELECTING = ("skip", "skip_first", "skip_last", "stored", "head")  # what names make superfluous
 _OF_BLOCKS = ("calibrate-mse", "calibrate-hessian", "gptq")  # what fails where no weight has scales to search
 
 
