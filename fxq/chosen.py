@@ -16,7 +16,8 @@ from fxq.pipeline.spec import Spec
 
 CHOOSING, RESOLVING = "choose-formats", "resolve-choices"
 _QUANTIZING = ("quantize-experts", "quantize-linears")
-_OF_BLOCKS = ("calibrate-mse", "calibrate-hessian", "gptq")  # what fails where no weight has block scales
+_SELECTING = ("skip", "skip_first", "skip_last", "stored", "head")  # what names make superfluous
+_OF_BLOCKS = ("calibrate-mse", "calibrate-hessian", "gptq")  # what fails where no weight has scales to search
 
 
 def chosen_spec(spec: Spec, program: Program) -> Spec | None:
@@ -44,7 +45,7 @@ def chosen_spec(spec: Spec, program: Program) -> Spec | None:
         elif not replaced and step.name not in (CHOOSING, RESOLVING):
             steps.append(step)
     used = {pair_of(format)[0] for format in formats.values()} - {NONE}
-    if all(FORMATS[format].block is None for format in used):
+    if not any("mse" in FORMATS[format].scales for format in used):
         steps = [step for step in steps if step.name not in _OF_BLOCKS]
     bits = average_bits(program.choices, places)
     return Spec("chosen", f"{spec.name} as chosen: {bits:.2f} bits a weight", tuple(steps))
@@ -58,8 +59,9 @@ def _by_format(step: Pass, formats: dict[str, str], names: Sequence[str], spec: 
         if format != NONE:
             own = [name.removesuffix(".weight") for name, f in formats.items() if f == format]
             weights, inputs = pair_of(format)
-            only = _globs(own, modules, exact)
-            yield dataclasses.replace(cast(Any, step), weights=weights, inputs=inputs, only=only, skip=())
+            options = {"weights": weights, "inputs": inputs, "only": _globs(own, modules, exact)}
+            plain = {f.name: f.default for f in dataclasses.fields(cast(Any, step)) if f.name in _SELECTING}
+            yield dataclasses.replace(cast(Any, step), **{**plain, **options})
 
 
 def _globs(own: Sequence[str], names: Sequence[str], exact: Collection[str]) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class ChooseFormats(CalibrationPass):
     cost: Cost = "size"
     score: Literal["kl", "gram", "squared"] = "kl"
     groups: tuple[str, ...] = ()
-    tokens: int = 4096
+    tokens: int = 2048
     rounds: int = 1
 
     name: ClassVar[str] = "choose-formats"

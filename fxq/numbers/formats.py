@@ -114,7 +114,8 @@ class Format:
     @property
     def bits(self) -> float:
         """The bits that a weight takes, its share of a block's scale included."""
-        return sum(8 * part.dtype.itemsize / part.per for part in self.parts if part.per is not None)
+        held = ((p.dtype.itemsize, p.per * p.tall) for p in self.parts if p.per is not None)
+        return sum(8 * itemsize / numbers for itemsize, numbers in held)
 
     @property
     def operand_bits(self) -> float:

@@ -27,16 +27,23 @@ def offer(
     program: Program, group: Sequence[WeightMatmul], formats: Sequence[str], settled: str | None
 ) -> Choice:
     """Put an `fxq.choose` for each weight of a group and for each of its inputs, between those of the formats
-    that can hold the weights, and the one that is settled.
+    that can hold the weights, and the one that is settled. A group whose format has no amaxes, by which
+    others could be scaled, keeps it: it is the source's own.
 
     Raises SpecError if the settled one cannot, or if one rounds inputs that no earlier pass rounds.
     """
     widths = [shape_of(rounding)[-1] for matmul in group for rounding in roundings(matmul)]
     asked = dict.fromkeys((*formats, *([settled] if settled is not None else [])))
     held = [f for f in asked if f == NONE or all(map(FORMATS[pair_of(f)[0]].holds, widths))]
+    own = str(roundings(group[0])[0].kwargs["format"])
+    if not FORMATS[own].has_amaxes:
+        held = [own]
     names = ", ".join(dict.fromkeys(str(matmul.parameter.target) for matmul in group))
     if settled is not None and settled not in held:
-        raise SpecError(f"choose-formats: {settled} cannot hold rows of {min(widths)}, as {names} have")
+        raise SpecError(
+            f"choose-formats: {names} cannot be {settled}: rows of {min(widths)}, in {own}; there are "
+            f"{', '.join(held)}"
+        )
     inputs = dict.fromkeys(input_quantize(matmul.x) for matmul in group)
     rounding_inputs = [f for f in held if pair_of(f)[1] != NONE]
     if None in inputs and rounding_inputs:
@@ -106,15 +113,19 @@ def _rounded(rounding: Node, format: str) -> Node:
     before = node_at(rounding, 0)
     if format == NONE:
         return before
-    scale = FORMATS[format].scales[-1]  # that of least error
-    return edit.quantize(
-        before, f"{before.name}_{format}", format=format, scale=scale, amax=node_at(rounding, 1)
-    )
+    return _in_format(rounding, format, FORMATS[format].scales[-1])  # the scale of least error
 
 
 def _input(quantize: Node, format: str) -> Node:
-    before, scale = node_at(quantize, 0), FORMATS[format].input_scale if format in FORMATS else ""
-    if format in (NONE, quantize.kwargs["format"]):
-        return before if format == NONE else quantize
-    amax = node_at(quantize, 1)
+    if format == quantize.kwargs["format"]:
+        return quantize
+    if format == NONE:
+        return node_at(quantize, 0)
+    return _in_format(quantize, format, FORMATS[format].input_scale)
+
+
+def _in_format(quantize: Node, format: str, scale: str) -> Node:
+    """What a node rounds, in another format, by its amax if the format has any."""
+    before = node_at(quantize, 0)
+    amax = node_at(quantize, 1) if FORMATS[format].has_amaxes else None
     return edit.quantize(before, f"{before.name}_{format}", format=format, scale=scale, amax=amax)
