@@ -4,8 +4,8 @@
 
 States are those of benchmarks/architectures.py: `ok`, `refused` in an error of fxq's own, or `wrong`. A seed
 is `ok` if the graph equals the eager model, the checkpoints are read back without a finding by
-tests/reader.py, every routed expert is quantized, and the model's own code on the decoded weights has the
-perplexity that fxq said.
+tests/reader.py, every routed expert is quantized, and the model's own code on the decoded weights computes
+what fxq runs.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,15 +27,16 @@ import fxq
 from benchmarks import architectures
 from benchmarks.architectures import Begin, Row
 from fxq.errors import FxqError
-from fxq.model import open_model
+from fxq.model import Model, open_model
+from fxq.run.simulate import simulation
 from tests import generated, oracle, tiny
 from tests.generated import Architecture
 
 DEFAULT, EXPERTS_ONLY = architectures.DEFAULT, architectures.EXPERTS_ONLY
 WEIGHT_ONLY = "nvfp4_weight_only_mse"
-TEXT = tiny.text_ids(4, 24, seed=11).tolist()
-# Sums in another order, in bfloat16 through a few layers.
-NEAR = 5e-3
+# Of the largest logit: two kernels in bfloat16 stay nearer. A choice among experts that are almost equal may
+# fall otherwise for a few tokens.
+NEAR, FLIPPED = 0.05, 0.1
 
 
 def main() -> int:
@@ -83,7 +84,7 @@ def examine(architecture: Architecture, row: Row, work: Path, begin: Begin) -> N
     for spec in [DEFAULT, WEIGHT_ONLY, *([EXPERTS_ONLY] if experts else [])]:
         begin(spec)
         try:
-            compile_and_read(row, model, spec, work)
+            compile_and_read(row, model, opened, spec, work)
         except FxqError as error:
             refusals.append(error)
     if row.findings:
@@ -94,7 +95,7 @@ def examine(architecture: Architecture, row: Row, work: Path, begin: Begin) -> N
         row.state = "ok"
 
 
-def compile_and_read(row: Row, model: PreTrainedModel, spec: str, work: Path) -> None:
+def compile_and_read(row: Row, model: PreTrainedModel, opened: Model, spec: str, work: Path) -> None:
     """Compile with one spec; what the independent reader and the model's own code make of the files."""
     source, out = work / "model", work / spec
     calib = tiny.text_ids(4, 24, seed=1).tolist()
@@ -105,11 +106,17 @@ def compile_and_read(row: Row, model: PreTrainedModel, spec: str, work: Path) ->
     row.findings += [f"{spec}: {finding}" for finding in found]
     row.read_back.append(spec)
     if spec == WEIGHT_ONLY:
-        _, said = compiled.perplexity(TEXT)
         decoded = oracle.dequantized_model(out, work / "decoded", trust_remote_code=True)
-        own = oracle.perplexity(decoded, TEXT, trust_remote_code=True)
-        if not math.isclose(said, own, rel_tol=NEAR):
-            row.findings.append(f"{spec}: its own code has perplexity {own:.4f} where fxq said {said:.4f}")
+        own = AutoModelForCausalLM.from_pretrained(decoded, trust_remote_code=True, dtype=torch.bfloat16)
+        ids = tiny.text_ids(4, 24, seed=11)
+        (said,) = simulation(compiled.program, opened.source, torch.device("cpu")).run_batches([ids])
+        with torch.no_grad():
+            logits = own.eval()(ids).logits.float()
+        far = (said.float() - logits).abs().amax(-1) > NEAR * logits.abs().max()
+        if far.float().mean() > FLIPPED:
+            row.findings.append(
+                f"{spec}: its own code differs from what fxq runs, for {int(far.sum())} tokens"
+            )
 
 
 if __name__ == "__main__":

@@ -91,9 +91,10 @@ class Architecture:
 
 # What has a name of its own in every architecture.
 NAMES = (
-    "embed layers norm head attn mlp n1 n2 q k v o qkv q_norm k_norm kv_a kv_b kv_norm vg hg taps conv "
-    "gate up down gate_up mid router experts shared shared_gate lo hi og text image"
-).split()
+    *("embed", "layers", "norm", "head", "attn", "mlp", "n1", "n2", "q", "k", "v", "o", "qkv", "q_norm"),
+    *("k_norm", "kv_a", "kv_b", "kv_norm", "vg", "hg", "taps", "conv", "gate", "up", "down", "gate_up"),
+    *("mid", "router", "experts", "shared", "shared_gate", "lo", "hi", "og", "text", "image"),
+)
 
 
 def save(architecture: Architecture, directory: Path) -> PreTrainedModel:
@@ -217,9 +218,10 @@ def _attention(a: Architecture, called: Called) -> str:
     small = f"view(b, s, {HEADS // 2}, -1).repeat_interleave(2, 2)"
     split = {
         "grouped": f"q, k, v = {called('q')}.{heads}, {called('k')}.{small}, {called('v')}.{small}",
-        "fused": f"q, k, v = (t.{heads} for t in {called('qkv')}.chunk(3, -1))",
+        "fused": f"q, k, v = {called('qkv')}.view(b, s, 3, {HEADS}, {HEAD}).unbind(2)",
         "fused by head": f"q, k, v = {called('qkv')}.view(b, s, {HEADS}, 3, {HEAD}).unbind(3)",
-        "fused value first": f"v, q, k = {called('qkv')}.split([{HIDDEN // 2}, {HIDDEN}, {HIDDEN // 2}], -1)\n"
+        "fused value first": f"sizes = [{HIDDEN // 2}, {HIDDEN}, {HIDDEN // 2}]\n"
+        f"v, q, k = {called('qkv')}.split(sizes, -1)\n"
         f"q, k, v = q.{heads}, k.{small}, v.{small}",
         "latent": f"q = {called('q')}.{heads}\n"
         f"latent, turned = {called('kv_a')}.split([32, 8], -1)\n"

@@ -1,4 +1,4 @@
-"""Random architectures through benchmarks/fuzz.py: a fixed list of seeds, one of each kind and what was found."""
+"""Random architectures through benchmarks/fuzz.py: a fixed list of seeds, one of each kind."""
 
 from __future__ import annotations
 
