@@ -89,7 +89,8 @@ class Format:
     fake_quantize: (values, amax f32 [], one of `scales` or `input_scale`) -> what remains of them, same shape
     and dtype.
     reach: (block maxima f32 [n, blocks], tensor scales f32 [n]) -> the block scales that reach them, of the
-    dtype of `Packed.scale`, whose bytes are in the order of their values; None without blocks.
+    dtype of `Packed.scale`, whose bytes are in the order of their values; None without blocks, or without
+    amaxes.
     """
 
     name: str
