@@ -15,7 +15,7 @@ ROOMS = {
     "graph": "numbers",
     "sources": "graph.hub numbers",
     "trace": "graph",
-    "pipeline": "graph",
+    "pipeline": "graph numbers",
     "run": "graph numbers",
     "passes": "pipeline run graph numbers",
     "checkpoint": "run graph numbers",
