@@ -38,6 +38,8 @@ METHODS: dict[str, tuple[list[str], list[str], list[str], str]] = {
     "retarget, gptq": ([], ["retarget", "gptq"], [], QUANTIZED),
     "fold, gptq": (["fold-scales"], ["gptq"], [], QUANTIZED),
     "fold, retarget, gptq": (["fold-scales"], ["retarget", "gptq"], [], QUANTIZED),
+    "retarget, gptq, learn": ([], ["retarget", "gptq"], [], "learn"),
+    "fold, retarget, gptq, learn": (["fold-scales"], ["retarget", "gptq"], [], "learn"),
 }
 SCOPES = {
     "all": ["quantize-experts: {required: false}", "quantize-linears"],

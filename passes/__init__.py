@@ -22,6 +22,7 @@ from fxq.passes.fold_scales import FoldScales
 from fxq.passes.fuse_experts import FuseExperts
 from fxq.passes.gptq import Gptq
 from fxq.passes.keep_fp8_blocks import KeepFp8Blocks
+from fxq.passes.learn import Learn
 from fxq.passes.lower import Lower
 from fxq.passes.quantize_experts import QuantizeExperts
 from fxq.passes.quantize_kv import QuantizeKv
@@ -29,6 +30,7 @@ from fxq.passes.quantize_linears import QuantizeLinears
 from fxq.passes.resolve_choices import ResolveChoices
 from fxq.passes.retarget import Retarget
 from fxq.passes.sync_groups import SyncGroups
+from fxq.passes.tune_norms import TuneNorms
 from fxq.pipeline.base import Pass
 from fxq.pipeline.schema import schema
 
@@ -45,6 +47,8 @@ PASSES: dict[str, type[Pass]] = {
         CalibrateHessian,
         Gptq,
         FixInputScales,
+        Learn,
+        TuneNorms,
         CalibrateMax,
         CalibrateBootstrap,
         CalibrateMse,

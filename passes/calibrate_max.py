@@ -24,6 +24,7 @@ class CalibrateMax(CalibrationPass):
     prefix: Literal["original", "quantized"] = "original"
 
     name: ClassVar[str] = "calibrate-max"
+    can_wait: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Iterator[Match | Miss]:
         """Every statistic of activations."""

@@ -115,7 +115,7 @@ class Computed:
         """Find the statistics that are pending, and compute what can be of the weights that this reads."""
         ready: list[_Task] = []
 
-        def sink(roundings: tuple[Node, ...], values: Tensor, measured: Measured) -> None:
+        def sink(roundings: tuple[Node, ...], values: Tensor, amaxes: Tensor, measured: Measured) -> None:
             packs = [self.program.packs[node] for node in roundings if node in self.program.packs]
             if len(packs) == len(roundings):
                 for pack in packs:

@@ -161,7 +161,15 @@ def find(target: object) -> Operator | None:
 def function(target: object) -> Callable[..., Any]:
     """What computes a call: an operator's own `run`, through which gradients flow, or `target` itself."""
     known = _OPERATORS.get(target)
-    return known.run if known else cast(Callable[..., Any], target)
+    return known.run if known else _WITH_GRADIENTS.get(target, cast(Callable[..., Any], target))
+
+
+def _copy(t: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(t.dtype).expand_as(t).contiguous()
+
+
+# What torch does not differentiate, and traces have, as it can be.
+_WITH_GRADIENTS: dict[object, Callable[..., Any]] = {torch.ops.aten.copy.default: _copy}
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -604,8 +612,9 @@ ROUNDED = rounding(
     "rounded(Tensor t, Tensor amax, Tensor codes, Tensor? scales=None, *, str format) -> Tensor",
     pack=_decided,
 )
-# The parts of a weight [out, in] in a format, as `Format.parts` lists them.
+# The parts of a weight [out, in] in a format, as `Format.parts` lists them: of one that is rounded so, or so.
 PACK = cast(Callable[..., Any], _OPERATORS[QUANTIZE].pack_target)
+PACK_ROUNDED = cast(Callable[..., Any], _OPERATORS[ROUNDED].pack_target)
 # A weight w, or a slice of one, for which the checkpoint holds `new`, of the same shape, in the dtype of w.
 REWRITE = operator(
     "rewrite(Tensor w, Tensor new) -> Tensor",

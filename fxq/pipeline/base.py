@@ -99,16 +99,23 @@ class Pass:
 
 
 class CalibrationPass(Pass):
-    """A pass that fills values by running the graph. What it changes of the graph its `run` does, which comes
-    before, with a session or without.
+    """A pass that fills values by running the graph, in `calibrate`. What it changes of the graph before that
+    its `run` does, what it changes by what was found its `finish`, with a session or without.
 
-    needs_data: whether it cannot run without calibration batches.
+
+    needs_data: whether it cannot run without calibration batches. can_wait: whether it leaves `calibrate` to
+    the writer in a session that is deferred.
     """
 
     needs_data: ClassVar[bool] = True
+    can_wait: ClassVar[bool] = False
     only_values: ClassVar[bool] = True
 
     def run(self, program: Program) -> int:
+        return 0
+
+    def finish(self, program: Program) -> int:
+        """Rewrite the graph by what `calibrate` found, or will find; returns how many rewrites were made."""
         return 0
 
     def calibrate(self, program: Program, session: Session) -> int:

@@ -75,7 +75,7 @@ def run_passes(
             if session is not None:
                 session.values_are_read = any(later.reads_values for later in passes[number:])
             tidy(program.graph)
-            count += _calibrate(step, f"{number} {step.name}", program, session)
+            count += _calibrate(step, f"{number} {step.name}", program, session) + step.finish(program)
         tidy(program.graph)
         checked = verify(program.graph, checked)
         computed = architecture(program.graph)
@@ -106,7 +106,7 @@ def _calibrate(step: CalibrationPass, place: str, program: Program, session: Ses
     if session is None:
         return 0
     before = len(program.values)
-    session.place, program.is_deferred = place, session.is_deferred
+    session.place, program.is_deferred = place, session.is_deferred and step.can_wait
     if place in session.found:
         program.restore(session.found[place])
         return len(program.values) - before

@@ -13,6 +13,7 @@ import torch
 
 from fxq.checkpoint.plan import Plan
 from fxq.checkpoint.writer import Written
+from fxq.graph import dialect
 from fxq.graph.hub import WeightSource
 from fxq.graph.program import Program
 from fxq.report import choices, files
@@ -73,7 +74,8 @@ class WritingReport:
         report.measure_inputs(written.inputs)
         report.add_warnings(report.massive())
         zeros = [key for own in written.qualities.values() for key in own.zeros]
-        report.add_warnings(report.losses(zeros, written.not_finite))
+        decided = any(pack.target is dialect.PACK_ROUNDED for pack in self.program.packs.values())
+        report.add_warnings(report.losses(zeros, written.not_finite, decided=decided))
         report.cast_blocks, report.inexact_blocks = written.cast, written.inexact
         report.tensors_quantized, report.tensors_excluded = len(written.linears), len(written.excluded)
         report.bits_per_weight = 8 * written.quantized_bytes / written.weights

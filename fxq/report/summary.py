@@ -263,14 +263,17 @@ class Report:
                 "median: a massive activation, in whose block of 16 all below 1/24 of it is rounded to zero"
             )
 
-    def losses(self, zeros: Sequence[str], not_finite: Sequence[str]) -> Iterator[str]:
-        """Which weights have become zeros or the worst of noise, and which tensors were broken before."""
+    def losses(self, zeros: Sequence[str], not_finite: Sequence[str], *, decided: bool) -> Iterator[str]:
+        """Which weights have become zeros or the worst of noise, and which tensors were broken before.
+
+        decided: whether a pass gave codes, of which nothing follows from how far they are from the weights.
+        """
         if zeros:
             yield (
                 f"{_names(zeros)}: all values become zero, so small are they, alone or beside those that "
                 "they share a scale with"
             )
-        elif self.worst_sqnr_db is not None and self.worst_sqnr_db < LEAST_SQNR_DB:
+        elif self.worst_sqnr_db is not None and self.worst_sqnr_db < LEAST_SQNR_DB and not decided:
             yield (
                 f"{self.worst_tensor}: its error is at {self.worst_sqnr_db:.1f} dB; what suits the format "
                 f"is at {LEAST_SQNR_DB} dB and more"
@@ -381,7 +384,7 @@ def _shared_scales(lowered: Graph) -> int:
 
 
 def _rewritten(lowered: Graph) -> set[str]:
-    """The tensors that a lowered program computes before it stores, or packs, them.
+    """The tensors that a lowered program computes before it stores, or packs, them, or has codes of.
 
     %norm_half : bf16[64] = aten.mul.Tensor(%norm, 0.5)
     %norm_new : bf16[64] = fxq.rewrite(%norm, %norm_half)
@@ -392,8 +395,9 @@ def _rewritten(lowered: Graph) -> set[str]:
         if node.target is dialect.STORE and node_at(node, 1).target is not dialect.LOAD:
             found.add(str(node.args[0]))
         elif node.target in (dialect.STORE_LINEAR, dialect.STORE_ROWS):
-            weight = node_at(node_at(node, 1), 0)
-            if any(n.target is dialect.REWRITE for n in weight_path(weight)):
+            pack = node_at(node, 1)
+            is_new = any(n.target is dialect.REWRITE for n in weight_path(node_at(pack, 0)))
+            if is_new or pack.target is dialect.PACK_ROUNDED:
                 suffix = ".weight" if node.target is dialect.STORE_LINEAR else ""
                 found.add(f"{node.args[0]}{suffix}")
     return found

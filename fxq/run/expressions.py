@@ -161,12 +161,15 @@ class RunGraph:
         shared: dict[Node, Node] = {}
         made = [_Copy(self.graph, other, variant, wanted, values, shared) for variant in variants]
         compared = {node for copy in made for node in copy.needed if node.target is dialect.ORIGINAL}
+        before: list[_Copy] = []
         if compared:
             sources = [node_at(node, 0) for node in compared]
-            original = _Copy(self.graph, other, Variant(False, False), sources, values, shared)
+            plain = Variant(roundings=False, rewrites=False)
+            known = next((copy for copy in made if copy.variant == plain), None)
+            original = known or _Copy(self.graph, other, plain, sources, values, shared)
             for copy in made:
                 copy.original = original
-        before = [original] if compared else []
+            before = [] if known else [original]
         for node in other.nodes:
             for copy in (*before, *made):
                 copy.visit(node)

@@ -38,6 +38,13 @@ def divergences(base: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(apart), torch.cat(same)
 
 
+def divergence(base: Tensor, logits: Tensor) -> Tensor:
+    """The mean of KL(base || model) in nats over all positions that predict, f32 []: gradients flow to the
+    model's logits."""
+    log_p, log_q = (part[:, :-1].float().log_softmax(-1) for part in (base, logits))
+    return (log_p.exp() * torch.where(torch.isneginf(log_p), 0.0, log_p - log_q)).sum(-1).mean()
+
+
 def perplexity(losses: Tensor) -> float:
     """exp of the mean loss; infinite where that is beyond floating point."""
     mean = float(losses.mean())

@@ -3,12 +3,12 @@
 The order of work follows from the graph: what reads a statistic runs when all batches have passed it.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fxq.errors import SourceError, SpecError
 from fxq.graph import dialect, edit
@@ -46,16 +46,10 @@ class Calibration:
         hold: bool = False,
         keep: Callable[[str], bool] = lambda name: True,
     ) -> None:
-        self.program, self.keep = program, keep
-        self.count = 0
+        self.program = program
         graph = program.calibrated or program.graph
         wanted = [node for node in statistics(graph) if node.name not in program.values]
-        experts = {
-            parameter_name(node_at(n, 1)): n
-            for n in graph.nodes
-            if n.target is dialect.EXPERT_LINEAR and is_quantized(node_at(n, 1))
-        }
-        ids = [node_at(n, 2) for n in experts.values()]
+        ids = [node_at(linear, 2) for linear in _expert_linears(graph).values()]
         variant = Variant(roundings=prefix == "quantized")
         compared = next((node for node in graph.nodes if node.target is dialect.ORIGINAL), None)
         if compared is not None and prefix == "original":
@@ -64,17 +58,7 @@ class Calibration:
                 "calibrate-max: {prefix: quantized}, found prefix: original, in which they are the same"
             )
         run = RunGraph(graph, [*wanted, *ids], [variant], values=program.values)
-        (copies,) = run.copies
-        self.names = {copies[node]: node for node in wanted}
-        self.tokens: dict[Node, str] = {}
-        for name, linear in experts.items():
-            counted = copies[node_at(linear, 2)]
-            with run.graph.inserting_after(counted):
-                count = shape_of(node_at(linear, 1))[0]
-                made = edit.call(
-                    run.graph, f"{linear.name}_tokens", dialect.EXPERT_TOKENS, counted, experts=count
-                )
-            self.tokens[made] = name
+        self.taken = Taken(program, run, run.copies[0], keep)
         self.streaming = Streaming(
             run.graph,
             source,
@@ -95,22 +79,51 @@ class Calibration:
         self.streaming.step = step
         for _ in self.segments(batches):
             pass
-        return self.count
+        return self.taken.count
 
     def segments(self, batches: Sequence[Tensor]) -> Generator[Resident]:
         """`run`, a segment at a time, whose statistics are known by then: its parameters, by name."""
         run = self.streaming
         for event in run.walk(batches):
             if not isinstance(event, int):
-                self._keep(event)
+                self.taken.take(run.complete(), event)
                 yield event
             del event  # parameters that are used up
 
+
+class Taken:
+    """The statistics that a run of a program takes, and the tokens that it counts for each expert.
+
+    copy: node of the program -> its counterpart in the run, whose graph it adds the counting to. keep:
+    whether a statistic of this name, if it is no single number, is of use after the run. count: how many
+    were found.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        run: RunGraph,
+        copy: Mapping[Node, Node],
+        keep: Callable[[str], bool] = lambda name: True,
+    ) -> None:
+        self.program, self.keep, self.count = program, keep, 0
+        graph = program.calibrated or program.graph
+        known = program.values
+        self.names = {copy[n]: n for n in statistics(graph) if n in copy and n.name not in known}
+        self.tokens: dict[Node, str] = {}
+        for name, linear in _expert_linears(graph).items():
+            counted = copy[node_at(linear, 2)]
+            with run.graph.inserting_after(counted):
+                count = shape_of(node_at(linear, 1))[0]
+                made = edit.call(
+                    run.graph, f"{linear.name}_tokens", dialect.EXPERT_TOKENS, counted, experts=count
+                )
+            self.tokens[made] = name
+
     @torch.no_grad()
-    def _keep(self, resident: Resident) -> None:
-        """Take over the statistics that are complete; SourceError for a broken one, or the parameter of its
-        segment that broke it."""
-        complete = self.streaming.complete()
+    def take(self, complete: Mapping[Node, Tensor], resident: Mapping[str, Tensor]) -> None:
+        """Give the program the statistics that are complete; SourceError for a broken one, or the parameter
+        at hand that broke it."""
         for made in [n for n in complete if n in self.names]:
             node, value = self.names.pop(made), complete[made]
             if not all(bool(torch.isfinite(end)) for end in torch.aminmax(value)):
@@ -125,3 +138,12 @@ class Calibration:
                 self.program.values[node.name] = value.cpu()
         for made in [n for n in complete if n in self.tokens]:
             self.program.tokens[self.tokens.pop(made)] = complete[made].cpu()
+
+
+def _expert_linears(graph: Graph) -> dict[str, Node]:
+    """Fused weight -> the call that multiplies tokens by its experts, for those that are quantized."""
+    return {
+        parameter_name(node_at(n, 1)): n
+        for n in graph.nodes
+        if n.target is dialect.EXPERT_LINEAR and is_quantized(node_at(n, 1))
+    }

@@ -27,8 +27,8 @@ from fxq.run.work import Step, example_tokens, no_step, work
 BatchState = dict[Node, Any]
 # Parameters at hand, by name.
 Resident = dict[str, Tensor]
-# Takes (roundings, the weights [n, out, in] that they round, these packed).
-Sink = Callable[[tuple[Node, ...], Tensor, Measured], None]
+# Takes (roundings, the weights [n, out, in] that they round, amaxes f32 [n], the weights packed).
+Sink = Callable[[tuple[Node, ...], Tensor, Tensor, Measured], None]
 
 
 class Streaming(Interpreter):
@@ -103,10 +103,10 @@ class Streaming(Interpreter):
         passed a segment its parameters, which are here until then."""
         states = self._states(batches, masks)
         with closing(self._parameters(plan := self._plan(states, batches))) as parameters:
-            last_use = _last_use(plan)
+            used_last = last_use(plan)
             for number, segment in enumerate(plan):
                 used_up: dict[Node, list[Node]] = {}
-                for node, (last, reader) in last_use.items():
+                for node, (last, reader) in used_last.items():
                     if last == number and node in self._complete:
                         used_up.setdefault(reader, []).append(node)
                 shared = self._run_shared(segment, parameters, len(states), used_up)
@@ -122,7 +122,7 @@ class Streaming(Interpreter):
                 self.carried = {node: shared[node] for node in segment.carried}
                 self.env = shared = {}
                 for node in self.complete():
-                    if last_use.get(node, (-1, node))[0] <= number:
+                    if used_last.get(node, (-1, node))[0] <= number:
                         del self.found[node]
 
     def complete(self) -> dict[Node, Tensor]:
@@ -239,14 +239,14 @@ class Streaming(Interpreter):
         many = args if args[1].dim() else [a[None] if isinstance(a, Tensor) else a for a in args]
         packed = known.pack(*many, **kwargs)
         if self.sink is not None:
-            self.sink(origins, many[0], packed)
+            self.sink(origins, many[0], many[1], packed)
         out, format = torch.empty_like(many[0]), FORMATS[str(kwargs["format"])]
         for e in range(len(out)):
             out[e] = format.dequantize(packed.part(e, slice(None)))
         return dialect.straight_through(args[0], out if args[1].dim() else out[0])
 
 
-def _last_use(plan: Sequence[Segment]) -> dict[Node, tuple[int, Node]]:
+def last_use(plan: Sequence[Segment]) -> dict[Node, tuple[int, Node]]:
     """Node -> the number of the last segment that uses it, and what does there."""
     return {
         source: (number, node)
@@ -275,6 +275,10 @@ class BatchStates:
     def peek(self, i: int) -> BatchState:
         """The values of batch `i`, on the device, and kept."""
         return {node: map_aggregate(value, self._here) for node, value in self.values[i].items()}
+
+    def copy(self) -> "BatchStates":
+        """Other states of the same values."""
+        return BatchStates(self.device, [dict(values) for values in self.values])
 
     def put(self, i: int, values: BatchState) -> None:
         """Keep the values of batch `i`."""

@@ -364,8 +364,8 @@ def _broken(value: Tensor) -> str:
 
 
 def amaxes(program: Program, source: WeightSource, device: torch.device) -> dict[str, Tensor]:
-    """Amax node of a program's graph -> float32 [] on the CPU: what a weight shows, what calibration found of
-    activations, or what stands for that where no token came. Reads the weights."""
+    """Amax node of a program's graph -> float32 [] on the CPU: what a weight shows or a pass kept, what
+    calibration found of activations, or what stands for that where no token came. Reads the weights."""
     graph = program.calibrated or program.graph
     values = program.known_values()
     taken = set(statistics(graph))
@@ -376,6 +376,8 @@ def amaxes(program: Program, source: WeightSource, device: torch.device) -> dict
         for computation in computations:
             for (node,) in computation.groups:
                 found[node.name] = cast(Tensor, computation.expressions.one(node)).cpu()
+    kept = {node_at(n, 1) for n in graph.nodes if dialect.is_rounding(n)}
+    found.update((n.name, values[str(n.args[0])]) for n in kept if n.target is dialect.VALUE)
     for node in (n for n in taken if n.target is dialect.AMAX):
         groups = [node, *(user for user in node.users if user.target is dialect.SYNC)]
         answers = [user for own in groups for user in own.users if user.target is dialect.FIRST]

@@ -1,6 +1,7 @@
 """Specs that decide scales, codes and weights by calibration: the graph computes what the checkpoint holds,
 in every form, and what it holds is better on text that calibration never saw."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ from safetensors.torch import load_file
 import fxq
 from fxq.audit import verify_checkpoint
 from fxq.graph import dialect
+from fxq.passes import PASSES
+from fxq.passes.learn import Learn
+from fxq.pipeline.spec import Spec, load
 from tests import tiny
 from tests.docs import ROOT
 from tests.families import save
 
 FAMILIES = {family.name: family for family in tiny.families()}
 HESSIAN, GPTQ = "nvfp4_default_hessian-fp8_cast_kv", "nvfp4_default_gptq-fp8_cast_kv"
+LEARNED = "nvfp4_default_learned-fp8_cast_kv"
 ALL = [
     f"nvfp4_{scope}" for scope in ("default_{}-fp8_cast_kv", "experts_only_{}-fp8_cast_kv", "weight_only_{}")
 ]
@@ -50,19 +55,29 @@ def _ids(count: int, length: int, seed: int) -> list[list[int]]:
     return [tiny.text_ids(1, length, seed + n).tolist()[0] for n in range(count)]
 
 
-@pytest.mark.parametrize("spec", [pytest.param(HESSIAN, marks=pytest.mark.long), GPTQ])
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(HESSIAN, marks=pytest.mark.long), GPTQ, pytest.param(LEARNED, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("family", FORMS)
 def test_the_graph_computes_what_the_checkpoint_does(family: str, spec: str, tmp_path: Path) -> None:
     """With few tokens, of which some experts see none: nothing breaks."""
     save(tiny.tiny_model(FAMILIES[family]), tmp_path / "model")
     unseen = _ids(3, 40, seed=50)
-    done = fxq.compile(tmp_path / "model", spec, calib=_ids(6, 60, seed=0))
+    done = fxq.compile(tmp_path / "model", _few_steps(spec), calib=_ids(6, 60, seed=0))
     of_graph = done.perplexity(unseen)[1]
     done.save(tmp_path / "out")
     assert not verify_checkpoint(tmp_path / "out", base=tmp_path / "model").errors
     assert fxq.evaluate(tmp_path / "out", unseen).perplexity == pytest.approx(of_graph, rel=1e-5)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert tensor.dtype.itemsize < 2 or torch.isfinite(tensor).all(), name
+
+
+def _few_steps(spec: str) -> Spec:
+    """A shipped spec, in which nothing takes more than five steps."""
+    known = load(spec, PASSES)
+    fewer = (replace(step, steps=5) if isinstance(step, Learn) else step for step in known.passes)
+    return replace(known, passes=tuple(fewer))
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,8 @@ def test_the_pass_that_needs_data_is_named() -> None:
     assert needs_data(steps(Step(), Calibration())) == "calibration"
     assert needs_data(steps(Step())) is None
     for name in shipped():
-        assert needs_data(load(name, PASSES).passes) == (None if name in NO_DATA else "calibrate-max")
+        expected = None if name in NO_DATA else "learn" if "learned" in name else "calibrate-max"
+        assert needs_data(load(name, PASSES).passes) == expected
 
 
 @pytest.mark.parametrize("name", list(PASSES))
@@ -209,7 +210,7 @@ def test_every_pass_keeps_the_protocol(name: str) -> None:
     step = PASSES[name]()
     assert isinstance(step, Pass)
     assert step.name == name
-    assert isinstance(step, CalibrationPass) == (name == "calibrate-max")
+    assert isinstance(step, CalibrationPass) == (name in ("calibrate-max", "learn", "tune-norms"))
     with pytest.raises(AttributeError):
         step.name = "other"  # type: ignore[misc]
 
@@ -366,7 +367,7 @@ def test_every_shipped_spec_runs_over_a_small_graph_without_weights(spec: str) -
     packs = [node for node in program.graph.nodes if node.target is dialect.PACK]
     blocks = [node for node in packs if node.kwargs["format"] == "nvfp4"]
     modes = {node.kwargs["scale"] for node in blocks}  # FP8 weights have no block scales to search
-    decided = any(kind in spec for kind in ("hessian", "gptq", "cast_mxfp4"))
+    decided = any(kind in spec for kind in ("hessian", "gptq", "learned", "cast_mxfp4"))
     assert modes == (set() if decided else {"mse" if "mse" in spec else "max"})
 
 
@@ -375,18 +376,19 @@ def test_every_shipped_spec_fills_every_amax(spec: str) -> None:
     weights = {str(n.target): n.meta["val"] for n in program.graph.nodes if n.op == "get_attr"}
     held: dict[str, Tensor] = {name: torch.ones(val.shape, dtype=val.dtype) for name, val in weights.items()}
     passes = load(spec, PASSES).passes
-    run_passes(passes, program, Session(Tensors(held), batches=[torch.tensor([[0, 1, 2, 3]])]))
+    run_passes(passes, program, Session(Tensors(held), batches=[torch.tensor([[0, 1, 2, 3]])] * 2))
     wanted = {str(node.args[0]) for node in program.graph.nodes if str(node.target).startswith("fxq.value")}
     assert wanted == set(program.values)
     assert bool(wanted) == (needs_data(passes) is not None)
     found = amaxes(program, Tensors(held), torch.device("cpu"))
     assert all(float(value) > 0 and torch.isfinite(value) for value in found.values())
     assert {name for name in program.values if name.endswith("amax")} < found.keys()
-    assert found["w_e1_amax"] == pytest.approx(
+    kept = "w_e1_amax_found" if "learned" in spec else "w_e1_amax"
+    assert found[kept] == pytest.approx(
         1, rel=1e-2
     )  # all router outputs are equal, so every token goes to expert 0
     if needs_data(passes):
-        assert program.tokens["layers.0.mlp.experts.up_proj"].tolist() == [4, 0]
+        assert program.tokens["layers.0.mlp.experts.up_proj"].tolist() == [8, 0]
 
 
 def test_a_parameter_of_which_parts_have_different_formats_is_refused() -> None:

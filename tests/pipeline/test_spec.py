@@ -29,12 +29,14 @@ SHIPPED = (
     "nvfp4_default-fp8_kv",
     "nvfp4_default_gptq-fp8_cast_kv",
     "nvfp4_default_hessian-fp8_cast_kv",
+    "nvfp4_default_learned-fp8_cast_kv",
     "nvfp4_default_mse-fp8_cast_kv",
     "nvfp4_experts_fp8_rest_mse-fp8_kv",
     "nvfp4_experts_only-fp8_cast_kv",
     "nvfp4_experts_only_fp8_blocks_kept",
     "nvfp4_experts_only_gptq-fp8_cast_kv",
     "nvfp4_experts_only_hessian-fp8_cast_kv",
+    "nvfp4_experts_only_learned-fp8_cast_kv",
     "nvfp4_experts_only_mse-fp8_cast_kv",
     "nvfp4_experts_weight_only_fp8_attention-fp8_cast_kv",
     "nvfp4_mlp_fp8_attention_mse-fp8_kv",
@@ -42,6 +44,7 @@ SHIPPED = (
     "nvfp4_weight_only",
     "nvfp4_weight_only_gptq",
     "nvfp4_weight_only_hessian",
+    "nvfp4_weight_only_learned",
     "nvfp4_weight_only_mse",
 )
 
@@ -86,7 +89,13 @@ def test_a_shipped_spec_is_what_its_name_says(name: str) -> None:
     steps = {step.name: step for step in load(name, PASSES).passes}
     assert ("calibrate-mse" in steps) == ("mse" in name)
     assert ("calibrate-hessian" in steps) == ("hessian" in name)
-    assert ("gptq" in steps) == ("retarget" in steps) == ("fold-scales" in steps) == ("gptq" in name)
+    assert (
+        ("gptq" in steps)
+        == ("retarget" in steps)
+        == ("fold-scales" in steps)
+        == ("gptq" in name or "learned" in name)
+    )
+    assert ("learn" in steps) == ("learned" in name)
     assert ("quantize-linears" in steps) == ("experts_only" not in name or "fp8_blocks" in name)
     assert ("keep-fp8-blocks" in steps) == ("fp8_blocks_kept" in name)
     assert ("fix-input-scales" in steps) == ("input_scale" in name)

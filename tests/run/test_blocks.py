@@ -11,8 +11,10 @@ from fxq.graph import dialect
 from fxq.graph.hub import Hub
 from fxq.graph.program import Program
 from fxq.graph.text import parse
+from fxq.numbers import nvfp4
 from fxq.run.blocks import Blocks
 from fxq.run.simulate import DEPLOYED, ORIGINAL, simulation
+from fxq.run.statistics import Calibration
 
 CPU = torch.device("cpu")
 # Two blocks, each `h + silu(norm(h) a) b`, the second of experts; embedding before, head behind.
@@ -140,29 +142,60 @@ def test_gradients_reach_what_is_replaced(program: Program) -> None:
                 torch.testing.assert_close(straight, direct)
 
 
-def test_what_a_pass_decides_in_a_block_is_what_later_blocks_see(program: Program) -> None:
-    text = MODEL.replace(
-        "%b_q : f32[32,48] = fxq.quantize(%b, %b_amax, format='nvfp4', scale='max')",
-        "%codes : u8[32,24] = fxq.value('b_codes', shape=[32, 24], dtype=torch.uint8)\n"
-        "%scales : f8e4m3[32,3] = fxq.value('b_scales', shape=[32, 3], dtype=torch.float8_e4m3fn)\n"
-        "%b_q : f32[32,48] = fxq.rounded(%b, %b_amax, %codes, %scales, format='nvfp4')",
-    )
-    program = Program(parse(text))
-    source = Weights(program)
-    zero = {
-        "b_codes": torch.zeros(32, 24, dtype=torch.uint8),
-        "b_scales": torch.ones(32, 3).to(torch.float8_e4m3fn),
-    }
-    logits: Tensor | None = None
+def _logits(program: Program, source: Weights, decided: dict[str, Tensor]) -> list[Tensor]:
+    """The deployed model's, with what is decided in the block in which it is."""
+    found: list[Tensor] = []
     with closing(Blocks(program, source, CPU).run(batches())) as blocks:
         for block in blocks:
-            if "b" in block.parameters:
-                program.values |= zero
-            if "logits" in (own := block.outputs(1, DEPLOYED)):
-                logits = own["logits"]
-    assert logits is not None
-    source.values["b"] = torch.zeros_like(source.values["b"])
-    plain = Program(parse(MODEL))
-    torch.testing.assert_close(
-        logits, simulation(plain, source, CPU).run_batches(batches())[1], rtol=0, atol=0
-    )
+            own = {node(program, n): v for n, v in decided.items() if block.reads(node(program, n))}
+            block.decide(own)
+            found = [block.outputs(i, DEPLOYED).get("logits", torch.empty(0)) for i in range(block.batches)]
+    return found
+
+
+@pytest.mark.parametrize("name", ["b_q", "w_q"])
+def test_what_a_pass_decides_in_a_block_is_what_later_blocks_see(program: Program, name: str) -> None:
+    source = Weights(program)
+    parameter = name.removesuffix("_q")
+    found = _logits(program, source, {name: torch.zeros(source.values[parameter].shape)})
+    source.values[parameter] = torch.zeros_like(source.values[parameter])
+    wanted = simulation(Program(parse(MODEL)), source, CPU).run_batches(batches())
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+# The same, rounded inputs before `w`, whose amax batches decide, and rounded in a way that asks for a Gram.
+TAKING = MODEL.replace(
+    "%w : f32[2,64,32] = @w",
+    "%tokens_amax : f32[] = fxq.amax(%tokens)\n"
+    "%tokens_q : f32[6,32] = fxq.quantize(%tokens, %tokens_amax, format='nvfp4', scale='dynamic')\n"
+    "%w : f32[2,64,32] = @w",
+).replace("fxq.expert_linear(%tokens, %w_q", "fxq.expert_linear(%tokens_q, %w_q")
+
+
+def test_statistics_are_found_of_the_model_before_them_as_it_was_decided() -> None:
+    program = Program(parse(TAKING))
+    source = Weights(program)
+    zero = torch.zeros(source.values["b"].shape)
+    decided = _logits(program, source, {"b_q": zero})
+    source.values["b"] = zero
+    plain = Program(parse(TAKING))
+    Calibration(plain, source, CPU, prefix="quantized").run(batches())
+    assert program.values.keys() == plain.values.keys()
+    torch.testing.assert_close(program.values, plain.values, rtol=0, atol=0)
+    torch.testing.assert_close(program.tokens, plain.tokens, rtol=0, atol=0)
+    for mine, theirs in zip(decided, simulation(plain, source, CPU).run_batches(batches()), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_a_block_shows_how_its_weights_are_packed(program: Program) -> None:
+    source = Weights(program)
+    with closing(Blocks(program, source, CPU).run(batches())) as blocks:
+        found = {key: value for block in blocks for key, value in block.packed.items()}
+    assert {tuple(n.name for n in key) for key in found} == {("a_q",), ("b_q",), ("w0_q", "w1_q")}
+    for key, (w, amaxes, packed) in found.items():
+        parameter = source.values[key[0].name[0]].reshape(w.shape)
+        assert torch.equal(w, parameter)
+        assert torch.equal(amaxes, parameter.abs().amax((1, 2)))
+        scale = str(key[0].kwargs["scale"])
+        assert torch.equal(packed.weight, nvfp4.quantize_weight(parameter, amaxes, scale).weight)

@@ -22,12 +22,13 @@ from fxq.graph.structure.views import VIEWS, shape_of, strip
 @dataclass(frozen=True)
 class Reader:
     """A matmul by quantized weights. x: what it multiplies, rows [..., K], rounded if inputs are. before: x
-    unrounded. roundings: of its weight, or of each expert's; ids: int [T], the expert of each row, or
-    None."""
+    unrounded. w: its weight, a rounding or a stack of them. roundings: of its weight, or of each expert's.
+    ids: int [T], the expert of each row, or None."""
 
     node: Node
     x: Node
     before: Node
+    w: Node
     roundings: tuple[Node, ...]
     ids: Node | None
 
@@ -44,7 +45,7 @@ def readers(graph: Graph) -> Iterator[Reader]:
         before = x if quantize is None else node_at(quantize, 0)
         ids = node_at(matmul.node, 2) if matmul.node.target is dialect.EXPERT_LINEAR else None
         if shape_of(x)[-1] == shape_of(roundings[0])[-1]:
-            yield Reader(matmul.node, x, before, tuple(roundings), ids)
+            yield Reader(matmul.node, x, before, w, tuple(roundings), ids)
 
 
 def _shrunk(sums: torch.Tensor, tokens: torch.Tensor, *, by: int) -> torch.Tensor:
