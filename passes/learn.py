@@ -118,6 +118,8 @@ class Learn(CalibrationPass):
                 for weight in weights:
                     program.values |= weight.found()
                     step(1)
+        for name in names & program.values.keys():
+            del program.values[name]  # counts, which are kept as single numbers are
         return len(found)
 
     def _readers(self, program: Program) -> list[Reader]:

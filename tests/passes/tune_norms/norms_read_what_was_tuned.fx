@@ -1,5 +1,5 @@
 pass: tune-norms
-rewrites: 2
+rewrites: 3
 --- before
 %x : bf16[4,32] = placeholder()
 %g : bf16[32] = @norm.weight
