@@ -87,7 +87,8 @@ def test_these_are_the_shipped_specs() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_spec_is_what_its_name_says(name: str) -> None:
     steps = {step.name: step for step in load(name, PASSES).passes}
-    assert ("calibrate-mse" in steps) == ("mse" in name)
+    assert ("calibrate-mse" in steps) == ("mse" in name or "auto" in name)
+    assert ("choose-formats" in steps) == ("resolve-choices" in steps) == ("auto" in name)
     assert ("calibrate-hessian" in steps) == ("hessian" in name)
     assert (
         ("gptq" in steps)
