@@ -1,6 +1,6 @@
 """Fuzz of architectures: random decoders in code of their own, compiled and read back.
 
-    python benchmarks/fuzz.py [--seeds FIRST LAST] [--timeout SECONDS] [--json FILE]
+    python benchmarks/fuzz.py [SEED ...] [--range FIRST LAST] [--timeout SECONDS] [--json FILE]
 
 States are those of benchmarks/architectures.py: `ok`, `refused` in an error of fxq's own, or `wrong`. A seed
 is `ok` if the graph equals the eager model, the checkpoints are read back without a finding by
@@ -41,11 +41,12 @@ NEAR, FLIPPED = 0.05, 0.1
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seeds", nargs=2, type=int, default=(0, 500), metavar=("FIRST", "LAST"))
+    parser.add_argument("seeds", nargs="*", type=int, metavar="SEED")
+    parser.add_argument("--range", nargs=2, type=int, default=(0, 500), metavar=("FIRST", "LAST"))
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = run(range(*options.seeds), options.timeout, options.json)
+    rows = run(options.seeds or range(*options.range), options.timeout, options.json)
     counts = Counter(row.state for row in rows)
     print(", ".join(f"{state} {counts[state]}" for state in architectures.STATES))
     return int(counts["wrong"] > 0)

@@ -11,16 +11,16 @@ import pytest
 from tests.generated import Architecture
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
-# Stacks in three orders, lists of linears and of tensors, a list in an opaque call, dense products.
-SEEDS = (9, 10, 13, 25, 27)
+# A list in an opaque call, dense products, a stack whose last two dimensions are swapped, a list of linears.
+SEEDS = (9, 10, 13, 27)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_generated_architecture_is_not_wrong(seed: int) -> None:
-    command = [sys.executable, str(SCRIPT), "--seeds", str(seed), str(seed + 1)]
+def test_generated_architectures_are_not_wrong() -> None:
+    command = [sys.executable, str(SCRIPT), *map(str, SEEDS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
+    assert done.stdout.count("ok   ") == len(SEEDS) - 1, done.stdout  # the opaque list is refused by name
 
 
 def test_a_seed_is_always_the_same_architecture() -> None:
