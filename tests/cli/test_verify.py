@@ -168,7 +168,7 @@ def test_text_without_a_base_is_a_usage_error(
     [
         (["--samples", "0"], 2, "samples is at least 1"),
         (["--device", "tpu"], 2, "tpu"),
-        (["--text", "nowhere.jsonl"], 1, "nowhere.jsonl: cannot read lines of text"),
+        (["--text", "nowhere.jsonl"], 1, "nowhere.jsonl: cannot read text"),
     ],
 )
 def test_what_was_found_is_printed_even_if_the_models_cannot_be_run(

@@ -398,8 +398,8 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(
     [
         ([[5]], {}, fxq.SourceError, "two tokens or more"),
         ([[VOCABULARY, 3]], {}, fxq.SourceError, "outside the model's vocabulary of 160"),
-        ("nowhere.jsonl", {}, fxq.SourceError, "nowhere.jsonl: cannot read lines of text"),
-        (TEXT, {"seq_len": 1}, fxq.SpecError, "seq_len at least 2"),
+        ("nowhere.jsonl", {}, fxq.SourceError, "nowhere.jsonl: cannot read text"),
+        (TEXT, {"seq_len": 1}, fxq.SpecError, "seq_len is at least 2"),
         (TEXT, {"samples": 0}, fxq.SpecError, "samples is at least 1"),
         (TEXT, {"device": "tpu"}, fxq.SpecError, "tpu"),
     ],
