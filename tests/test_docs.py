@@ -136,6 +136,7 @@ def _run(command: str, where: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_worked_passes_pass_their_own_tests(newcomer: Path) -> None:
     tests = [name for name in FILES if name.startswith("test_")]
     assert len(tests) == 3

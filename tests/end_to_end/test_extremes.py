@@ -148,7 +148,8 @@ def test_a_path_with_nul_is_refused(zoo: Zoo, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-@pytest.mark.parametrize("options", [[], pytest.param(["--json"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_summary_that_cannot_be_printed_leaves_the_output(
     options: list[str], zoo: Zoo, tmp_path: Path
 ) -> None:

@@ -153,7 +153,7 @@ def test_plain_maxima_are_the_reference_s(quantize: Callable[..., Any], dtype: t
         np.testing.assert_array_equal(packed[e].numpy(), reference.pack(codes))
 
 
-@pytest.mark.parametrize("factor", [1.0, 1e5, pytest.param(0.3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("factor", [1.0, *(pytest.param(f, marks=pytest.mark.slow) for f in (1e5, 0.3))])
 @pytest.mark.parametrize("search", [True, False])
 def test_errors_and_energies_are_those_of_the_bytes(
     sums: Callable[..., Tensor], search: bool, factor: float
@@ -172,7 +172,7 @@ def test_errors_and_energies_are_those_of_the_bytes(
 
 
 @pytest.mark.parametrize("search", [True, False])
-@pytest.mark.parametrize("layout", ["rows", "stored transposed"])
+@pytest.mark.parametrize("layout", ["rows", pytest.param("stored transposed", marks=pytest.mark.slow)])
 def test_the_error_of_a_slice_is_the_same_in_any_batch(
     sums: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, search: bool, layout: str
 ) -> None:
