@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fxq.pipeline.base import Progress
 
 LOGGER = logging.getLogger("fxq")
+LOGGER.addHandler(logging.NullHandler())  # else Python prints errors that nobody asked to see twice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -169,6 +169,9 @@ def encoding_of(config: Mapping[str, Any], raw: Infos, where: Path) -> Encoding:
         return Encoding(raw, {}, None)
     block = _check(stated, where)
     weights = _weights(raw, block, where)
+    if block is not None and stated.method != "compressed-tensors":  # which may mix blocks with others
+        for weight in weights.values():
+            _check_block(weight, block, raw, where)
     parts = {key for weight in weights.values() for key in weight.keys}
     dtype = _decoded_dtype(config, raw, parts)
     infos = {name: TensorInfo(weight.decoded_shape, dtype) for name, weight in weights.items()}
@@ -319,6 +322,17 @@ def _weights(raw: Infos, block: tuple[int, int] | None, where: Path) -> dict[str
             found[stem if layout.codes in ("", "_blocks") else f"{stem}.weight"] = weight
             taken.update(weight.keys)
     return found
+
+
+def _check_block(weight: EncodedWeight, block: tuple[int, int], raw: Infos, where: Path) -> None:
+    """SourceError for an FP8 weight whose scales are not those of the blocks that config.json declares."""
+    if weight.elements is E4M3 and weight.block != block:
+        *lead, height, width = weight.shape
+        grid = [*lead, -(-height // block[0]), -(-width // block[1])]
+        raise SourceError(
+            f"{where}: {weight.scales} is {said(raw[weight.scales])}; {weight.codes} {list(weight.shape)} "
+            f"with a block of {block[0]}x{block[1]} needs {grid}"
+        )
 
 
 def _has_codes(layout: Layout, key: str, info: TensorInfo) -> bool:
