@@ -835,7 +835,7 @@ print(-left)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_random_moments(model: Path, tmp_path: Path) -> None:
     calib = write_lines(tmp_path / "calib.jsonl", [{"input_ids": ids} for ids in samples(4)])
 
