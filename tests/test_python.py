@@ -123,6 +123,7 @@ def test_what_happens_is_logged_where_it_is_wanted(zoo: Zoo, tmp_path: Path, cap
     assert "--log-file" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_library_prints_no_progress_where_nobody_looks(zoo: Zoo) -> None:
     code = f"import fxq; fxq.compile({str(zoo('llama'))!r}, {WEIGHT_ONLY!r})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -291,12 +291,10 @@ UNUSUAL = {
     "jetmoe": "splits by how many tokens an expert has",
     "ernie4_5_moe": "routers that stay in float32",
 }
-EARLY = ("qwen3_next",)
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f in EARLY else [pytest.mark.slow]) for f in UNUSUAL]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", UNUSUAL)
 def test_unusual_constructs_compute_the_same_at_any_length(family: str, tmp_path: Path) -> None:
     model = open_model(saved(family, tmp_path / "model"))
     eager = load(tmp_path / "model", experts_implementation="batched_mm")
