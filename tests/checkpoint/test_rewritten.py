@@ -473,7 +473,8 @@ def _files(directory: Path) -> dict[str, bytes]:
     ],
 )
 def test_each_byte_of_the_source_is_read_once(spec: str, zoo: Zoo, tmp_path: Path) -> None:
-    """Learning reads it before it is written; choosing formats to measure, and to check what was chosen."""
+    """Learning reads it before it is written (the norms, which it decides, not again); choosing formats to
+    measure, and to check what was chosen."""
     times = 3 if "auto" in spec else 2 if "learned" in spec else 1
     source = zoo("qwen3_moe")
     chosen = deciding() if spec == "deciding" else spec
@@ -481,4 +482,4 @@ def test_each_byte_of_the_source_is_read_once(spec: str, zoo: Zoo, tmp_path: Pat
     fxq.compile(source, chosen, calib=calib, out=tmp_path / "out")
     report = json.loads((tmp_path / "out" / "fxq-report" / "report.json").read_text())
     read, held = report["measured"]["source_bytes_read"], report["summary"]["source_bytes"]
-    assert read == times * held > 0
+    assert read == held > 0 if times == 1 else 0.99 * times * held < read <= times * held
