@@ -1,25 +1,26 @@
 """`fxq.choose`: which format each group of weights should have, measured; nothing is compiled."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxq.arguments import check_counts
 from fxq.chosen import CHOOSING, RESOLVING, chosen_spec
+from fxq.cli import tables
+from fxq.compile import SAMPLES, check_data
 from fxq.errors import SpecError
 from fxq.gc_paused import gc_paused
 from fxq.model import AnyModel, device_of, open_model, samples_of
 from fxq.numbers import kernels
 from fxq.passes import table
-from fxq.pipeline.base import Pass, Progress, Session, no_progress
-from fxq.pipeline.run import needs_data, run_passes
+from fxq.pipeline.base import Pass, Progress, Session
+from fxq.pipeline.run import run_passes
 from fxq.pipeline.spec import Spec, load
 from fxq.report import choices
 from fxq.run.batches import batches_of
-
-SAMPLES = 128  # of calibration, if nothing is said
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,17 @@ def choose(
     calib: object = None,
     samples: int | None = None,
     seq_len: int = 512,
-    device: str | torch.device = "cpu",
+    pack: bool = False,
+    device: str | torch.device = "auto",
     settings: Sequence[str] = (),
     passes: Sequence[str | Path | type[Pass]] = (),
     follow_links: bool = False,
     trust_remote_code: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress | None = None,
 ) -> Chosen:
     """Run a spec with `choose-formats` up to where formats are chosen.
 
-    model, spec, calib, samples, seq_len, device, settings, passes: as for `fxq.compile`. Raises SpecError for
+    All arguments are as for `fxq.compile`. Raises SpecError for
     a spec without choices and for budgets that nothing fits; SourceError, TraceError and VerifyError as
     `fxq.compile` does.
     """
@@ -59,17 +61,15 @@ def choose(
         raise SpecError(f"{given.name}: expected a spec with {CHOOSING}; it has {', '.join(names)}")
     steps = given.passes[: 1 + max(i for i, name in enumerate(names) if name in (CHOOSING, RESOLVING))]
     where, wanted = device_of(device), SAMPLES if samples is None else samples
-    if wanted < 1 or seq_len < 1:
-        raise SpecError(f"samples and seq_len are at least 1; found {wanted} and {seq_len}")
-    if (needing := needs_data(steps)) is not None and calib is None:
-        raise SpecError(f"{given.name}: {needing} needs text; give --calib FILE.jsonl (calib=... in python)")
+    check_counts(samples=wanted, seq_len=seq_len)
+    check_data(replace(given, passes=steps), calib)
     kernels.prepare(where)
     opened = open_model(model, follow_links=follow_links, trust_remote_code=trust_remote_code)
-    ids = samples_of(opened, calib, wanted, seq_len) if calib is not None else None
+    ids = samples_of(opened, calib, wanted, seq_len, pack=pack) if calib is not None else None
     program = opened.program
     batches = batches_of([program], ids) if ids is not None else None
     with gc_paused():
-        run_passes(steps, program, Session(opened.source, where, batches, progress))
+        run_passes(steps, program, Session(opened.source, where, batches, progress or tables.shown_in_python))
     made, content = chosen_spec(given, program), choices.content(program)
     assert made is not None, "chosen"
     assert content is not None, "chosen"

@@ -72,8 +72,8 @@ class Computed:
     left: packs, and stores of rewritten tensors, that are to be computed. uncopied: tensor of the source ->
     store that carries it through; what calibration reads of these is taken out and given too. batches, keep:
     for statistics that are pending, calibration batches int64 [B, S], and what is called when all are found;
-    step: is told what was done for them.
-    Those that are no single number go from `program.values` when nothing needs them any more.
+    step: is told what was done for them. Statistics that are no single number go from `program.values` when
+    nothing needs them any more.
     """
 
     def __init__(

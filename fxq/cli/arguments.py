@@ -27,6 +27,21 @@ def add_device(parser: ArgumentParser, about: str) -> None:
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help=about)
 
 
+def add_calibration(parser: ArgumentParser) -> None:
+    """Text to calibrate on, see `text_of`, and how much of it."""
+    add = parser.add_argument
+    add(
+        "--calib",
+        action="append",
+        metavar="FILE[=WEIGHT]",
+        help='text to calibrate on: .jsonl or .json of {"text": ...}, {"messages": [...]} or {"input_ids": '
+        "[...]}, .txt, .parquet, a directory of `datasets`; of several files each gives its share of samples",
+    )
+    add("--samples", type=int, metavar="N", help="calibration samples to use (default 128)")
+    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each sample (default 512)")
+    add("--pack", action="store_true", help="join samples and cut them into N rows of just L tokens")
+
+
 def add_passes(parser: ArgumentParser) -> None:
     """Passes that specs may name beside those of fxq and of installed packages."""
     parser.add_argument(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxq.cli import arguments as shared
+from fxq.cli import logs
 from fxq.errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
@@ -33,10 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bits", metavar="B", help="bits of a weight on average (default 5.0)")
     add("--size", metavar="S", help="size of the checkpoint instead, as in '18 GB'")
     add("--max-kl", metavar="KL", help="largest loss instead, in nats a token: the smallest such model")
-    add("--calib", metavar="FILE", type=Path, help='JSON lines of {"text": ...} or {"input_ids": [...]}')
-    add("--samples", type=int, metavar="N", help="calibration lines to use (default 128)")
-    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each line (default 512)")
-    add("--device", default="cpu", metavar="cpu|cuda", help="where the model runs (default cpu)")
+    shared.add_calibration(parser)
+    shared.add_device(parser, "where the model runs")
     add(
         "--out",
         default=Path("chosen.yaml"),
@@ -66,18 +65,18 @@ def run(arguments: argparse.Namespace) -> int:
     budget = [f"choose-formats.{name}={value}" for name, value in given.items()]
     spec = load(arguments.spec, table(arguments.passes)).with_settings([*arguments.settings, *budget])
     from fxq.choose import choose
-    from fxq.cli import tables
 
     found = choose(
         arguments.model,
         spec,
-        calib=arguments.calib,
+        calib=shared.text_of(arguments.calib),
         samples=arguments.samples,
         seq_len=arguments.seq_len,
+        pack=arguments.pack,
         device=arguments.device,
         follow_links=arguments.follow_links,
         trust_remote_code=arguments.trust_remote_code,
-        progress=tables.progress,
+        progress=logs.progress_of(arguments),
     )
     try:
         arguments.out.write_text(dump(found.spec), encoding="utf-8")

@@ -43,16 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with what an interrupted run left beside DIR: finished work is checked, not redone",
     )
-    add(
-        "--calib",
-        action="append",
-        metavar="FILE[=WEIGHT]",
-        help='text to calibrate on: .jsonl or .json of {"text": ...}, {"messages": [...]} or {"input_ids": '
-        "[...]}, .txt, .parquet, a directory of `datasets`; of several files each gives its share of samples",
-    )
-    add("--samples", type=int, metavar="N", help="calibration samples to use (default 128)")
-    add("--seq-len", type=int, default=512, metavar="L", help="tokens kept of each sample (default 512)")
-    add("--pack", action="store_true", help="join samples and cut them into N rows of just L tokens")
+    shared.add_calibration(parser)
     shared.add_device(parser, "where calibration and packing run")
     add(
         "--format",

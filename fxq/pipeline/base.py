@@ -29,9 +29,8 @@ class Session:
 
     batches: int64 [B, S] each, every row a whole sample (no padding); None when only the graph is wanted.
     progress: `with progress(label, total) as step` shows a bar that `step(done)` advances by that much of the
-    total, which is in units of its own. found: calibration
-    pass -> what it found (`Program.found`); one that is there already is not run again. writes: whether the
-    program is written at once. values_are_read: whether a pass after the present one looks at values. place:
+    total, which is in units of its own. found: calibration pass -> what it found (`Program.found`); one that
+    is there already is not run again. writes: whether the program is written at once. values_are_read: whether a pass after the present one looks at values. place:
     the calibration pass that runs, or ran last, as `found` knows it.
     """
 
@@ -101,7 +100,6 @@ class Pass:
 class CalibrationPass(Pass):
     """A pass that fills values by running the graph, in `calibrate`. What it changes of the graph before that
     its `run` does, what it changes by what was found its `finish`, with a session or without.
-
 
     needs_data: whether it cannot run without calibration batches. can_wait: whether it leaves `calibrate` to
     the writer in a session that is deferred.

@@ -193,7 +193,9 @@ class Streaming(Interpreter):
         self.env = env
         tokens, example = self.tokens[i], example_tokens(self.graph)
         for node in segment.varying:
-            self.env[node] = self._folded(node) if is_statistic(node) else self.run_node(node)
+            self.env[node] = (
+                self.fold(node, *self._arguments(node)) if is_statistic(node) else self.run_node(node)
+            )
             if node is self.result:
                 self.outputs[i] = self.reduce(self.env[node], i)
             for dead in segment.ends[node]:
@@ -201,16 +203,15 @@ class Streaming(Interpreter):
             self.step(work(node) * tokens // example)
         return {node: self.env[node] for node in segment.kept}
 
-    def _folded(self, node: Node) -> Tensor:
-        """What all batches so far show, this one among them."""
+    def fold(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What all batches so far show of a statistic, the one of these arguments among them."""
         known = dialect.find(node.target)
         assert known is not None
         assert known.fold is not None
         if known.add is not None and node in self.found:
-            args, kwargs = self._arguments(node)
             known.add(self.found[node], *args, **kwargs)
         else:
-            value = self.run_node(node)
+            value = self.call(node, args, kwargs)
             self.found[node] = known.fold(self.found[node], value) if node in self.found else value
         return self.found[node]
 

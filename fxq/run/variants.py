@@ -244,12 +244,10 @@ class Variants(Streaming):
 
         for node, dead in zip(plan.nodes, plan.ends, strict=True):
             args, kwargs = map_arg((node.args, node.kwargs), value)  # type: ignore[misc, arg-type]
-            found = self.call(node, args, kwargs)
-            known = dialect.find(node.target)
-            if known is not None and known.fold is not None:
-                self.found[node] = known.fold(self.found[node], found) if node in self.found else found
+            if is_statistic(node):
+                self.fold(node, args, kwargs)
             else:
-                env[node] = found
+                env[node] = self.call(node, args, kwargs)
             for ended in dead:
                 env.pop(ended, None)
         return {node: value(node) for node in wanted if node not in self.found}

@@ -54,7 +54,7 @@ def test_a_budget_of_the_command_takes_the_place_of_the_specs(
         (["--bits", "x"], "choose-formats.bits=x: choose-formats: bits is float or null; found 'x'"),
         (["--spec", "nvfp4_weight_only"], "nvfp4_weight_only: expected a spec with choose-formats; it has"),
         (["--out", "mine.txt"], "expected a name that ends in .yaml"),
-        (["--samples", "0"], "samples and seq_len are at least 1; found 0 and 512"),
+        (["--samples", "0"], "samples is at least 1, a whole number; found 0"),
     ],
 )
 def test_what_cannot_be_chosen_writes_nothing(
