@@ -30,8 +30,9 @@ class Session:
     batches: int64 [B, S] each, every row a whole sample (no padding); None when only the graph is wanted.
     progress: `with progress(label, total) as step` shows a bar that `step(done)` advances by that much of the
     total, which is in units of its own. found: calibration pass -> what it found (`Program.found`); one that
-    is there already is not run again. writes: whether the program is written at once. values_are_read: whether a pass after the present one looks at values. place:
-    the calibration pass that runs, or ran last, as `found` knows it.
+    is there already is not run again. writes: whether the program is written at once. values_are_read:
+    whether a pass after the present one looks at values. place: the calibration pass that runs, or ran last,
+    as `found` knows it.
     """
 
     source: WeightSource
